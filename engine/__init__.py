@@ -1,0 +1,1 @@
+"""SSW-GAN: stage-wise training of video GANs, with DVD-GAN as its baseline."""
