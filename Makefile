@@ -1,0 +1,57 @@
+# make demo   train a small video GAN stage by stage and write its videos
+# make test   run the tests
+# make lint   check style and types
+# make clean  remove the environment, the caches and what the demo made (other runs and data stay)
+#
+# Needs Python 3.11 or newer and a C++ compiler, nothing else. The environment is made in .venv
+# on first use and again when setup.py or constraints.txt changes.
+
+PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
+DEMO_ARGS ?=
+
+# Paths are relative throughout: the checkout may lie in a folder with spaces in its name.
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean help
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	@$(RUN) -m engine.demo --out runs/demo $(DEMO_ARGS)
+
+# One torch thread per worker: more only make the workers wait for each other.
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+clean:
+	rm -rf .venv build dist *.egg-info runs/demo data/sample
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and the rest is built without isolation, because DeepSpeed's build imports it.
+$(INSTALLED): setup.py constraints.txt
+	@command -v "$(PYTHON)" > /dev/null || \
+	  { echo "$(PYTHON) was not found; install Python 3.11 or newer, or: make PYTHON=/path/to/python3" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$$("$(PYTHON)" --version) is too old; 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2> /dev/null || \
+	  { echo "$(PYTHON) lacks the venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@command -v "$(firstword $(CXX))" > /dev/null || \
+	  { echo "no C++ compiler ($(CXX)); on Debian and Ubuntu: apt install g++" >&2; exit 2; }
+	@echo "Making .venv (once; torch and DALI are large, so this takes some minutes)"
+	@"$(PYTHON)" -m venv --clear .venv
+	@echo "  installing torch"
+	@$(INSTALL) setuptools wheel torch
+	@echo "  installing DeepSpeed, DALI, PyAV and the tools"
+	@$(INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
