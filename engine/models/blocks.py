@@ -1,0 +1,193 @@
+"""Residual blocks of generators and discriminators, and the generator's units.
+
+Everything takes and returns videos [B, T, C, H, W]; `cond_BK` is the condition [z; e(y)] and
+`low` the low-resolution video x_l at its own size and length.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from engine.models.layers import ConvGRU, Convolution, SeparableConvolution
+from engine.models.norms import FrameNorm
+
+Temporal = Literal["conv_gru", "separable_conv"]
+LOW_CHANNELS = 3  # x_l is RGB
+
+
+class Injection(nn.Module):
+    """The 1x1 convolution that adds x_l to a block's output (SSW-GAN, section 3.3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.projection = Convolution(LOW_CHANNELS, channels, (1, 1))
+
+    def forward(self, low: Tensor, dtype: torch.dtype) -> kernels.LowSkip:
+        """What the block's last operator adds."""
+        return kernels.LowSkip(low, *self.projection(dtype))
+
+
+def _skip(
+    injection: Injection | None, low: Tensor | None, dtype: torch.dtype
+) -> kernels.LowSkip | None:
+    if injection is None:
+        return None
+    if low is None:
+        raise ValueError("this block injects a low-resolution video, but was given none")
+    skip: kernels.LowSkip = injection(low, dtype)
+    return skip
+
+
+class GeneratorBlock2D(nn.Module):
+    """norm-ReLU-(2x up)-conv3x3-norm-ReLU-conv3x3 plus shortcut, frames one by one.
+
+    The first convolution changes the channels. The shortcut is a 1x1 convolution where channels
+    change or the block upsamples, else the identity.
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, condition_size: int, *, upsample: bool, inject: bool
+    ) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.norm1 = FrameNorm(in_channels, condition_size)
+        self.conv1 = Convolution(in_channels, channels)
+        self.norm2 = FrameNorm(channels, condition_size)
+        self.conv2 = Convolution(channels, channels)
+        changes = upsample or in_channels != channels
+        self.shortcut = Convolution(in_channels, channels, (1, 1)) if changes else None
+        self.injection = Injection(channels) if inject else None
+
+    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+        """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
+        dtype = x_BTCHW.dtype
+        first = kernels.upsample_conv if self.upsample else kernels.conv2d
+        h = first(self.norm1(x_BTCHW, cond_BK), *self.conv1(dtype))
+        h = self.norm2(h, cond_BK)
+        residual = x_BTCHW if self.shortcut is None else first(x_BTCHW, *self.shortcut(dtype))
+        skip = _skip(self.injection, low, dtype)
+        return kernels.conv2d(h, *self.conv2(dtype), residual_BTOHW=residual, skip=skip)
+
+
+class GeneratorBlock3D(nn.Module):
+    """norm-ReLU-conv-norm-ReLU-conv plus identity, each conv a separable 3D one."""
+
+    def __init__(self, channels: int, condition_size: int, *, inject: bool) -> None:
+        super().__init__()
+        self.norm1 = FrameNorm(channels, condition_size)
+        self.conv1 = SeparableConvolution(channels, channels)
+        self.norm2 = FrameNorm(channels, condition_size)
+        self.conv2 = SeparableConvolution(channels, channels)
+        self.injection = Injection(channels) if inject else None
+
+    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+        """Returns the shape of x."""
+        dtype = x_BTCHW.dtype
+        h = kernels.separable_conv3d(self.norm1(x_BTCHW, cond_BK), *self.conv1(dtype))
+        return kernels.separable_conv3d(
+            self.norm2(h, cond_BK),
+            *self.conv2(dtype),
+            residual_BTOHW=x_BTCHW,
+            skip=_skip(self.injection, low, dtype),
+        )
+
+
+class RecurrentBlock(nn.Module):
+    """A ConvGRU; in an upsampling generator (Appendix C) x_l is added to its hidden states.
+
+    Decided: the paper injects after 3D blocks and is silent on the ConvGRU in their place. x_l is
+    added outside the recurrence, so that the block is exactly the replacement that is compared.
+    """
+
+    def __init__(self, channels: int, *, inject: bool) -> None:
+        super().__init__()
+        self.gru = ConvGRU(channels)
+        self.injection = Injection(channels) if inject else None
+
+    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+        """Returns the shape of x; the condition is not used."""
+        h: Tensor = self.gru(x_BTCHW)
+        skip = _skip(self.injection, low, x_BTCHW.dtype)
+        return h if skip is None else kernels.add_low_skip(h, skip)
+
+
+class GeneratorUnit(nn.Module):
+    """A temporal module and two 2D blocks; the second changes channels and upsamples.
+
+    `resolution` is the unit's input size in pixels. With `low_resolution`, x_l is injected after
+    each of the three whose output is no larger than x_l.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        condition_size: int,
+        *,
+        temporal: Temporal,
+        upsample: bool,
+        resolution: int,
+        low_resolution: int | None,
+    ) -> None:
+        super().__init__()
+        out_resolution = 2 * resolution if upsample else resolution
+        inner = low_resolution is not None and resolution <= low_resolution
+        outer = low_resolution is not None and out_resolution <= low_resolution
+        self.temporal: nn.Module = (
+            RecurrentBlock(in_channels, inject=inner)
+            if temporal == "conv_gru"
+            else GeneratorBlock3D(in_channels, condition_size, inject=inner)
+        )
+        self.block1 = GeneratorBlock2D(
+            in_channels, in_channels, condition_size, upsample=False, inject=inner
+        )
+        self.block2 = GeneratorBlock2D(
+            in_channels, channels, condition_size, upsample=upsample, inject=outer
+        )
+
+    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+        """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
+        h = self.temporal(x_BTCHW, cond_BK, low)
+        h = self.block1(h, cond_BK, low)
+        return self.block2(h, cond_BK, low)
+
+
+class DiscriminatorBlock(nn.Module):
+    """(ReLU)-conv-ReLU-conv-(pool) plus a pooled 1x1 shortcut, without norm; 2D or 3x3x3.
+
+    The first block of a discriminator has no leading ReLU: it reads pixels. Pooling halves space
+    only. The shortcut pools before its 1x1 convolution, which commutes and costs a quarter.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        volumetric: bool,
+        leading_relu: bool,
+        pool: bool,
+    ) -> None:
+        super().__init__()
+        self.volumetric, self.leading_relu, self.pool = volumetric, leading_relu, pool
+        kernel_size = (3, 3, 3) if volumetric else (3, 3)
+        self.conv1 = Convolution(in_channels, channels, kernel_size)
+        self.conv2 = Convolution(channels, channels, kernel_size)
+        # Decided: a 1x1 convolution in every block, also where channels stay and nothing pools.
+        self.shortcut = Convolution(in_channels, channels, (1, 1))
+
+    def forward(self, x_BTCHW: Tensor) -> Tensor:
+        """Returns [B, T, channels, H, W], or H/2 x W/2 when pooling."""
+        dtype = x_BTCHW.dtype
+        conv = kernels.conv3d if self.volumetric else kernels.conv2d
+        residual = kernels.average_pool(x_BTCHW) if self.pool else x_BTCHW
+        residual = kernels.conv2d(residual, *self.shortcut(dtype))
+        h = F.relu(x_BTCHW) if self.leading_relu else x_BTCHW
+        h = F.relu(conv(h, *self.conv1(dtype)))
+        if not self.pool:
+            return conv(h, *self.conv2(dtype), residual_BTOHW=residual)
+        conv_pool = kernels.conv_pool3d if self.volumetric else kernels.conv_pool2d
+        return conv_pool(h, *self.conv2(dtype), residual_BTOHW=residual)

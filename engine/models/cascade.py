@@ -1,0 +1,151 @@
+"""The stages together: generating whole videos, windows for training, and joint training.
+
+Shapes: B batch, T frames, C channels, H x W pixels. `zs` holds one latent [B, Z] per stage.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.configuration import Config
+from engine.models.generator import ClipGenerator
+from engine.models.upsampler import UpsamplingGenerator
+
+
+def draw_window_starts(
+    batch: int, num_frames: int, window: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Where each sample's window of `window` out of `num_frames` frames begins; [B] int64."""
+    if window > num_frames:
+        raise ValueError(f"a window of {window} frames does not fit into {num_frames}")
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(num_frames - window + 1, (batch,), generator=generator, device=device)
+
+
+def take_windows(video_BTCHW: Tensor, starts_B: Tensor, window: int) -> Tensor:
+    """`window` frames of each sample from its own start; differentiable, [B, window, C, H, W]."""
+    starts_B = starts_B.to(video_BTCHW.device)
+    frames_BW = starts_B[:, None] + torch.arange(window, device=video_BTCHW.device)
+    samples = torch.arange(len(video_BTCHW), device=video_BTCHW.device)[:, None]
+    return video_BTCHW[samples, frames_BW]
+
+
+def _split(generators: Sequence[nn.Module]) -> tuple[ClipGenerator, list[UpsamplingGenerator]]:
+    first, *later = generators
+    if not isinstance(first, ClipGenerator):
+        raise TypeError(f"stage 1 must be a ClipGenerator, not {type(first).__name__}")
+    upsamplers = [stage for stage in later if isinstance(stage, UpsamplingGenerator)]
+    if len(upsamplers) != len(later):
+        raise TypeError("stages after the first must be UpsamplingGenerators")
+    return first, upsamplers
+
+
+class Cascade(nn.Module):
+    """Stages 1 to n of a configuration, each running over the whole of the previous one's video.
+
+    `generators` may be fewer than the configuration has. Norm statistics of all of them are
+    collected at once: `collect_statistics(cascade, lambda i: cascade.generate(...), 200)`.
+    """
+
+    def __init__(self, generators: Sequence[nn.Module], config: Config) -> None:
+        super().__init__()
+        _split(generators)
+        self.generators = nn.ModuleList(generators)
+        self.config = config
+
+    @torch.no_grad()
+    def generate(self, zs: Sequence[Tensor], labels_B: Tensor | None, num_frames: int) -> Tensor:
+        """Videos of any length from the last of the stages, [B, num_frames, 3, H, W] in [-1, 1].
+
+        Stage 1 makes the fewest frames that suffice; what they unroll to is cropped at the end.
+        """
+        self._check_latents(zs, len(self.generators))
+        first, upsamplers = _split(list(self.generators))
+        total_step = 1
+        for upsampler in upsamplers:
+            total_step *= upsampler.frame_step
+        video = first(zs[0], labels_B, -(-num_frames // total_step))
+        for upsampler, z in zip(upsamplers, zs[1:], strict=True):
+            video = upsampler(z, labels_B, video)
+        return video[:, :num_frames]
+
+    @torch.no_grad()
+    def sample_window(
+        self,
+        stage_number: int,
+        zs: Sequence[Tensor],
+        labels_B: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A training input of stage `stage_number` > 1 made by the stages before it.
+
+        Stage 1 makes its whole training clip; from each video a random window per sample, of the
+        length the next stage is trained on, is taken and upsampled. Returns [B, t, 3, h, w].
+        """
+        num_previous = stage_number - 1
+        if not 1 <= num_previous <= len(self.generators):
+            raise ValueError(
+                f"no input for stage {stage_number} from {len(self.generators)} stages"
+            )
+        self._check_latents(zs, num_previous)
+        first, upsamplers = _split(list(self.generators))
+        video = first(zs[0], labels_B, self.config.stages[1].num_frames)
+        for number in range(2, stage_number + 1):
+            window = self.config.upsampling(number).num_frames
+            starts = draw_window_starts(len(video), video.shape[1], window, generator)
+            video = take_windows(video, starts, window)
+            if number < stage_number:
+                video = upsamplers[number - 2](zs[number - 1], labels_B, video)
+        return video
+
+    def _check_latents(self, zs: Sequence[Tensor], num_stages: int) -> None:
+        if len(zs) != num_stages:
+            raise ValueError(f"{num_stages} stages need as many latents, not {len(zs)}")
+
+
+class JointGenerator(nn.Module):
+    """Stages 1 to n trained together, judged at stage n only (Appendix H).
+
+    Computes what `Cascade.sample_window` and stage n do, with gradients through all stages.
+    """
+
+    def __init__(self, generators: Sequence[nn.Module], config: Config) -> None:
+        super().__init__()
+        _split(generators)
+        if len(generators) < 2:
+            raise ValueError("joint training needs at least two stages")
+        self.generators = nn.ModuleList(generators)
+        self.config = config
+
+    def forward(
+        self, zs: Sequence[Tensor], labels_B: Tensor | None, window_starts: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(x_l window of the last stage, its video); see `draw_window_starts` below."""
+        first, upsamplers = _split(list(self.generators))
+        if len(zs) != 1 + len(upsamplers) or len(window_starts) != len(upsamplers):
+            raise ValueError(
+                f"{1 + len(upsamplers)} stages need as many latents (not {len(zs)}) and one window "
+                f"start fewer (not {len(window_starts)})"
+            )
+        low = video = first(zs[0], labels_B, self.config.stages[1].num_frames)
+        for number, (upsampler, starts_B) in enumerate(
+            zip(upsamplers, window_starts, strict=True), start=2
+        ):
+            low = take_windows(video, starts_B, self.config.upsampling(number).num_frames)
+            video = upsampler(zs[number - 1], labels_B, low)
+        return low, video
+
+    def draw_window_starts(
+        self, batch: int, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """For every stage after the first, where each sample's input window begins, [B]."""
+        return [
+            draw_window_starts(
+                batch,
+                self.config.stages[number - 1].num_frames,
+                self.config.upsampling(number).num_frames,
+                generator,
+            )
+            for number in range(2, len(self.generators) + 1)
+        ]

@@ -1,0 +1,236 @@
+"""Discriminators: spatial, temporal and matching, and the set of them that a stage trains.
+
+SSW-GAN, sections 3.2 and 3.3, after DVD-GAN and BigGAN; the class enters by projection (Miyato and
+Koyama 2018). Every score is of one frame or one time step.
+
+Shapes: B batch, T frames, t frames of x_l, K frames drawn, C channels, H x W pixels, F features.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from engine.models.blocks import DiscriminatorBlock
+from engine.models.layers import Embedding, Linear
+from engine.views import nearest_view
+
+NUM_VOLUMETRIC_BLOCKS = 2
+SMALLEST_RESOLUTION = 4
+
+
+class Scores(NamedTuple):
+    """What a stage's discriminators say, fp32, per sample and frame or time step."""
+
+    spatial: Tensor
+    """[B, K], of the frames drawn."""
+    temporal: Tensor
+    """[B, T]."""
+    matching: Tensor | None
+    """[B, t], or None where the stage has no matching discriminator."""
+
+    @property
+    def all(self) -> Tensor:
+        """Every score of every discriminator, [B, N]."""
+        return torch.cat(list(self.by_name().values()), dim=1)
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The scores of the discriminators that the stage has."""
+        return {name: scores for name, scores in self._asdict().items() if scores is not None}
+
+
+class ResidualTower(nn.Module):
+    """Residual blocks, then relu, sum over space, linear score plus projection ⟨e(y), h⟩.
+
+    Every block but the last pools. Decided: pooling ends at 4x4 pixels, where the generator
+    begins, so that stage 1's five blocks (32x32) keep two at 4x4. With `num_volumetric` blocks at
+    the input 3x3x3, the rest work on each time step by itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        resolution: int,
+        channels: int,
+        multipliers: Sequence[int],
+        num_volumetric: int,
+        num_classes: int | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        blocks, width = [], in_channels
+        for number, multiplier in enumerate(multipliers):
+            pool = number + 1 < len(multipliers) and resolution > SMALLEST_RESOLUTION
+            blocks.append(
+                DiscriminatorBlock(
+                    width,
+                    channels * multiplier,
+                    volumetric=number < num_volumetric,
+                    leading_relu=number > 0,
+                    pool=pool,
+                )
+            )
+            width = channels * multiplier
+            resolution = resolution // 2 if pool else resolution
+        self.blocks = nn.ModuleList(blocks)
+        self.score = Linear(width, 1)
+        self.embedding = Embedding(num_classes, width) if num_classes else None
+
+    def forward(self, x_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:
+        """Scores of every time step, [B, T], fp32."""
+        if (labels_B is None) != (self.embedding is None):
+            raise ValueError(
+                "a class-conditional discriminator needs labels"
+                if labels_B is None
+                else "an unconditional discriminator takes no labels"
+            )
+        h = x_BTCHW.to(self.compute_dtype)
+        for block in self.blocks:
+            h = block(h)
+        h_BTF = F.relu(h).float().sum(dim=(3, 4))
+        scores_BT: Tensor = self.score(h_BTF).squeeze(2)
+        if self.embedding is None:
+            return scores_BT
+        return scores_BT + torch.einsum("btf,bf->bt", h_BTF, self.embedding(labels_B))
+
+
+class SpatialDiscriminator(nn.Module):
+    """Judges some frames of a video, each alone."""
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        channels: int,
+        multipliers: Sequence[int],
+        num_classes: int | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.tower = ResidualTower(
+            in_channels=3,
+            resolution=resolution,
+            channels=channels,
+            multipliers=multipliers,
+            num_volumetric=0,
+            num_classes=num_classes,
+            compute_dtype=compute_dtype,
+        )
+
+    def forward(
+        self, video_BTCHW: Tensor, labels_B: Tensor | None, frame_indices_BK: Tensor
+    ) -> Tensor:
+        """Scores of the chosen frames, [B, K]; see `draw_frame_indices`."""
+        samples = torch.arange(len(video_BTCHW), device=video_BTCHW.device)[:, None]
+        scores_BK: Tensor = self.tower(video_BTCHW[samples, frame_indices_BK], labels_B)
+        return scores_BK
+
+
+class TemporalDiscriminator(nn.Module):
+    """Judges motion: the whole clip at half its resolution, first two blocks 3x3x3."""
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        channels: int,
+        multipliers: Sequence[int],
+        num_classes: int | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.tower = ResidualTower(
+            in_channels=3,
+            resolution=resolution // 2,
+            channels=channels,
+            multipliers=multipliers,
+            num_volumetric=NUM_VOLUMETRIC_BLOCKS,
+            num_classes=num_classes,
+            compute_dtype=compute_dtype,
+        )
+
+    def forward(self, video_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:
+        """Scores of every time step, [B, T]."""
+        scores_BT: Tensor = self.tower(kernels.average_pool(video_BTCHW), labels_B)
+        return scores_BT
+
+
+class MatchingDiscriminator(nn.Module):
+    """Judges whether a video belongs to its x_l: [f(video); x_l] at x_l's size and length."""
+
+    def __init__(
+        self,
+        *,
+        low_resolution: int,
+        frame_step: int,
+        channels: int,
+        multipliers: Sequence[int],
+        num_classes: int | None = None,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.low_resolution, self.frame_step = low_resolution, frame_step
+        self.tower = ResidualTower(
+            in_channels=6,
+            resolution=low_resolution,
+            channels=channels,
+            multipliers=multipliers,
+            num_volumetric=NUM_VOLUMETRIC_BLOCKS,
+            num_classes=num_classes,
+            compute_dtype=compute_dtype,
+        )
+
+    def forward(self, video_BTCHW: Tensor, labels_B: Tensor | None, low_BtChw: Tensor) -> Tensor:
+        """Scores of x_l's time steps, [B, t]."""
+        view = nearest_view(video_BTCHW, resolution=self.low_resolution, frame_step=self.frame_step)
+        scores_Bt: Tensor = self.tower(torch.cat([view, low_BtChw.to(view.dtype)], 2), labels_B)
+        return scores_Bt
+
+
+class Discriminators(nn.Module):
+    """All discriminators of one stage, as one network with one optimiser."""
+
+    def __init__(
+        self,
+        spatial: SpatialDiscriminator,
+        temporal: TemporalDiscriminator,
+        matching: MatchingDiscriminator | None = None,
+    ) -> None:
+        super().__init__()
+        self.spatial, self.temporal, self.matching = spatial, temporal, matching
+
+    def forward(
+        self,
+        video_BTCHW: Tensor,
+        labels_B: Tensor | None,
+        low_BtChw: Tensor | None,
+        frame_indices_BK: Tensor,
+    ) -> Scores:
+        """Judge videos; `low` is x_l, ignored by a stage that has no matching discriminator."""
+        matching = None
+        if self.matching is not None:
+            if low_BtChw is None:
+                raise ValueError("the matching discriminator needs the low-resolution video")
+            matching = self.matching(video_BTCHW, labels_B, low_BtChw)
+        return Scores(
+            self.spatial(video_BTCHW, labels_B, frame_indices_BK),
+            self.temporal(video_BTCHW, labels_B),
+            matching,
+        )
+
+
+def draw_frame_indices(
+    batch: int, num_frames: int, num_drawn: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """For each sample min(num_drawn, num_frames) different frames; [B, K] int64.
+
+    Uniform without replacement, on the generator's device (the CPU without one).
+    """
+    device = "cpu" if generator is None else generator.device
+    order_BT = torch.rand(batch, num_frames, generator=generator, device=device).argsort(dim=1)
+    return order_BT[:, :num_drawn]

@@ -1,0 +1,112 @@
+"""Generators: the trunk that all share, and the one that makes a whole clip from noise.
+
+Shapes: B batch, Z latent size, K condition size (latent + class embedding), T frames, C channels,
+H x W pixels. Videos are [B, T, 3, H, W] in [-1, 1].
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from engine.models.blocks import GeneratorUnit, Temporal
+from engine.models.layers import Convolution, Embedding, Linear
+from engine.models.norms import FrameNorm
+
+BASE_RESOLUTION = 4
+
+
+class GeneratorTrunk(nn.Module):
+    """From latent and label to a video, through units of temporal module and two 2D blocks.
+
+    SSW-GAN, sections 3.2 and 3.3 and appendix A. `multipliers` are the units' output channels in
+    units of `channels`. Decided: the first log2(resolution / 4) units upsample; the paper's "all
+    but the last" cannot reach 128x128 in five units.
+
+    `compute_dtype` is what activations are in; weights, statistics and the output are fp32.
+    `checkpoint_units` recomputes every unit in the backward pass instead of keeping its insides.
+    """
+
+    def __init__(
+        self,
+        *,
+        resolution: int,
+        channels: int,
+        multipliers: Sequence[int],
+        temporal: Temporal,
+        num_classes: int | None = None,
+        low_resolution: int | None = None,
+        latent_size: int = 128,
+        class_embedding_size: int = 128,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        num_upsamplings = (resolution // BASE_RESOLUTION).bit_length() - 1
+        if resolution != BASE_RESOLUTION << num_upsamplings or len(multipliers) < num_upsamplings:
+            raise ValueError(
+                f"{len(multipliers)} units cannot go from {BASE_RESOLUTION} to {resolution} pixels"
+            )
+        self.resolution, self.latent_size = resolution, latent_size
+        self.compute_dtype = compute_dtype
+        self.checkpoint_units = False
+        self.embedding = Embedding(num_classes, class_embedding_size) if num_classes else None
+        condition_size = latent_size + (class_embedding_size if num_classes else 0)
+        self.base_channels = width = channels * multipliers[0]
+        self.base = Linear(condition_size, BASE_RESOLUTION**2 * width)
+        units = []
+        for number, multiplier in enumerate(multipliers):
+            units.append(
+                GeneratorUnit(
+                    width,
+                    channels * multiplier,
+                    condition_size,
+                    temporal=temporal,
+                    upsample=number < num_upsamplings,
+                    resolution=BASE_RESOLUTION << min(number, num_upsamplings),
+                    low_resolution=low_resolution,
+                )
+            )
+            width = channels * multiplier
+        self.units = nn.ModuleList(units)
+        self.norm = FrameNorm(width, condition_size)
+        self.to_rgb = Convolution(width, 3)
+
+    def condition(self, z_BZ: Tensor, labels_B: Tensor | None) -> Tensor:
+        """[z; e(y)], fp32. Raises ValueError when labels and the network do not fit together."""
+        if z_BZ.ndim != 2 or z_BZ.shape[1] != self.latent_size:
+            raise ValueError(f"z must be [B, {self.latent_size}], not {tuple(z_BZ.shape)}")
+        if (labels_B is None) != (self.embedding is None):
+            raise ValueError(
+                "a class-conditional generator needs labels"
+                if labels_B is None
+                else "an unconditional generator takes no labels"
+            )
+        z_BZ = z_BZ.float()
+        return z_BZ if self.embedding is None else torch.cat([z_BZ, self.embedding(labels_B)], 1)
+
+    def synthesize(
+        self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int, low: Tensor | None
+    ) -> Tensor:
+        """The whole network; `low` is x_l or None. Returns [B, num_frames, 3, H, W], fp32."""
+        cond_BK = self.condition(z_BZ, labels_B)
+        base = self.base(cond_BK.to(self.compute_dtype))
+        base_BHWC = base.unflatten(1, (BASE_RESOLUTION, BASE_RESOLUTION, self.base_channels))
+        # A stride of 0 over T tells the first ConvGRU that its input does not change in time.
+        h = base_BHWC.permute(0, 3, 1, 2)[:, None].expand(-1, num_frames, -1, -1, -1)
+        for unit in self.units:
+            if self.checkpoint_units and torch.is_grad_enabled():
+                h = checkpoint(unit, h, cond_BK, low, use_reentrant=False)
+            else:
+                h = unit(h, cond_BK, low)
+        rgb = kernels.conv2d(self.norm(h, cond_BK), *self.to_rgb(h.dtype))
+        return torch.tanh(rgb.float())
+
+
+class ClipGenerator(GeneratorTrunk):
+    """Makes a clip of any length from noise: stage 1 of SSW-GAN, and DVD-GAN's only stage."""
+
+    def forward(self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int) -> Tensor:
+        """Returns [B, num_frames, 3, resolution, resolution] in [-1, 1], fp32."""
+        return self.synthesize(z_BZ, labels_B, num_frames, low=None)

@@ -1,0 +1,146 @@
+"""Spectrally normalised, orthogonally initialised layers: every weight of G and D is one of these.
+
+Weights are stored [O, ...] with input channels last and kept in fp32; a layer computes in the
+dtype of its input (`Linear`, convolutions) by casting the normalised weight. Power iteration is
+no part of a forward pass: the training loop calls `update_spectral_norm` once per optimiser step,
+so that checkpointed, repeated and accumulated passes all see one and the same σ.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+
+_INITIAL_ITERATIONS = 3  # an orthogonal matrix has σ = 1 for any u, so few are plenty
+
+
+class SpectralWeight(nn.Module):
+    """A weight [O, ...] divided by its largest singular value.
+
+    It is a module of its own so that hooks which gather partitioned parameters around a module's
+    forward (DeepSpeed ZeRO-3) work: nothing outside reads `.weight`.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.register_buffer("u", torch.empty(shape[0]))
+        self.register_buffer("v", torch.empty(self.weight[0].numel()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Orthogonal matrix [O, rest] and its singular vectors; nothing on the meta device."""
+        if self.weight.is_meta:
+            return
+        nn.init.orthogonal_(self.weight)
+        nn.init.normal_(self.u)
+        kernels.power_iteration_([self.weight], [self.u], [self.v], _INITIAL_ITERATIONS)
+
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """weight / σ, cast to `dtype`."""
+        return kernels.spectral_normalize(self.weight, self.u, self.v, dtype)
+
+
+def spectral_weights(module: nn.Module) -> list[SpectralWeight]:
+    """Every spectrally normalised weight of a network, in a fixed order."""
+    return [child for child in module.modules() if isinstance(child, SpectralWeight)]
+
+
+def update_spectral_norm(module: nn.Module, num_iterations: int = 1) -> None:
+    """Power iteration on every weight of a network, once per optimiser step.
+
+    Reads `.weight` directly: under ZeRO-3 the caller gathers those of `spectral_weights(module)`.
+    Not between a forward and its backward: backward needs the u and v that forward used.
+    """
+    layers = spectral_weights(module)
+    kernels.power_iteration_(
+        [layer.weight for layer in layers],
+        [layer.u for layer in layers],
+        [layer.v for layer in layers],
+        num_iterations,
+    )
+
+
+def _zero_bias(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size))
+
+
+class Linear(nn.Module):
+    """y = Ŵ x + b: [..., in] → [..., out]."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.normalized = SpectralWeight(out_features, in_features)
+        self.bias = _zero_bias(out_features) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computed in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.normalized(x.dtype), bias)
+
+
+class Embedding(nn.Module):
+    """Rows of a normalised table: labels [B] → [B, size], fp32."""
+
+    def __init__(self, num_classes: int, size: int) -> None:
+        super().__init__()
+        self.normalized = SpectralWeight(num_classes, size)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        """Look the labels up."""
+        return F.embedding(labels_B, self.normalized())
+
+
+class Convolution(nn.Module):
+    """The weight and bias of one convolution; the block that owns it names the operator.
+
+    Shape of the weight: [out, *kernel_size, in].
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Sequence[int] = (3, 3)
+    ) -> None:
+        super().__init__()
+        self.normalized = SpectralWeight(out_channels, *kernel_size, in_channels)
+        self.bias = _zero_bias(out_channels)
+
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(normalised weight, bias), both in `dtype`."""
+        return self.normalized(dtype), self.bias.to(dtype)
+
+
+class SeparableConvolution(nn.Module):
+    """Weights of a temporal (3) and a spatial (3x3) convolution with one bias after both."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.temporal = SpectralWeight(out_channels, 3, in_channels)
+        self.spatial = SpectralWeight(out_channels, 3, 3, out_channels)
+        self.bias = _zero_bias(out_channels)
+
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(temporal weight [O, 3, I], spatial weight [O, 3, 3, O], bias), in `dtype`."""
+        return self.temporal(dtype), self.spatial(dtype), self.bias.to(dtype)
+
+
+class ConvGRU(nn.Module):
+    """Convolutional GRU whose hidden state has the input's channels (3x3, ReLU candidate)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reset = Convolution(2 * channels, channels)
+        self.update = Convolution(2 * channels, channels)
+        self.candidate = Convolution(2 * channels, channels)
+
+    def forward(self, x_BTCHW: Tensor) -> Tensor:
+        """Every hidden state, [B, T, C, H, W]."""
+        gates = [gate(x_BTCHW.dtype) for gate in (self.reset, self.update, self.candidate)]
+        weights, biases = zip(*gates, strict=True)
+        return kernels.conv_gru(x_BTCHW, *weights, *biases)

@@ -1,0 +1,161 @@
+"""Per-frame conditional batch norm, and the statistics that inference fixes.
+
+A norm works in one of three modes: on the batch's statistics (training), on the batch's while
+accumulating them (`collect_statistics`, the paper's dummy passes), or on fixed ones.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from engine.errors import UserError
+from engine.models.layers import Linear
+
+
+class FrameNorm(nn.Module):
+    """relu(gain · normalised x + bias), gain = 1 + W_g·cond and bias = W_b·cond per sample.
+
+    Statistics are of every (time step, channel) over batch and space (SSW-GAN, section 3.2).
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+
+    def __init__(self, channels: int, condition_size: int) -> None:
+        super().__init__()
+        self.gain = Linear(condition_size, channels, bias=False)
+        self.bias = Linear(condition_size, channels, bias=False)
+        # Not in the state_dict: they belong to one length, and to sampling.
+        self.register_buffer("mean", None, persistent=False)
+        self.register_buffer("var", None, persistent=False)
+        self._accumulated: _Moments | None = None
+
+    def forward(self, x_BTCHW: Tensor, condition_BK: Tensor) -> Tensor:
+        """Returns the shape and dtype of x. Raises UserError at a length other than the fixed."""
+        statistics: tuple[Tensor, Tensor] | None = None
+        if self.mean is not None and self.var is not None:
+            if len(self.mean) != x_BTCHW.shape[1]:
+                raise UserError(
+                    f"norm statistics are fixed for {len(self.mean)} frames, but the video has "
+                    f"{x_BTCHW.shape[1]}; collect them again at that length"
+                )
+            statistics = self.mean, self.var
+        elif self._accumulated is not None:
+            statistics = kernels.frame_statistics(x_BTCHW)
+            self._accumulated.add(*statistics)
+        gain_BC = 1 + self.gain(condition_BK)
+        bias_BC = self.bias(condition_BK)
+        return kernels.frame_norm(x_BTCHW, gain_BC, bias_BC, relu=True, statistics=statistics)
+
+    def start_accumulating(self) -> None:
+        """Use the batch's statistics again and remember them from now on."""
+        self.fix(None)
+        self._accumulated = _Moments()
+
+    def fix_accumulated(self) -> None:
+        """Use the average of what was remembered. Raises RuntimeError when nothing was."""
+        if self._accumulated is None:
+            raise RuntimeError("no statistics were accumulated")
+        self.fix(self._accumulated.statistics())
+
+    def fix(self, statistics: tuple[Tensor, Tensor] | None) -> None:
+        """Fix (mean_TC, var_TC); None returns to the batch's own."""
+        self._accumulated = None
+        self.mean, self.var = statistics or (None, None)
+
+
+class _Moments:
+    """Mean of means and of second moments over passes, in fp64: the subtraction cancels."""
+
+    def __init__(self) -> None:
+        self.num_passes = 0
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
+
+    def add(self, mean_TC: Tensor, var_TC: Tensor) -> None:
+        mean, var = mean_TC.detach().double(), var_TC.detach().double()
+        second = var + mean.square()
+        if self.first is None or self.second is None:
+            self.first, self.second = mean, second
+        elif self.first.shape != mean.shape:
+            raise ValueError(
+                f"statistics passes of {len(self.first)} and of {len(mean)} frames cannot be mixed"
+            )
+        else:
+            self.first, self.second = self.first + mean, self.second + second
+        self.num_passes += 1
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        if self.first is None or self.second is None:
+            raise RuntimeError("no pass ran through this norm while statistics were collected")
+        mean = self.first / self.num_passes
+        var = (self.second / self.num_passes - mean.square()).clamp_min(0)
+        return mean.float(), var.float()
+
+
+def frame_norms(module: nn.Module) -> dict[str, FrameNorm]:
+    """Every norm of a generator (or of a cascade of them) by its module path."""
+    return {name: norm for name, norm in module.named_modules() if isinstance(norm, FrameNorm)}
+
+
+@torch.no_grad()
+def collect_statistics(
+    generator: nn.Module, run_pass: Callable[[int], Any], num_passes: int
+) -> None:
+    """Fix the norm statistics to their average over `num_passes` calls of `run_pass(i)`.
+
+    Each call runs the generator (or cascade) once, at the length that will be generated; the
+    paper uses 200 passes. If a pass fails, the norms are left on batch statistics.
+    """
+    if num_passes < 1:
+        raise ValueError(f"statistics need at least one pass, not {num_passes}")
+    norms = frame_norms(generator).values()
+    for norm in norms:
+        norm.start_accumulating()
+    try:
+        for i in range(num_passes):
+            run_pass(i)
+        for norm in norms:
+            norm.fix_accumulated()
+    except BaseException:
+        fix_norm_statistics(generator, None)
+        raise
+
+
+def norm_statistics(generator: nn.Module) -> dict[str, Tensor]:
+    """The fixed statistics: '<norm>.mean' and '<norm>.var', each [T, C] fp32; {} if not fixed."""
+    return {
+        f"{name}.{which}": value
+        for name, norm in frame_norms(generator).items()
+        for which, value in (("mean", norm.mean), ("var", norm.var))
+        if value is not None
+    }
+
+
+def fix_norm_statistics(generator: nn.Module, statistics: dict[str, Tensor] | None) -> None:
+    """Fix what `norm_statistics` returned; None returns every norm to the batch's statistics.
+
+    Raises UserError when the statistics are not of this network.
+    """
+    norms = frame_norms(generator)
+    if statistics is None:
+        for norm in norms.values():
+            norm.fix(None)
+        return
+    expected = {f"{name}.{which}" for name in norms for which in ("mean", "var")}
+    if expected != statistics.keys():
+        odd = min(expected ^ statistics.keys())
+        raise UserError(f"norm statistics are not of this generator: {odd} is in only one of them")
+    for name, norm in norms.items():
+        mean_TC, var_TC = statistics[f"{name}.mean"], statistics[f"{name}.var"]
+        channels = norm.gain.normalized.u.numel()
+        if mean_TC.shape != var_TC.shape or mean_TC.shape[1:] != (channels,):
+            raise UserError(
+                f"norm statistics are not of this generator: {name} has {channels} channels, "
+                f"they have shape {tuple(mean_TC.shape)}"
+            )
+        device = norm.gain.normalized.u.device
+        norm.fix((mean_TC.float().to(device), var_TC.float().to(device)))

@@ -1,0 +1,55 @@
+"""Convolutions without resampling, 3x3 (or 1x1) per frame and 3x3x3.
+
+y = W * x + b [+ residual] [+ projected x_l], "same" zero padding, stride 1.
+
+Shapes: B batch, T frames, I input and O output channels, H x W pixels. Weights are stored
+channels last, [O, kh, kw, I] and [O, kt, kh, kw, I]. FLOPs: 2·k·I·O per output pixel, k taps.
+Bytes: x, y and the residual once each.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.layout import (
+    channels_last,
+    conv2d_weight,
+    conv3d_weight,
+    fold_frames,
+    unfold_frames,
+)
+from kernels.low_skip import LowSkip, add_low_skip
+
+
+def conv2d(
+    x_BTIHW: Tensor,
+    weight_OhwI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    residual_BTOHW: Tensor | None = None,
+    skip: LowSkip | None = None,
+) -> Tensor:
+    """Convolve every frame by itself; returns [B, T, O, H, W]."""
+    padding = weight_OhwI.shape[1] // 2
+    frames = F.conv2d(fold_frames(x_BTIHW), conv2d_weight(weight_OhwI), bias_O, padding=padding)
+    return add_terms(unfold_frames(frames, x_BTIHW.shape[1]), residual_BTOHW, skip)
+
+
+def conv3d(
+    x_BTIHW: Tensor,
+    weight_OthwI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    residual_BTOHW: Tensor | None = None,
+) -> Tensor:
+    """Convolve in time and space at once; returns [B, T, O, H, W]."""
+    padding = [size // 2 for size in weight_OthwI.shape[1:4]]
+    x_BITHW = channels_last(x_BTIHW).transpose(1, 2)
+    y_BOTHW = F.conv3d(x_BITHW, conv3d_weight(weight_OthwI), bias_O, padding=padding)
+    return add_terms(y_BOTHW.transpose(1, 2), residual_BTOHW, None)
+
+
+def add_terms(y_BTOHW: Tensor, residual_BTOHW: Tensor | None, skip: LowSkip | None) -> Tensor:
+    """What every convolution may end with: a block's shortcut and the injection of x_l."""
+    if residual_BTOHW is not None:
+        y_BTOHW = y_BTOHW + residual_BTOHW
+    return y_BTOHW if skip is None else add_low_skip(y_BTOHW, skip)

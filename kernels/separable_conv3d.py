@@ -1,0 +1,40 @@
+"""Separable 3D convolution: three taps in time, then 3x3 in space.
+
+y = W_space * (W_time * x) + b [+ residual] [+ projected x_l], "same" zero padding.
+SSW-GAN, section 3.3: it stands for one convolution of the residual block that replaces the
+ConvGRU in upsampling stages. Between the two halves there is no bias and no nonlinearity.
+
+Shapes: B batch, T frames, I input and O output channels, H x W pixels. Weights: time [O, 3, I],
+space [O, 3, 3, O]. FLOPs: 2·(3·I·O + 9·O²) per output pixel, against 54·I·O of a full 3x3x3.
+Bytes: x once, y once, and the intermediate twice as long as the halves are separate.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.conv import conv2d
+from kernels.layout import channels_last
+from kernels.low_skip import LowSkip
+
+
+def separable_conv3d(
+    x_BTIHW: Tensor,
+    temporal_weight_OtI: Tensor,
+    spatial_weight_OhwO: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    residual_BTOHW: Tensor | None = None,
+    skip: LowSkip | None = None,
+) -> Tensor:
+    """Returns [B, T, O, H, W]; `residual` and `skip` are added after the spatial half."""
+    height, width = x_BTIHW.shape[-2:]
+    # With H and W as one axis the temporal half is a (3, 1) conv2d on a channels-last view, with
+    # no copy: conv2d has the better kernels, and bf16 conv3d is wrong in some cuDNN versions.
+    x_BITS = channels_last(x_BTIHW).transpose(1, 2).flatten(3)
+    taps = temporal_weight_OtI.permute(0, 2, 1).unsqueeze(-1)
+    padding = (temporal_weight_OtI.shape[1] // 2, 0)
+    mixed_BOTS = F.conv2d(x_BITS, taps, padding=padding)
+    mixed_BTOHW = mixed_BOTS.unflatten(3, (height, width)).transpose(1, 2)
+    return conv2d(
+        mixed_BTOHW, spatial_weight_OhwO, bias_O, residual_BTOHW=residual_BTOHW, skip=skip
+    )
