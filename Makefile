@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 # Paths are relative throughout: the checkout may lie in a folder with spaces in its name.
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint clean help
 .DELETE_ON_ERROR:

@@ -4,15 +4,15 @@ Read `load_config` first. Everything that is derived (a stage's input window, it
 is computed here once, so that no two places can disagree about it.
 """
 
-import difflib
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engine.configuration_errors import explain, found, origin
 from engine.errors import UserError
+from engine.yaml_tree import Tree, parse_override, read_tree, set_key, unshared
 
 BASE_RESOLUTION = 4  # the linear layer's output, in pixels (paper, section 3.2)
 
@@ -24,7 +24,7 @@ Multipliers = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ProceduralClips(Section):
@@ -69,7 +69,7 @@ class Discriminators(Section):
 
     channels: PositiveInt
     multipliers: Multipliers
-    """From input to output."""
+    """From input to output. Every block but the last halves the frames, down to 4x4 pixels."""
     spatial_frames: PositiveInt = 8
     """Frames per clip that the spatial discriminator judges."""
     matching: bool = True
@@ -128,9 +128,17 @@ class Stage(Section):
         """2x upsamplings from the 4x4 base to `resolution`."""
         return (self.resolution // BASE_RESOLUTION).bit_length() - 1
 
+    @property
+    def num_source_frames(self) -> int:
+        """Frames of a source video from a training clip's first frame to its last, both counted."""
+        return (self.num_frames - 1) * self.frame_stride + 1
+
     @model_validator(mode="after")
     def _sizes_are_possible(self) -> "Stage":
-        if self.resolution != BASE_RESOLUTION * 2**self.num_upsamplings:
+        if (
+            self.resolution < BASE_RESOLUTION
+            or self.resolution != BASE_RESOLUTION << self.num_upsamplings
+        ):
             raise ValueError(
                 f"resolution {self.resolution} cannot be reached from the "
                 f"{BASE_RESOLUTION}x{BASE_RESOLUTION} base by doubling; use 4, 8, 16, 32, ..."
@@ -188,28 +196,29 @@ class Config(Section):
                     f"stage {number - 1} generates only {previous.num_frames}"
                 )
         for number, stage in self.stages.items():
-            self._discriminators_fit(number, stage)
             if stage.joint and number == 1:
                 raise ValueError("stage 1: joint training starts with stage 2")
-        return self
-
-    def _discriminators_fit(self, number: int, stage: Stage) -> None:
-        # Every block but the last halves the resolution; the smallest discriminator input decides.
-        inputs = {"temporal": stage.resolution // 2}
-        if number > 1 and stage.discriminators.matching:
-            inputs["matching"] = self.stages[number - 1].resolution
-        num_pools = len(stage.discriminators.multipliers) - 1
-        for which, resolution in inputs.items():
-            if resolution < 2**num_pools:
+            made = self.data.procedural
+            if made is not None and made.num_frames < stage.num_source_frames:
                 raise ValueError(
-                    f"stage {number}: the {which} discriminator sees {resolution}x{resolution} "
-                    f"pixels, too few for {num_pools + 1} blocks (discriminators.multipliers)"
+                    f"data.procedural.num_frames {made.num_frames} is too few: a clip of stage "
+                    f"{number} spans {stage.num_source_frames} frames"
                 )
+        if self.data.procedural is not None and self.data.path is None:
+            raise ValueError("data.procedural needs data.path, the folder to make videos in")
+        return self
 
     @property
     def resolution(self) -> int:
         """The resolution at which clips are decoded: the last stage's."""
         return self.stages[len(self.stages)].resolution
+
+    def to_tree(self) -> Tree:
+        """The whole configuration in dicts, lists and scalars, for YAML or JSON.
+
+        `config_from_tree` accepts it back.
+        """
+        return unshared(self.model_dump())
 
     def upsampling(self, number: int) -> Upsampling:
         """The input of stage `number` > 1."""
@@ -220,98 +229,101 @@ class Config(Section):
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML alone reads the 1e-4 that everybody writes as text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration file.
 
     `overrides` are `key.path=value` strings, values in YAML (`stages.2.training.micro_batch=8`).
     A file may hold `variants: {name: {key.path: value}}` and choose one by `variant: name`
-    (or `--set variant=name`). `training` at the top holds every stage's defaults.
+    (or the override `variant=name`). `training` at the top holds every stage's defaults.
+    Overrides win over the variant, the variant over the file.
 
     Raises UserError with one line that names the file, the key and the remedy.
     """
-    path = Path(path)
-    try:
-        tree = _yaml(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {_one_line(str(error))}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} does not hold a mapping of configuration keys")
-    settings = [_parse_override(text) for text in overrides]
-    variant = dict(settings).get("variant", tree.get("variant"))
-    variants = tree.pop("variants", {})
-    tree.pop("variant", None)
-    if variant is not None:
-        if variant not in variants:
-            raise UserError(f"{path} has no variant {variant!r}; it has: {', '.join(variants)}")
-        settings = [*variants[variant].items(), *settings]
-    for key, value in settings:
+    tree = read_tree(path)
+    given = [parse_override(text) for text in overrides]
+    variants = _pop_variants(tree, path)
+    chosen = dict(given).get("variant", tree.pop("variant", None))
+    if chosen is not None and (not isinstance(chosen, str) or chosen not in variants):
+        offered = f"it has: {', '.join(variants)}" if variants else "it has no variants"
+        raise UserError(f"{path} has no variant {chosen!r}; {offered}")
+    variant = variants[chosen] if chosen is not None else {}
+    for key, value in [*variant.items(), *given]:
         if key != "variant":
-            _set(tree, key, value)
-    return config_from_tree(tree, source=str(path))
+            try:
+                set_key(tree, key, value)
+            except UserError as error:
+                raise UserError(f"{path}: cannot set {error}") from None
+    origins = {key: text for (key, _), text in zip(given, overrides, strict=True)}
+    return _checked(tree, str(path), origins)
 
 
-def config_from_tree(tree: dict[str, Any], source: str) -> Config:
-    """Check a configuration held in plain dicts (a file's or a checkpoint's)."""
+def config_from_tree(tree: Tree, source: str) -> Config:
+    """Check a configuration held in plain dicts; `source` begins the message of a UserError.
+
+    Accepts what `Config.to_tree` gives, also after a trip through JSON, whose keys are text.
+    """
+    return _checked(unshared(tree), source, overrides={})
+
+
+def variant_names(path: str | Path) -> list[str | None]:
+    """The variants that a configuration file offers; [None] when it has none."""
+    return list(_pop_variants(read_tree(path), path)) or [None]
+
+
+def accumulation_steps(training: Training, world_size: int) -> int:
+    """Forward passes per rank and update: global_batch / (world_size * micro_batch).
+
+    Raises UserError when that is not a whole number, naming the nearest batches that work.
+    """
+    per_pass = world_size * training.micro_batch
+    steps, remainder = divmod(training.global_batch, per_pass)
+    if remainder:
+        nearest = [str(count * per_pass) for count in (steps, steps + 1) if count]
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        raise UserError(
+            f"training.global_batch {training.global_batch} must be a multiple of {per_pass} "
+            f"({processes} x micro_batch {training.micro_batch}); "
+            f"nearest: {' or '.join(nearest)}"
+        )
+    return steps
+
+
+def _pop_variants(tree: Tree, path: str | Path) -> dict[str, Tree]:
+    variants = tree.pop("variants", {})
+    if not isinstance(variants, dict) or not all(isinstance(name, str) for name in variants):
+        raise UserError(f"{path}: variants must map names to settings {found(variants)}")
+    for name, settings in variants.items():
+        if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+            raise UserError(
+                f"{path}: variants.{name} must map dotted keys to values, "
+                f"such as stages.1.num_frames: 12 {found(settings)}"
+            )
+    return variants
+
+
+def _checked(tree: Tree, source: str, overrides: dict[str, str]) -> Config:
     defaults = tree.pop("training", {})
+    if not isinstance(defaults, dict):
+        raise UserError(
+            f"{source}: training must be a mapping of keys {found(defaults)}"
+            + origin(("training",), overrides)
+        )
     stages = tree.get("stages")
-    if isinstance(stages, dict) and isinstance(defaults, dict):
+    if isinstance(stages, dict):
+        tree["stages"] = stages = {
+            int(key) if isinstance(key, str) and key.isdecimal() else key: stage
+            for key, stage in stages.items()
+        }
         for stage in stages.values():
             if isinstance(stage, dict) and isinstance(stage.get("training", {}), dict):
                 stage["training"] = {**defaults, **stage.get("training", {})}
     try:
         return Config.model_validate(_tuples(tree))
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error)}") from None
-
-
-def variant_names(path: str | Path) -> list[str | None]:
-    """The variants a configuration file offers; [None] when it has none."""
-    tree = _yaml(Path(path).read_text())
-    return list(tree.get("variants", {})) or [None]
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {text}: expected key.path=value")
-    try:
-        return key.strip(), _yaml(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not YAML") from None
-
-
-def _set(tree: dict[Any, Any], dotted: str, value: Any) -> None:
-    *parents, last = [int(part) if part.isdigit() else part for part in dotted.split(".")]
-    node = tree
-    for part in parents:
-        if isinstance(node.get(part), dict):
-            node = node[part]
-        elif node.get(part) is None and not isinstance(part, int):
-            node = node.setdefault(part, {}) if part not in node else _replace(node, part)
-        else:
-            raise UserError(f"--set {dotted}: there is no {part!r} to set a key of")
-    node[last] = value
-
-
-def _replace(node: dict[Any, Any], part: Any) -> dict[Any, Any]:
-    node[part] = {}
-    return node[part]
+        first = error.errors()[0]
+        raise UserError(
+            f"{source}: {explain(first, _keys_at(first['loc'][:-1]))}{origin(first['loc'], overrides)}"
+        ) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -321,28 +333,15 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(first["loc"][-1]), _all_keys(), n=1)
-        return f"unknown key {where}" + (f"; did you mean {close[0]}?" if close else "")
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return f"missing key {where}"
-    value = first.get("input")
-    shown = f" (found {value!r})" if isinstance(value, str | int | float | bool) else ""
-    return f"{where}: {message}{shown}" if where else message
-
-
-def _all_keys() -> list[str]:
-    sections = [Config, Data, ProceduralClips, Stage, Generator, Discriminators, Training]
-    return sorted({key for section in sections for key in section.model_fields})
-
-
-def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed in the section at `location`."""
+    sections: dict[str, type[Section]] = {
+        "data": Data,
+        "procedural": ProceduralClips,
+        "generator": Generator,
+        "discriminators": Discriminators,
+        "training": Training,
+    }
+    if not location:
+        return [*Config.model_fields, "training", "variant", "variants"]
+    return list(sections.get(str(location[-1]), Stage).model_fields)
