@@ -1,0 +1,149 @@
+"""Convolution operators against per-frame and per-pixel arithmetic written out, in fp64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def naive_conv(x_BTIHW: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Every tap of a [O, kt, kh, kw, I] kernel, shifted and added; zero padding."""
+    kt, kh, kw = weight.shape[1:4]
+    T, _, H, W = x_BTIHW.shape[1:]
+    padded = F.pad(x_BTIHW, (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0, kt // 2, kt // 2))
+    y = bias[None, None, :, None, None].expand(len(x_BTIHW), T, -1, H, W).clone()
+    for t in range(kt):
+        for i in range(kh):
+            for j in range(kw):
+                window = padded[:, t : t + T, :, i : i + H, j : j + W]
+                y += torch.einsum("bnihw,oi->bnohw", window, weight[:, t, i, j])
+    return y
+
+
+def naive_up(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+
+
+def naive_pool(x: Tensor) -> Tensor:
+    quarters = [x[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    return torch.stack(quarters).mean(dim=0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_conv2d(size: int) -> None:
+    x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, size, size, 5), randn(7)
+    expected = naive_conv(x, weight[:, None], bias)
+    torch.testing.assert_close(kernels.conv2d(x, weight, bias), expected)
+    residual = randn(2, 3, 7, 4, 6)
+    got = kernels.conv2d(x, weight, bias, residual_BTOHW=residual)
+    torch.testing.assert_close(got, expected + residual)
+
+
+def test_conv3d_adds_the_residual() -> None:
+    x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, 3, 3, 3, 5), randn(7)
+    expected = naive_conv(x, weight, bias)
+    torch.testing.assert_close(kernels.conv3d(x, weight, bias), expected)
+    residual = randn(2, 3, 7, 4, 6)
+    got = kernels.conv3d(x, weight, bias, residual_BTOHW=residual)
+    torch.testing.assert_close(got, expected + residual)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_upsample_conv(size: int) -> None:
+    x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, size, size, 5), randn(7)
+    expected = naive_conv(naive_up(x), weight[:, None], bias)
+    torch.testing.assert_close(kernels.upsample_conv(x, weight, bias), expected)
+
+
+def test_conv_pool_2d_and_3d_keep_every_frame() -> None:
+    x, bias, residual = randn(2, 3, 5, 4, 6), randn(7), randn(2, 3, 7, 2, 3)
+    flat, deep = randn(7, 3, 3, 5), randn(7, 3, 3, 3, 5)
+    expected = naive_pool(naive_conv(x, flat[:, None], bias)) + residual
+    got = kernels.conv_pool2d(x, flat, bias, residual_BTOHW=residual)
+    torch.testing.assert_close(got, expected)
+    expected = naive_pool(naive_conv(x, deep, bias)) + residual
+    got = kernels.conv_pool3d(x, deep, bias, residual_BTOHW=residual)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(kernels.average_pool(x), naive_pool(x))
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])  # shorter than, equal to and past the taps
+def test_separable_conv3d(num_frames: int) -> None:
+    x = randn(2, num_frames, 5, 4, 6)
+    temporal, spatial, bias = randn(7, 3, 5), randn(7, 3, 3, 7), randn(7)
+    mixed = naive_conv(x, temporal[:, :, None, None], torch.zeros(7, dtype=torch.float64))
+    expected = naive_conv(mixed, spatial[:, None], bias)
+    torch.testing.assert_close(kernels.separable_conv3d(x, temporal, spatial, bias), expected)
+
+
+def naive_low_skip(skip: kernels.LowSkip, shape: torch.Size) -> Tensor:
+    num_frames, height, width = shape[1], shape[3], shape[4]
+    low_frames, low_height, low_width = (skip.video.shape[i] for i in (1, 3, 4))
+    added = torch.zeros(shape, dtype=torch.float64)
+    for t in range(num_frames):
+        for i in range(height):
+            for j in range(width):
+                pixel = skip.video[
+                    :,
+                    t * low_frames // num_frames,
+                    :,
+                    i * low_height // height,
+                    j * low_width // width,
+                ]
+                added[:, t, :, i, j] = pixel @ skip.weight[:, 0, 0].T + skip.bias
+    return added
+
+
+def test_low_skip_repeats_frames_and_skips_pixels() -> None:
+    skip = kernels.LowSkip(randn(2, 3, 3, 8, 4), randn(7, 1, 1, 3), randn(7))
+    y = randn(2, 6, 7, 4, 2)
+    torch.testing.assert_close(
+        kernels.add_low_skip(y, skip), y + naive_low_skip(skip, y.shape), check_stride=False
+    )
+
+
+def test_convolutions_end_with_residual_and_skip() -> None:
+    x, residual = randn(2, 6, 5, 4, 2), randn(2, 6, 7, 4, 2)
+    skip = kernels.LowSkip(randn(2, 3, 3, 8, 4), randn(7, 1, 1, 3), randn(7))
+    terms = residual + naive_low_skip(skip, residual.shape)
+    weight, bias, temporal = randn(7, 3, 3, 5), randn(7), randn(7, 3, 5)
+    got = kernels.conv2d(x, weight, bias, residual_BTOHW=residual, skip=skip)
+    torch.testing.assert_close(got, kernels.conv2d(x, weight, bias) + terms)
+    spatial = randn(7, 3, 3, 7)
+    got = kernels.separable_conv3d(x, temporal, spatial, bias, residual_BTOHW=residual, skip=skip)
+    torch.testing.assert_close(got, kernels.separable_conv3d(x, temporal, spatial, bias) + terms)
+
+
+@pytest.mark.parametrize(
+    "low_shape", [(2, 3, 3, 2, 2), (2, 3, 3, 6, 4), (2, 4, 3, 8, 4)], ids=["small", "6/4", "frames"]
+)
+def test_low_skip_refuses_to_upsample_or_interpolate(low_shape: tuple[int, ...]) -> None:
+    skip = kernels.LowSkip(randn(*low_shape), randn(7, 1, 1, 3), randn(7))
+    with pytest.raises(ValueError, match="cannot be injected"):
+        kernels.add_low_skip(randn(2, 6, 7, 4, 4), skip)
+
+
+def test_every_output_is_channels_last_in_memory() -> None:
+    """Else each following convolution would copy its input (fp32: fp64 has no oneDNN)."""
+    x = torch.randn(2, 4, 8, 4, 4).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    flat, deep, taps = torch.randn(8, 3, 3, 8), torch.randn(8, 3, 3, 3, 8), torch.randn(8, 3, 8)
+    skip = kernels.LowSkip(torch.randn(2, 2, 3, 8, 8), torch.randn(8, 1, 1, 3), torch.randn(8))
+    gates, biases = [torch.randn(8, 3, 3, 16) for _ in range(3)], [torch.randn(8) for _ in range(3)]
+    outputs = {
+        "conv2d": kernels.conv2d(x, flat),
+        "conv3d": kernels.conv3d(x, deep),
+        "upsample": kernels.upsample_conv(x, flat),
+        "pool2d": kernels.conv_pool2d(x, flat),
+        "pool3d": kernels.conv_pool3d(x, deep),
+        "separable": kernels.separable_conv3d(x, taps, flat, skip=skip),
+        "norm": kernels.frame_norm(x, torch.randn(2, 8), torch.randn(2, 8)),
+        "gru": kernels.conv_gru(x, *gates, *biases),
+    }
+    wrong = [k for k, y in outputs.items() if not y.permute(0, 1, 3, 4, 2).is_contiguous()]
+    assert not wrong
