@@ -1,0 +1,45 @@
+"""What every script's command line has in common: one clear line and exit code 2 for bad input."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from engine.errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with errors of one line and no guessing at abbreviated options."""
+
+    def __init__(self, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 after one line; argparse would print the whole usage before it."""
+        _fail(f"{message} (see {self.prog} --help)")
+
+
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Call `main` with the command line's arguments and exit: 0 when it returns, 2 on a UserError.
+
+    Any other exception is a defect of ours and keeps its traceback.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells report it
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    # A message may quote a library's, which may have several lines.
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

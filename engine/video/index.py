@@ -1,0 +1,184 @@
+"""The index of a data set: which videos there are, what each holds, and the file that keeps it.
+
+JSON lines: a header (format, version, root, classes), then one video per line. What was rejected
+stands beside it in `<name>.rejects.jsonl`. Made by `engine.video.indexing.build_index`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from engine.errors import UserError
+
+FORMAT, VERSION = "ssw-gan video index", 1
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoEntry:
+    """One video, decoded to its end when the index was made."""
+
+    path: str
+    """Relative to the index's root, with forward slashes."""
+    label: int | None
+    """Position in the index's classes; None without classes."""
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    """libav's name: h264, vp9, mjpeg, ..."""
+    pixel_format: str
+    """libav's name: yuv420p, yuvj420p, ..."""
+    sha256: str
+    size_bytes: int
+    modified_ns: int
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A file that cannot be trained on, and why; sizes are 0 when it is missing."""
+
+    path: str
+    reason: str
+    size_bytes: int = 0
+    modified_ns: int = 0
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    format: str
+    version: int
+    root: str
+    classes: list[str]
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+
+_HEADER, _ENTRY, _REJECT = TypeAdapter(_Header), TypeAdapter(VideoEntry), TypeAdapter(Reject)
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """The accepted videos of a data set, in a fixed order, and its classes (empty when none)."""
+
+    root: Path
+    classes: tuple[str, ...]
+    entries: tuple[VideoEntry, ...]
+
+    def path(self, number: int) -> Path:
+        """The absolute path of entry `number`."""
+        return self.root / self.entries[number].path
+
+    def fingerprint(self) -> str:
+        """A hash of what training can see: paths, contents and labels; not of where they lie."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for entry in self.entries:
+            digest.update(json.dumps([entry.path, entry.sha256, entry.label]).encode())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the index; a reader sees the old file or the whole new one, never a part.
+
+        A root at or below the index's own folder is stored relative to it: both can move together.
+        """
+        path = Path(path)
+        try:
+            root = self.root.resolve().relative_to(path.parent.resolve()).as_posix()
+        except ValueError:
+            root = str(self.root.resolve())
+        header = _Header(FORMAT, VERSION, root, list(self.classes))
+        write_lines(path, [asdict(header), *(asdict(entry) for entry in self.entries)])
+
+    @classmethod
+    def load(cls, path: str | Path) -> "VideoIndex":
+        """Read and check an index. Raises UserError: one line with the file, line and remedy."""
+        path = Path(path)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            what = getattr(error, "strerror", None) or "not text"
+            raise UserError(
+                f"cannot read the video index {path}: {what}; make one with engine/prepare.py"
+            ) from None
+        try:
+            header = _HEADER.validate_json(lines[0] if lines else "")
+        except ValidationError:
+            raise UserError(
+                f"{path} is not a video index; make one with engine/prepare.py"
+            ) from None
+        if (header.format, header.version) != (FORMAT, VERSION):
+            raise UserError(
+                f"{path} is '{header.format}' version {header.version}, not '{FORMAT}' version "
+                f"{VERSION}; make it again with engine/prepare.py"
+            )
+        entries = []
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                entries.append(_checked(_ENTRY.validate_json(line), len(header.classes)))
+            except ValueError as error:  # pydantic's ValidationError is one
+                raise UserError(f"{path}, line {number}: {_first(error)}") from None
+        if not entries:
+            raise UserError(f"{path} lists no videos")
+        return cls(path.parent.resolve() / header.root, tuple(header.classes), tuple(entries))
+
+
+def rejects_path(index_path: Path) -> Path:
+    """Where the rejects of the index at `index_path` are listed."""
+    return index_path.with_name(f"{index_path.stem}.rejects.jsonl")
+
+
+def load_rejects(index_path: Path) -> list[Reject]:
+    """The rejects listed beside an index; none when there is no list."""
+    path = rejects_path(index_path)
+    try:
+        return [_REJECT.validate_json(line) for line in path.read_text("utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {_first(error)}; remove it") from None
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines aside and rename them into place when they are on the disk."""
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _checked(entry: VideoEntry, num_classes: int) -> VideoEntry:
+    path = PurePosixPath(entry.path)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"path {entry.path!r} leads out of the data set")
+    if entry.label is None and num_classes:
+        raise ValueError("label is missing")
+    if entry.label is not None and not 0 <= entry.label < num_classes:
+        raise ValueError(f"label {entry.label}, but there are {num_classes} classes")
+    if min(entry.num_frames, entry.width, entry.height) < 1:
+        raise ValueError("num_frames, width and height must be positive")
+    return entry
+
+
+def _first(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ".".join(str(part) for part in (*first["loc"], "")) + f" {first['msg']}"
+    return str(error)
