@@ -321,9 +321,9 @@ def _checked(tree: Tree, source: str, overrides: dict[str, str]) -> Config:
         return Config.model_validate(_tuples(tree))
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{source}: {explain(first, _keys_at(first['loc'][:-1]))}{origin(first['loc'], overrides)}"
-        ) from None
+        location = first["loc"]
+        line = explain(first, _keys_at(location[:-1])) + origin(location, overrides)
+        raise UserError(f"{source}: {line}") from None
 
 
 def _tuples(value: Any) -> Any:
