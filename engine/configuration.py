@@ -135,10 +135,8 @@ class Stage(Section):
 
     @model_validator(mode="after")
     def _sizes_are_possible(self) -> "Stage":
-        if (
-            self.resolution < BASE_RESOLUTION
-            or self.resolution != BASE_RESOLUTION << self.num_upsamplings
-        ):
+        doublings = max(self.num_upsamplings, 0)  # negative below the base
+        if self.resolution != BASE_RESOLUTION << doublings:
             raise ValueError(
                 f"resolution {self.resolution} cannot be reached from the "
                 f"{BASE_RESOLUTION}x{BASE_RESOLUTION} base by doubling; use 4, 8, 16, 32, ..."

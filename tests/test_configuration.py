@@ -86,9 +86,11 @@ def test_shipped_file_loads_and_survives_a_round_trip(path: Path, variant: str |
     assert config.name == path.stem
     tree = config.to_tree()
     assert config_from_tree(tree, "tree") == config
-    assert config_from_tree(json.loads(json.dumps(tree)), "json") == config
     assert config_from_tree(yaml.safe_load(yaml.safe_dump(tree)), "yaml") == config
-    assert tree == config.to_tree(), "config_from_tree changed what it was given"
+    text = json.dumps(tree)
+    through_json = json.loads(text)
+    assert config_from_tree(through_json, "json") == config
+    assert through_json == json.loads(text), "config_from_tree changed what it was given"
 
 
 def paper_sizes(name: str, *overrides: str) -> list[tuple[int, int, int]]:
@@ -159,7 +161,7 @@ def test_precedence_is_override_then_variant_then_file(small: Path) -> None:
         ("training.ema_decay=0.99", lambda c: c.stages[1].training.ema_decay == 0.99),
         ("data.path=a=b", lambda c: c.data.path == "a=b"),
         ("data.num_classes=null", lambda c: c.data.num_classes is None),
-        ("data.procedural={num_frames: 9}", lambda c: c.data.procedural.num_frames == 9),
+        ("data.procedural={num_frames: 7}", lambda c: c.data.procedural.num_frames == 7),
     ],
 )
 def test_override(small: Path, override: str, found: Any) -> None:
