@@ -1,0 +1,220 @@
+"""ClipLoader: an endless, seeded, sharded stream of training clips with an exact position.
+
+Shapes: B batch, T frames, C = 3 channels (RGB), H x W pixels.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.video.index import VideoIndex
+from engine.video.pipeline import ClipStream, Decoder
+from engine.video.sampler import ClipRequest, ClipSampler
+from engine.views import nearest_view
+
+_DALI_CPU_CODECS = {"vp8", "vp9", "mjpeg"}
+_DALI_GPU_CODECS = {*_DALI_CPU_CODECS, "h264", "hevc", "av1", "mpeg4"}
+# NVDEC's common ground over codecs and GPU generations.
+_DALI_GPU_PIXEL_FORMATS = {"yuv420p", "yuvj420p"}
+
+
+class Clips(NamedTuple):
+    """A batch: video_BTCHW float32 in [-1, 1], physically [B, T, H, W, C]; labels_B int64."""
+
+    video_BTCHW: Tensor
+    labels_B: Tensor
+
+
+class ClipLoader:
+    """Clips of `num_frames` frames, every `frame_stride`-th, from the videos of an index.
+
+    A clip is decoded, its shorter side resized to `resolution` (antialiased bilinear), cropped to
+    a square, perhaps mirrored, and then seen through the nearest-neighbour view f at
+    `view_resolution`: all stages train on views of the same pixels. Values are u8 / 127.5 - 1.
+
+    `batch_size` is this rank's; clip k of the sampler belongs to rank k % world_size. Labels are
+    zeros when the index has no classes. `next(loader)` never ends.
+
+    Raises UserError when no video is long enough, when the decoder asked for cannot run, and, in
+    `next`, naming the file, when one cannot be decoded. Raises ValueError for sizes without a
+    nearest-neighbour view.
+    """
+
+    def __init__(
+        self,
+        index: VideoIndex,
+        *,
+        num_frames: int,
+        frame_stride: int,
+        resolution: int,
+        view_resolution: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        random_crop: bool = True,
+        horizontal_flip: bool = False,
+        decoder: str = "auto",
+        device: torch.device | None = None,
+        num_threads: int = 2,
+    ) -> None:
+        if resolution % view_resolution:
+            raise ValueError(f"no nearest view of {resolution} pixels at {view_resolution}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self._index = index
+        self._device = device or torch.device("cpu")
+        self._view_resolution = view_resolution
+        self._rank, self._world_size = rank, world_size
+        self._batch_size = batch_size
+        try:
+            self._sampler = ClipSampler(
+                [entry.num_frames for entry in index.entries],
+                num_frames=num_frames,
+                frame_stride=frame_stride,
+                seed=seed,
+                random_crop=random_crop,
+                horizontal_flip=horizontal_flip,
+            )
+        except ValueError:
+            longest = max(entry.num_frames for entry in index.entries)
+            raise UserError(
+                f"no video in {index.root} is long enough: {num_frames} frames, every "
+                f"{frame_stride}th, need {(num_frames - 1) * frame_stride + 1}; the longest has "
+                f"{longest}"
+            ) from None
+        self._used = [index.entries[video] for video in self._sampler.usable_videos]
+        self._decoder = self._choose_decoder(decoder)
+        self._stream_settings = {
+            "batch_size": batch_size,
+            "num_frames": num_frames,
+            "frame_stride": frame_stride,
+            "resolution": resolution,
+            "decoder": self._decoder,
+            "device": self._device,
+            "num_threads": num_threads,
+        }
+        # Not the rank count: clip numbers are global, so that another sharding of the same global
+        # batch goes on with the same clips.
+        self._identity = {
+            "data set": index.fingerprint(),
+            "num_frames": num_frames,
+            "frame_stride": frame_stride,
+            "resolution": resolution,
+            "view_resolution": view_resolution,
+            "global batch": batch_size * world_size,
+            "seed": seed,
+            "random_crop": random_crop,
+            "horizontal_flip": horizontal_flip,
+        }
+        self._position = 0  # clip numbers below it have been handed out, on all ranks together
+        self._stream: ClipStream | None = None
+        self._expected = self._request_batches(0)
+
+    @property
+    def description(self) -> str:
+        """One line for a person: how many clips, of what, decoded by what."""
+        codecs = Counter(entry.codec for entry in self._used)
+        names = ", ".join(name.upper() for name, _ in codecs.most_common())
+        by = {"dali-cpu": "DALI (CPU)", "dali-gpu": "DALI (GPU)", "pyav": "PyAV (CPU)"}
+        text = f"{len(self._used)} videos"
+        if self._index.classes:
+            text += f", {len(self._index.classes)} classes"
+        text += f", {names} via {by[self._decoder]}"
+        if self._sampler.num_too_short:
+            text += f"; {self._sampler.num_too_short} videos too short, left out"
+        resolution = self._identity["resolution"]
+        num_small = sum(min(entry.width, entry.height) < resolution for entry in self._used)
+        if num_small:
+            text += f"; {num_small} smaller than {resolution} pixels, enlarged"
+        return text
+
+    def __iter__(self) -> "ClipLoader":
+        return self
+
+    def __next__(self) -> Clips:
+        """The next batch of this rank."""
+        if self._stream is None:
+            self._expected = self._request_batches(self._position)
+            self._stream = ClipStream(
+                self._index, self._request_batches(self._position), **self._stream_settings
+            )
+        numbers, clips_BTHWC = next(self._stream)
+        requests = next(self._expected)
+        # DALI works ahead in threads of its own; this is where a lost or reordered batch would show.
+        if numbers.tolist() != [request.number for request in requests]:
+            raise RuntimeError(f"expected clip {requests[0].number}, got {numbers.tolist()}")
+        self._position += self._batch_size * self._world_size
+        labels = [self._index.entries[request.video].label or 0 for request in requests]
+        return Clips(self._video(clips_BTHWC), torch.tensor(labels, device=self._device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on all ranks, and what it is a position in."""
+        return {"position": self._position, "identity": dict(self._identity)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a position: the next batch is the one that would have come then.
+
+        Raises UserError, naming what differs, when the position is one in another stream of clips.
+        """
+        saved = state["identity"]
+        for name, value in self._identity.items():
+            if saved.get(name) != value:
+                shown = f" ({saved.get(name)}, now {value})" if name != "data set" else ""
+                raise UserError(
+                    f"cannot continue: the checkpoint's {name} differs from this run's{shown}"
+                )
+        self.close()
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """Stop decoding; `next` starts it again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _request_batches(self, position: int) -> Iterator[list[ClipRequest]]:
+        while True:
+            first = position + self._rank
+            numbers = range(first, first + self._batch_size * self._world_size, self._world_size)
+            yield [self._sampler.request(number) for number in numbers]
+            position += self._batch_size * self._world_size
+
+    def _video(self, clips_BTHWC: Tensor) -> Tensor:
+        view_BTCHW = nearest_view(
+            clips_BTHWC.permute(0, 1, 4, 2, 3), resolution=self._view_resolution
+        )
+        # Made dense in [B, T, H, W, C] first: conversion alone would fall back to [B, T, C, H, W].
+        view_BTHWC = view_BTCHW.permute(0, 1, 3, 4, 2).contiguous()
+        video_BTHWC = view_BTHWC.float().div_(127.5).sub_(1)
+        return video_BTHWC.permute(0, 1, 4, 2, 3)
+
+    def _choose_decoder(self, asked: str) -> Decoder:
+        on_gpu = self._device.type == "cuda"
+        if asked == "auto":
+            if on_gpu and not self._undecodable("dali-gpu"):
+                return "dali-gpu"
+            return "pyav" if self._undecodable("dali-cpu") else "dali-cpu"
+        if asked not in get_args(Decoder):
+            raise UserError(f"decoder {asked!r}: use auto, {', '.join(get_args(Decoder))}")
+        if asked == "dali-gpu" and not on_gpu:
+            raise UserError(f"decoder dali-gpu needs a GPU, but this run is on {self._device}")
+        if problem := self._undecodable(asked):
+            raise UserError(f"decoder {asked} cannot decode {problem}; use decoder auto or pyav")
+        return asked
+
+    def _undecodable(self, decoder: Decoder) -> str | None:
+        """The first video that `decoder` cannot decode, and why; None when it can decode all."""
+        if decoder == "pyav":
+            return None
+        codecs = _DALI_GPU_CODECS if decoder == "dali-gpu" else _DALI_CPU_CODECS
+        for entry in self._used:
+            if entry.codec not in codecs:
+                return f"{entry.path} ({entry.codec})"
+            if decoder == "dali-gpu" and entry.pixel_format not in _DALI_GPU_PIXEL_FORMATS:
+                return f"{entry.path} ({entry.pixel_format})"
+        return None

@@ -1,0 +1,213 @@
+"""The DALI pipeline: clip requests in, uint8 clips of one size out. One definition for CPU and GPU.
+
+    requests -> read file -> decode the window -> shorter-side resize -> square crop -> flip
+             or (PyAV) decoded windows ---^
+
+The requests come from our sampler through `external_source`, so the pipeline has no state that a
+checkpoint would have to hold, and DALI's readers, which skip damaged files without a word, are
+not used. Clips are [B, T, H, W, C], C = 3 (RGB), H = W = resolution.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.plugin.pytorch import DALIGenericIterator
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.video.decoding import decode_window
+from engine.video.index import VideoIndex
+from engine.video.inspection import RejectedError
+from engine.video.sampler import ClipRequest
+
+Decoder = Literal["dali-cpu", "dali-gpu", "pyav"]
+# Batches in preparation ahead of the one in use.
+PREFETCHED_BATCHES = 2
+
+
+@pipeline_def
+def _clip_pipeline(
+    source: Callable[[], tuple],
+    decoder: Decoder,
+    on_gpu: bool,
+    num_frames: int,
+    frame_stride: int,
+    resolution: int,
+) -> Any:
+    number, crop_x, crop_y, flip, *video = fn.external_source(
+        source, num_outputs=5 if decoder == "pyav" else 6, batch=True
+    )
+    if decoder == "pyav":
+        frames = fn.reshape(video[0], layout="FHWC")  # only names the axes
+    else:
+        path, start_frame = video
+        frames = fn.decoders.video(
+            fn.io.file.read(path),
+            device="mixed" if decoder == "dali-gpu" else "cpu",
+            start_frame=start_frame,
+            sequence_length=num_frames,
+            stride=frame_stride,
+            pad_mode="none",  # a file that has become shorter is to be noticed, not padded
+        )
+    if on_gpu:
+        frames = frames.gpu()
+    frames = fn.resize(
+        frames, resize_shorter=resolution, interp_type=types.INTERP_LINEAR, antialias=True
+    )
+    frames = fn.crop(frames, crop=(resolution, resolution), crop_pos_x=crop_x, crop_pos_y=crop_y)
+    return number, fn.flip(frames, horizontal=flip)
+
+
+class ClipStream:
+    """Decoded batches for a stream of request batches, in order; `next` gives (numbers, clips).
+
+    numbers: int64 [B], the clip numbers as they came through the pipeline; clips: uint8
+    [B, T, H, W, C] on `device`. Raises UserError that names the file when one cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        index: VideoIndex,
+        batches: Iterator[list[ClipRequest]],
+        *,
+        batch_size: int,
+        num_frames: int,
+        frame_stride: int,
+        resolution: int,
+        decoder: Decoder,
+        device: torch.device,
+        num_threads: int,
+    ) -> None:
+        self._index = index
+        self._num_frames = num_frames
+        self._frame_stride = frame_stride
+        # Requests whose clips have not come out yet: among them is whatever file fails.
+        self._in_flight: deque[list[ClipRequest]] = deque()
+        self._batches = batches
+        self._threads = ThreadPoolExecutor(num_threads) if decoder == "pyav" else None
+        self._decoding: deque[list[Future[NDArray[np.uint8]]]] = deque()
+        on_gpu = device.type == "cuda"
+        pipeline = _clip_pipeline(
+            self._next_decoded if decoder == "pyav" else self._next_files,
+            decoder,
+            on_gpu,
+            num_frames,
+            frame_stride,
+            resolution,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=(device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=PREFETCHED_BATCHES,
+        )
+        self._iterator = DALIGenericIterator(
+            pipeline, ["number", "clips"], auto_reset=False, prepare_first_batch=False
+        )
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """The next batch's (numbers, clips)."""
+        try:
+            batch = next(self._iterator)[0]
+        except RuntimeError as error:
+            raise UserError(self._blame(error)) from error
+        numbers, clips = batch["number"], batch["clips"]
+        if clips.shape[1] != self._num_frames:
+            raise UserError(self._blame(None))
+        self._in_flight.popleft()
+        return numbers.view(-1).cpu(), clips
+
+    def close(self) -> None:
+        """Stop decoding."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+
+    def _next_files(self) -> tuple:
+        """Outputs of external_source for decoders that read the file themselves."""
+        requests = self._next_requests()
+        paths = [str(self._index.path(request.video)) for request in requests]
+        return (
+            *_choices(requests),
+            [np.frombuffer(path.encode(), dtype=np.uint8) for path in paths],
+            [np.int32(request.start_frame) for request in requests],
+        )
+
+    def _next_decoded(self) -> tuple:
+        """Outputs of external_source with the frames; one more batch is decoded meanwhile."""
+        while len(self._decoding) < 2:
+            assert self._threads is not None
+            requests = self._next_requests()
+            self._decoding.append([self._threads.submit(self._decode, r) for r in requests])
+        futures = self._decoding.popleft()
+        requests = self._in_flight[-1 - len(self._decoding)]
+        return (*_choices(requests), [future.result() for future in futures])
+
+    def _next_requests(self) -> list[ClipRequest]:
+        requests = next(self._batches)
+        for request in requests:
+            self._check_unchanged(request.video)
+        self._in_flight.append(requests)
+        return requests
+
+    def _check_unchanged(self, video: int) -> None:
+        """Refuse a file that is not the one indexed: what libav makes of it was never judged."""
+        path, expected = self._index.path(video), self._index.entries[video].size_bytes
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror}; run engine/prepare.py again"
+            ) from None
+        if size != expected:
+            raise UserError(
+                f"{path} has changed since it was indexed ({expected} to {size} bytes); "
+                "run engine/prepare.py again"
+            )
+
+    def _decode(self, request: ClipRequest) -> NDArray[np.uint8]:
+        path = self._index.path(request.video)
+        try:
+            return decode_window(
+                path,
+                start_frame=request.start_frame,
+                num_frames=self._num_frames,
+                frame_stride=self._frame_stride,
+                video_frames=self._index.entries[request.video].num_frames,
+            )
+        except RejectedError as rejected:
+            raise UserError(
+                f"cannot decode {path}: {rejected}; run engine/prepare.py again"
+            ) from None
+
+    def _blame(self, error: RuntimeError | None) -> str:
+        """Name the file: DALI's message tells the operator and the reason, but not the clip."""
+        suspects = sorted({r.video for requests in self._in_flight for r in requests})
+        for video in suspects:
+            entry, path = self._index.entries[video], self._index.path(video)
+            try:
+                decode_window(
+                    path,
+                    start_frame=0,
+                    num_frames=entry.num_frames,
+                    frame_stride=1,
+                    video_frames=entry.num_frames,
+                )
+            except RejectedError as rejected:
+                return f"cannot decode {path}: {rejected}; run engine/prepare.py again"
+        names = ", ".join(str(self._index.path(video)) for video in suspects)
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reasons = [line for line in lines if "ssert" in line or "rror" in line]
+        return f"DALI cannot decode one of {names}: {(reasons or lines)[-1]}"
+
+
+def _choices(requests: Sequence[ClipRequest]) -> tuple[list, list, list, list]:
+    return (
+        [np.array([request.number], dtype=np.int64) for request in requests],
+        [np.float32(request.crop_x) for request in requests],
+        [np.float32(request.crop_y) for request in requests],
+        [np.int32(request.flip) for request in requests],
+    )

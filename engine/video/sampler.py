@@ -1,0 +1,111 @@
+"""Which clips are trained on: a pure function of (seed, clip number), with no state to save.
+
+Clip number k runs over all ranks and epochs. Epoch k // N is a random permutation of the N usable
+videos; each gives one window, at a random start. Global batch b holds the numbers
+[b * G, (b + 1) * G) for global batch size G, whatever the number of ranks that share it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_U64 = np.uint64
+# What a random number is drawn for; each gets a stream of its own.
+_ORDER, _START, _CROP_X, _CROP_Y, _FLIP = range(5)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRequest:
+    """One clip to decode."""
+
+    number: int
+    video: int
+    """Position in the index's entries."""
+    start_frame: int
+    crop_x: float
+    """In [0, 1]: 0 keeps the left edge, 1 the right."""
+    crop_y: float
+    flip: bool
+    """Mirror left and right."""
+
+
+class ClipSampler:
+    """Clip number -> ClipRequest.
+
+    `video_lengths` are frames per video; videos shorter than a window,
+    (num_frames - 1) * frame_stride + 1 source frames, are left out (`num_too_short`). Raises
+    ValueError when none is left.
+    """
+
+    def __init__(
+        self,
+        video_lengths: Sequence[int],
+        *,
+        num_frames: int,
+        frame_stride: int,
+        seed: int,
+        random_crop: bool,
+        horizontal_flip: bool,
+    ) -> None:
+        self.window_frames = (num_frames - 1) * frame_stride + 1
+        lengths = np.asarray(video_lengths, dtype=np.int64)
+        self.usable_videos = np.flatnonzero(lengths >= self.window_frames)
+        self.num_too_short = len(lengths) - len(self.usable_videos)
+        if not len(self.usable_videos):
+            raise ValueError(f"no video has {self.window_frames} frames")
+        self._num_starts = lengths[self.usable_videos] - self.window_frames + 1
+        self._seed = seed
+        self._random_crop = random_crop
+        self._horizontal_flip = horizontal_flip
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        """Clips per epoch: one per usable video."""
+        return len(self.usable_videos)
+
+    def request(self, number: int) -> ClipRequest:
+        """The clip with this number (any number from 0)."""
+        epoch, place = divmod(number, len(self))
+        usable = self._order(epoch)[place]
+        return ClipRequest(
+            number=number,
+            video=int(self.usable_videos[usable]),
+            start_frame=int(self._uniform(_START, number) * self._num_starts[usable]),
+            crop_x=self._uniform(_CROP_X, number) if self._random_crop else 0.5,
+            crop_y=self._uniform(_CROP_Y, number) if self._random_crop else 0.5,
+            flip=self._horizontal_flip and self._uniform(_FLIP, number) < 0.5,
+        )
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            keys = _hash(self._seed, _ORDER, epoch, np.arange(len(self), dtype=_U64))
+            # A batch can lie across two epochs: keep the last two.
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = np.argsort(keys, kind="stable")
+        return self._orders[epoch]
+
+    def _uniform(self, stream: int, number: int) -> float:
+        """A number in [0, 1): the hash's 53 high bits, as many as a float holds."""
+        bits = _hash(self._seed, stream, number // 2**32, np.array([number % 2**32], dtype=_U64))
+        return float(bits[0] >> _U64(11)) * 2.0**-53
+
+
+def _hash(seed: int, stream: int, high: int, low: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """64 random-looking bits per element of `low`, the same on every machine and numpy version.
+
+    Each word is absorbed by SplitMix64's finaliser (Steele, Lea, Flood 2014), a bijection with
+    full avalanche; numpy's own generators promise no stable streams across versions.
+    """
+    state = np.zeros(1, dtype=_U64)
+    for word in (seed % 2**64, stream, high):
+        state = _mix(state + _U64(word))
+    return _mix(state + low)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = x + _U64(0x9E3779B97F4A7C15)  # arrays wrap around silently; scalars would warn
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
