@@ -83,4 +83,4 @@ def _decode_from_start(path: Path, numbers: range) -> list[NDArray[np.uint8]]:
 
 
 def _rgb(frame: VideoFrame) -> NDArray[np.uint8]:
-    return frame.to_ndarray(format="rgb24")
+    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)

@@ -5,7 +5,7 @@ Shapes: B batch, T frames, C = 3 channels (RGB), H x W pixels.
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class ClipLoader:
             raise ValueError(f"rank {rank} of {world_size}")
         self._index = index
         self._device = device or torch.device("cpu")
-        self._view_resolution = view_resolution
+        self._resolution, self._view_resolution = resolution, view_resolution
         self._rank, self._world_size = rank, world_size
         self._batch_size = batch_size
         try:
@@ -89,7 +89,7 @@ class ClipLoader:
             ) from None
         self._used = [index.entries[video] for video in self._sampler.usable_videos]
         self._decoder = self._choose_decoder(decoder)
-        self._stream_settings = {
+        self._stream_settings: dict[str, Any] = {
             "batch_size": batch_size,
             "num_frames": num_frames,
             "frame_stride": frame_stride,
@@ -127,10 +127,9 @@ class ClipLoader:
         text += f", {names} via {by[self._decoder]}"
         if self._sampler.num_too_short:
             text += f"; {self._sampler.num_too_short} videos too short, left out"
-        resolution = self._identity["resolution"]
-        num_small = sum(min(entry.width, entry.height) < resolution for entry in self._used)
-        if num_small:
-            text += f"; {num_small} smaller than {resolution} pixels, enlarged"
+        sides = [min(entry.width, entry.height) for entry in self._used]
+        if num_small := sum(side < self._resolution for side in sides):
+            text += f"; {num_small} smaller than {self._resolution} pixels, enlarged"
         return text
 
     def __iter__(self) -> "ClipLoader":
@@ -145,7 +144,7 @@ class ClipLoader:
             )
         numbers, clips_BTHWC = next(self._stream)
         requests = next(self._expected)
-        # DALI works ahead in threads of its own; this is where a lost or reordered batch would show.
+        # DALI works ahead on its own; a lost or reordered batch would show here.
         if numbers.tolist() != [request.number for request in requests]:
             raise RuntimeError(f"expected clip {requests[0].number}, got {numbers.tolist()}")
         self._position += self._batch_size * self._world_size
@@ -203,9 +202,10 @@ class ClipLoader:
             raise UserError(f"decoder {asked!r}: use auto, {', '.join(get_args(Decoder))}")
         if asked == "dali-gpu" and not on_gpu:
             raise UserError(f"decoder dali-gpu needs a GPU, but this run is on {self._device}")
-        if problem := self._undecodable(asked):
+        chosen = cast(Decoder, asked)
+        if problem := self._undecodable(chosen):
             raise UserError(f"decoder {asked} cannot decode {problem}; use decoder auto or pyav")
-        return asked
+        return chosen
 
     def _undecodable(self, decoder: Decoder) -> str | None:
         """The first video that `decoder` cannot decode, and why; None when it can decode all."""

@@ -40,6 +40,7 @@ def _clip_pipeline(
     frame_stride: int,
     resolution: int,
 ) -> Any:
+    frames: Any  # DALI's graph nodes; its type stubs do not know all that it has
     number, crop_x, crop_y, flip, *video = fn.external_source(
         source, num_outputs=5 if decoder == "pyav" else 6, batch=True
     )
@@ -48,7 +49,7 @@ def _clip_pipeline(
     else:
         path, start_frame = video
         frames = fn.decoders.video(
-            fn.io.file.read(path),
+            fn.io.file.read(path),  # type: ignore[attr-defined]
             device="mixed" if decoder == "dali-gpu" else "cpu",
             start_frame=start_frame,
             sequence_length=num_frames,
@@ -58,7 +59,10 @@ def _clip_pipeline(
     if on_gpu:
         frames = frames.gpu()
     frames = fn.resize(
-        frames, resize_shorter=resolution, interp_type=types.INTERP_LINEAR, antialias=True
+        frames,
+        resize_shorter=resolution,
+        interp_type=types.DALIInterpType.INTERP_LINEAR,
+        antialias=True,
     )
     frames = fn.crop(frames, crop=(resolution, resolution), crop_pos_x=crop_x, crop_pos_y=crop_y)
     return number, fn.flip(frames, horizontal=flip)

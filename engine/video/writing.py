@@ -1,0 +1,133 @@
+"""What a person watches: mp4 files, grids of clips, contact sheets.
+
+Shapes: B clips, T frames, C = 3 channels (RGB), H x W pixels.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from engine.errors import UserError
+
+_SEPARATOR = 2  # pixels between clips
+_BACKGROUND = 24  # grey level around them
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Values in [-1, 1] to 0..255, the inverse of the loader's u8 / 127.5 - 1; clipped outside."""
+    return video.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_mp4(
+    path: str | Path, frames: Tensor | NDArray[np.uint8], fps: float, *, scale: int = 1
+) -> None:
+    """Write uint8 frames, [T, C, H, W] or [T, H, W, C], as H.264 that every player shows.
+
+    `scale` enlarges each pixel to a square of so many (nearest neighbour), for small clips. Odd
+    sizes gain a repeated row or column, since 4:2:0 colour needs even ones. The same frames give
+    the same file. Raises ValueError for other shapes or types, UserError if it cannot be written.
+    """
+    frames_THWC = _as_THWC(frames)
+    height, width = (scale * side for side in frames_THWC.shape[1:3])
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = {"movflags": "+faststart", "fflags": "+bitexact"}
+        with av.open(str(aside), "w", format="mp4", options=options) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.width, stream.height = width + width % 2, height + height % 2
+            stream.pix_fmt = "yuv420p"
+            # One thread: x264 divides a frame's rate control among threads, so bytes would differ.
+            stream.options = {"crf": "16", "preset": "medium", "threads": "1"}
+            for frame_HWC in frames_THWC:
+                frame_HWC = frame_HWC.repeat(scale, axis=0).repeat(scale, axis=1)
+                frame_HWC = np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+            container.mux(stream.encode())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def grid(videos_BTCHW: Tensor, columns: int) -> Tensor:
+    """Clips side by side, row by row: uint8 [B, T, C, H, W] to one uint8 video [T, C, H', W']."""
+    num_clips, num_frames, channels, height, width = videos_BTCHW.shape
+    rows = -(-num_clips // columns)
+    cell_height, cell_width = height + _SEPARATOR, width + _SEPARATOR
+    canvas_TCHW = torch.full(
+        (
+            num_frames,
+            channels,
+            rows * cell_height + _SEPARATOR,
+            columns * cell_width + _SEPARATOR,
+        ),
+        _BACKGROUND,
+        dtype=torch.uint8,
+    )
+    for number, video_TCHW in enumerate(videos_BTCHW.cpu()):
+        top = _SEPARATOR + number // columns * cell_height
+        left = _SEPARATOR + number % columns * cell_width
+        canvas_TCHW[:, :, top : top + height, left : left + width] = video_TCHW
+    return canvas_TCHW
+
+
+def contact_sheet(
+    videos_BTCHW: Tensor,
+    path: str | Path,
+    num_frames_shown: int = 8,
+    labels: Sequence[str] | None = None,
+    min_frame_pixels: int = 96,
+) -> None:
+    """A PNG with a row per clip (uint8 [B, T, C, H, W]) and evenly spaced frames left to right.
+
+    Small frames are enlarged by a whole factor (nearest neighbour) to at least
+    `min_frame_pixels`. `labels` are written left of the rows. Raises UserError if the file cannot
+    be written.
+    """
+    num_frames, _, height, width = videos_BTCHW.shape[1:]
+    shown = np.linspace(0, num_frames - 1, min(num_frames_shown, num_frames)).round().astype(int)
+    scale = max(1, -(-min_frame_pixels // min(height, width)))
+    frames = videos_BTCHW[:, shown].reshape(-1, 1, *videos_BTCHW.shape[2:])
+    enlarged = frames.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    sheet = Image.fromarray(_as_THWC(grid(enlarged, len(shown)))[0])
+    if labels is not None:
+        sheet = _with_labels(sheet, labels, row_pixels=height * scale + _SEPARATOR)
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(aside, format="PNG")
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _with_labels(sheet: Image.Image, labels: Sequence[str], row_pixels: int) -> Image.Image:
+    font = ImageFont.load_default(size=16)
+    margin = max(int(font.getlength(label)) for label in labels) + 16
+    labelled = Image.new("RGB", (sheet.width + margin, sheet.height), (_BACKGROUND,) * 3)
+    labelled.paste(sheet, (margin, 0))
+    draw = ImageDraw.Draw(labelled)
+    for row, label in enumerate(labels):
+        middle = (row * row_pixels) + _SEPARATOR + row_pixels // 2
+        draw.text((8, middle), label, fill=(230,) * 3, font=font, anchor="lm")
+    return labelled
+
+
+def _as_THWC(frames: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else frames
+    if array.dtype != np.uint8 or array.ndim != 4:
+        raise ValueError(f"expected uint8 frames [T, C, H, W], got {array.dtype} {array.shape}")
+    if array.shape[-1] == 3:
+        return array
+    if array.shape[1] == 3:
+        return array.transpose(0, 2, 3, 1)
+    raise ValueError(f"expected 3 channels, got shape {array.shape}")
