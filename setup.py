@@ -17,7 +17,6 @@ REQUIREMENTS = [
     "nvidia-dali-cuda130>=2.2; platform_machine == 'x86_64'",
     "nvidia-ml-py>=12",
     "pillow>=10",
-    "psutil>=5.9",
     "pydantic>=2.7",
     "PyYAML>=6",
     "tensorboard>=2.16",
