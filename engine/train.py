@@ -1,0 +1,173 @@
+"""Train one stage of SSW-GAN (or the DVD-GAN baseline) on video files."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from engine.command_line import ArgumentParser, run
+from engine.configuration import Config, load_config
+from engine.errors import UserError
+from engine.trainer.console import Console
+from engine.trainer.ranks import Ranks
+from engine.trainer.stage_plan import Plan, RunOptions, plan_run
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EPILOG = """\
+examples:
+  deepspeed engine/train.py --stage 1      the sample data set, on all GPUs, or on the CPU
+  deepspeed engine/train.py --stage 2      goes on from stage 1 under the same --out
+  deepspeed --num_gpus 8 engine/train.py --config configs/kinetics600.yaml --data INDEX --stage 1
+  python engine/train.py --stage 1 --set training.micro_batch=4 --max-steps 100
+
+Every stage writes to OUT/stageN: checkpoints, log.jsonl, TensorBoard files and samples. Ctrl-C
+writes a checkpoint; the same command goes on from it.
+"""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = ArgumentParser(__doc__ or "", EPILOG)
+    parser.add_argument(
+        "--stage", type=int, required=True, metavar="N", help="which stage to train"
+    )
+    parser.add_argument(
+        "--config",
+        default="configs/sample.yaml",
+        metavar="FILE",
+        help="what to train (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="an index made by engine/prepare.py, or a folder of videos (default: data.path)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a configuration key, e.g. stages.2.training.micro_batch=8; repeatable",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to write (default: runs/NAME)"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="go on from the newest checkpoint under --out, from none, or from PATH",
+    )
+    parser.add_argument(
+        "--previous",
+        type=Path,
+        metavar="PATH",
+        help="run, stage or checkpoint folder of the stage before (default: under --out)",
+    )
+    parser.add_argument(
+        "--condition-on",
+        choices=("generated", "data"),
+        help="what stages after the first upsample (default: training.condition_on)",
+    )
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop when N generator updates are done in all (default: training.iterations)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
+    options = parser.parse_args(arguments)
+    if options.max_steps is not None and options.max_steps < 1:
+        parser.error("--max-steps must be at least 1")
+    return options
+
+
+def configure(options: argparse.Namespace) -> Config:
+    """The configuration file with the command line's changes."""
+    overrides = list(options.overrides)
+    if options.condition_on:
+        overrides.append(f"stages.{options.stage}.training.condition_on={options.condition_on}")
+    if options.data:
+        overrides += [f"data.path={json.dumps(options.data)}", "data.procedural=null"]
+    return load_config(find_config(options.config), overrides)
+
+
+def find_config(name: str) -> Path:
+    """The file as named or, for the shipped ones, in the repository: the script runs anywhere."""
+    here, shipped = Path(name), REPOSITORY / name
+    return here if here.exists() or not shipped.exists() else shipped
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, check, then build and run."""
+    ranks = Ranks.from_environment()
+    try:
+        plan = settle(parse(arguments), ranks)
+    except (UserError, SystemExit):
+        if not ranks.is_main:  # rank 0 finds the same and says it, once
+            time.sleep(3)  # the launcher ends all ranks when one ends; let rank 0 speak first
+            sys.exit(2)
+        raise
+    console = Console(is_main=ranks.is_main)
+    announce(plan, ranks, console)
+    train(plan, ranks, console)
+
+
+def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
+    """Everything that can be checked before devices, data or other ranks are touched."""
+    config = configure(options)
+    run_options = RunOptions(
+        config_name=options.config,
+        stage_number=options.stage,
+        out=options.out or Path("runs") / config.name,
+        resume=options.resume,
+        previous=options.previous,
+        max_steps=options.max_steps,
+    )
+    return plan_run(config, run_options, ranks)
+
+
+def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
+    """What runs and where it writes."""
+    stage, options = plan.config.stages[plan.options.stage_number], plan.options
+    training = stage.training
+    made = f"{stage.resolution}x{stage.resolution}, {stage.num_frames} frames"
+    where = f"{ranks.world_size} x {ranks.device.type.upper()}"
+    console.say(
+        f"stage {options.stage_number} of {plan.config.name}: {made}; {where}, global batch "
+        f"{training.global_batch}, {training.precision}, ZeRO-{training.zero_stage}"
+    )
+    console.say(f"writes: {options.folder}")
+
+
+def train(plan: Plan, ranks: Ranks, console: Console) -> None:
+    """Connect the ranks and train; whatever libraries print goes to the rank's log file."""
+    log = plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log"
+    console.capture(log)
+    try:
+        # Imported late: these pull in DeepSpeed and DALI, which talk while they are imported.
+        from engine.trainer.stage_run import run_stage
+        from engine.video.dataset import open_dataset
+
+        if not ranks.is_main:
+            ranks.connect()  # waits for rank 0, which may be making the data set
+        index = open_dataset(plan.config.data, make=ranks.is_main, say=console.say)
+        if ranks.is_main:
+            ranks.connect()
+        checkpoint = run_stage(plan, index, ranks, console)
+        console.say(f"done: {checkpoint}")
+    except UserError:
+        raise
+    except Exception as error:
+        console.crash(error)
+        os._exit(1)  # other threads (gloo, DALI) may hang an orderly exit of a broken rank
+    finally:
+        ranks.disconnect()
+        console.release()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""Training of one stage: the step, its two DeepSpeed engines, checkpoints and logs."""

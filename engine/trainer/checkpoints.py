@@ -1,0 +1,207 @@
+"""Checkpoints: whole or not there at all, checked when read, and never executed.
+
+    OUT/stage2/
+        previous.pt                  the frozen earlier stages, with their norm statistics
+        checkpoints/step-00001000/
+            generator/, discriminators/  DeepSpeed's files: weights, optimizer shards
+            generator.pt                 the generator, unsharded, for sampling and later stages
+            rank-00000.pt                what else the step changes: RNGs, the loader's position
+            meta.json                    step, configuration, and every file's size and SHA-256
+
+A checkpoint is written to `step-00001000.partial` and renamed when whole; `meta.json` comes last.
+Files are read with `weights_only=True`: pickles are not executed. A stage's folder is all that
+sampling needs: copy it anywhere.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.configuration import Config, config_from_tree
+from engine.errors import UserError
+
+FORMAT = 1
+META = "meta.json"
+GENERATOR = "generator.pt"
+PREVIOUS = "previous.pt"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Generator updates done."""
+        return int(self.meta["step"])
+
+    @property
+    def stage_number(self) -> int:
+        """Which stage it is of."""
+        return int(self.meta["stage"])
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks that wrote it."""
+        return int(self.meta["world_size"])
+
+    def config(self) -> Config:
+        """The configuration it was trained with."""
+        return config_from_tree(self.meta["config"], source=str(self.path / META))
+
+    def verify(self, names: list[str] | None = None) -> None:
+        """Compare files (all, or `names`) with their recorded size and hash; UserError if not."""
+        for name, (size, digest) in self.meta["files"].items():
+            if names is not None and name not in names:
+                continue
+            file = self.path / name
+            if not file.is_file():
+                raise UserError(f"checkpoint {self.path} is damaged: {name} is missing")
+            if file.stat().st_size != size or sha256(file) != digest:
+                raise UserError(f"checkpoint {self.path} is damaged: {name} has changed")
+
+    def read(self, name: str) -> Any:
+        """One of its files, checked and without executing pickles."""
+        self.verify([name])
+        return read_tensors(self.path / name)
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    write_files: Callable[[Path], None],
+    meta: dict[str, Any],
+    is_main: bool,
+    barrier: Callable[[], None],
+    keep: int,
+) -> Path:
+    """Write `folder/step-…` aside, hash it, rename it, and delete all but the newest `keep`.
+
+    Collective: `write_files(path)` is called on every rank, the rest is rank 0's.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_name(final.name + PARTIAL)
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    write_files(partial)
+    barrier()
+    if is_main:
+        files = {
+            str(file.relative_to(partial)): (file.stat().st_size, sha256(file))
+            for file in sorted(partial.rglob("*"))
+            if file.is_file()
+        }
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        whole = {"format": FORMAT, "step": step, **meta, "versions": versions, "files": files}
+        (partial / META).write_text(json.dumps(whole, indent=1))
+        if final.exists():  # the same step again, after a resume from an earlier one
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in _steps(folder)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+    return final
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`; UserError when it is none, or of another format."""
+    try:
+        meta = json.loads((path / META).read_text())
+        found = meta["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a checkpoint: no readable {META}") from None
+    if found != FORMAT:
+        raise UserError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
+    return Checkpoint(path, meta)
+
+
+def checkpoints_of(stage_folder: Path) -> list[Checkpoint]:
+    """All whole checkpoints of a stage's folder, oldest first."""
+    return [open_checkpoint(path) for path in _steps(stage_folder / "checkpoints")]
+
+
+def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoint:
+    """The newest checkpoint at or under `path`: a checkpoint, a stage's folder or a run's.
+
+    Raises UserError with one line when there is none (or none of `stage_number`).
+    """
+    wanted = f"of stage {stage_number} " if stage_number else ""
+    if not path.is_dir():
+        raise UserError(f"no checkpoint {wanted}at {path}: no such folder")
+    if (path / META).exists():
+        found = open_checkpoint(path)
+    else:
+        stages = (
+            [path / f"stage{stage_number}"]
+            if stage_number
+            else sorted(path.glob("stage[0-9]*"), key=lambda p: int(p.name[5:]), reverse=True)
+        )
+        candidates = [c for folder in (path, *stages) for c in checkpoints_of(folder)[-1:]]
+        if not candidates:
+            raise UserError(f"no checkpoint {wanted}under {path}")
+        found = candidates[0]
+    if stage_number and found.stage_number != stage_number:
+        raise UserError(f"{found.path} is of stage {found.stage_number}, not {stage_number}")
+    return found
+
+
+def read_generators(checkpoint: Checkpoint) -> dict[int, dict[str, torch.Tensor]]:
+    """State dicts of the generators of stages 1 to this one.
+
+    This stage's are the moving averages where the run kept them; earlier stages' come from
+    `previous.pt`, so they are what this stage was trained on, whatever became of them since.
+    """
+    generators: dict[int, dict[str, torch.Tensor]] = {}
+    if checkpoint.stage_number > 1:
+        previous = checkpoint.path.parent.parent / PREVIOUS
+        if previous.exists():
+            generators |= read_tensors(previous)["generators"]
+    generators |= checkpoint.read(GENERATOR)["generators"]
+    missing = set(range(1, checkpoint.stage_number + 1)) - set(generators)
+    if missing:
+        raise UserError(
+            f"{checkpoint.path}: the generator of stage {min(missing)} is not there; "
+            f"{PREVIOUS} belongs beside checkpoints/ (a run with condition_on=data has none)"
+        )
+    return generators
+
+
+def read_tensors(path: Path) -> Any:
+    """`torch.load` of tensors and plain containers; anything else is refused, not executed."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except Exception as error:  # unpickling a damaged or planted file can raise nearly anything
+        raise UserError(f"{path} is not a file of tensors: {type(error).__name__}") from None
+
+
+def write_tensors(path: Path, value: Any) -> None:
+    """`torch.save`, aside and renamed."""
+    partial = path.with_name(path.name + PARTIAL)
+    torch.save(value, partial)
+    partial.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.suffix != PARTIAL)

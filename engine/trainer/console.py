@@ -1,0 +1,117 @@
+"""The console is ours: what runs, where it writes, how far it is. Everybody else goes to a file.
+
+DeepSpeed, DALI, NCCL and warnings write to file descriptors 1 and 2, some of them from C++. So the
+descriptors themselves are pointed at a log file, and the console keeps copies of the originals.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class Console:
+    """Lines and a progress bar on the real terminal, from rank 0 only."""
+
+    def __init__(self, *, is_main: bool) -> None:
+        self._is_main = is_main
+        self._terminal = (os.dup(1), os.dup(2))
+        self._out: TextIO = os.fdopen(self._terminal[0], "w", buffering=1)
+        self._log: Path | None = None
+
+    def capture(self, log: Path) -> None:
+        """From here on, descriptors 1 and 2 of this process write to `log` (appended)."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        self._log = log
+
+    def release(self) -> None:
+        """Undo `capture`, so that a last line reaches the terminal."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in enumerate(self._terminal, start=1):
+            os.dup2(original, descriptor)
+
+    def say(self, line: str) -> None:
+        """A line for the user."""
+        if self._is_main:
+            tqdm.write(line, file=self._out)
+
+    def complain(self, line: str) -> None:
+        """A line that must be seen, from whichever rank."""
+        tqdm.write(line, file=self._out)
+
+    def crash(self, error: BaseException) -> None:
+        """The end of an unexpected error; all of it is in the log as well."""
+        text = "".join(traceback.format_exception(error))
+        print(text, file=sys.stderr, flush=True)
+        if self._log is not None:
+            self.complain(f"{type(error).__name__}: {error} (traceback: {self._log})")
+
+    def progress(self, start: int, total: int, label: str) -> "Progress":
+        """A bar from `start` to `total`."""
+        return Progress(self._out, start, total, label, enabled=self._is_main)
+
+
+class Progress:
+    """Steps done, losses, speed and the time that is left."""
+
+    def __init__(self, out: TextIO, start: int, total: int, label: str, *, enabled: bool) -> None:
+        # A file or a CI log gets a line now and then instead of an animated bar.
+        self._is_terminal = out.isatty()
+        self._out = out
+        self._enabled = enabled
+        self._label = label
+        self._start, self._total = start, total
+        self._began = self._spoke = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc=label,
+            file=out,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (enabled and self._is_terminal),
+        )
+
+    def update(self, step: int, measures: dict[str, float]) -> None:
+        """Show step `step`."""
+        shown: dict[str, object] = {
+            name: f"{measures[name]:.3f}" for name in ("loss_D", "loss_G") if name in measures
+        }
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        if (
+            self._enabled
+            and not self._is_terminal
+            and (now - self._spoke > 10 or step == self._total)
+        ):
+            self._spoke = now
+            seconds = (now - self._began) / max(1, step - self._start)
+            left = tqdm.format_interval(seconds * (self._total - step))
+            values = ", ".join(f"{k} {v}" for k, v in shown.items())
+            print(
+                f"{self._label}: step {step}/{self._total}, {values}, "
+                f"{seconds:.2f} s/step, {left} left",
+                file=self._out,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+    def __iter__(self) -> Iterator[int]:
+        """The steps that are still to do."""
+        return iter(range(self._start, self._total))

@@ -1,0 +1,129 @@
+"""The seam to DeepSpeed: one engine for G and one for D, built from the configuration.
+
+What a stage-wise GAN needs of it and DeepSpeed's tutorials do not say:
+
+- In the generator's step D must not collect gradients, or ZeRO reduces them into D's next update
+  (0 and 1 silently, 2 and 3 by an assertion): `frozen`.
+- Weights stay fp32 and layers cast them after dividing by sigma, so DeepSpeed's own bf16 mode,
+  which casts the module itself, is not used; ZeRO shards the fp32 state.
+- Checkpoint files are pickles that DeepSpeed would execute: `SafeCheckpointEngine` does not.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import nn
+
+from engine.configuration import Training
+from engine.models.layers import spectral_weights, update_spectral_norm
+
+# All that DeepSpeed's own checkpoint files hold besides tensors and plain containers.
+DEEPSPEED_GLOBALS = (fragment_address, LossScaler, ZeroStageEnum)
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """DeepSpeed's file writer, reading back without executing pickles."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Tensors, plain containers and `DEEPSPEED_GLOBALS`; anything else raises."""
+        with torch.serialization.safe_globals(list(DEEPSPEED_GLOBALS)):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def deepspeed_settings(
+    training: Training, *, world_size: int, accumulation_steps: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived so that no JSON has to be kept beside ours."""
+    return {
+        "train_batch_size": training.micro_batch * accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps,
+        "zero_optimization": {
+            "stage": training.zero_stage,
+            # The two networks take turns, so a prefetched trace of one is wrong for the other.
+            "stage3_prefetch_bucket_size": 0,
+            # Layers hand their biases to an operator outside themselves, where a gathered bias
+            # would be gone again; so small parameters stay whole.
+            "stage3_param_persistence_threshold": 10_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,  # the console is ours
+    }
+
+
+def make_engine(
+    network: nn.Module, *, lr: float, training: Training, world_size: int, accumulation_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """A DeepSpeed engine around one network and its Adam."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=training.adam_betas)
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=optimizer,
+        config=deepspeed_settings(
+            training, world_size=world_size, accumulation_steps=accumulation_steps
+        ),
+    )
+    engine.checkpoint_engine = SafeCheckpointEngine()
+    return engine
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Gradients flow through `network` to its input but not into its parameters."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def gathered(network: nn.Module, *, zero_stage: int) -> contextlib.AbstractContextManager[None]:
+    """Whole parameters on every rank, also under ZeRO-3; collective, for reading only."""
+    return deepspeed.zero.GatheredParameters(list(network.parameters()), enabled=zero_stage == 3)
+
+
+def renew_spectral_norm(network: nn.Module, *, zero_stage: int) -> None:
+    """One power iteration for every weight, due once after each optimizer step."""
+    weights = [layer.weight for layer in spectral_weights(network)]
+    with deepspeed.zero.GatheredParameters(weights, enabled=zero_stage == 3):
+        update_spectral_norm(network)
+
+
+def whole_state(network: nn.Module, *, zero_stage: int) -> dict[str, torch.Tensor]:
+    """The network's parameters and buffers on the CPU, unsharded. Collective."""
+    with gathered(network, zero_stage=zero_stage):
+        return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+
+class EngineUpdate:
+    """`engine.step()`, which also tells the norm of the gradient that it applied.
+
+    ZeRO computes its own; without ZeRO the gradients still stand in `.grad` at that moment.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, zero_stage: int) -> None:
+        self._engine = engine
+        self._zero_stage = zero_stage
+
+    def step(self) -> torch.Tensor:
+        """Step; the gradient's 2-norm over all ranks at an accumulation boundary, zero before."""
+        norm = torch.zeros((), device=self._engine.device)
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary and self._zero_stage == 0:
+            grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+        self._engine.step()
+        if boundary and self._zero_stage > 0:
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=norm.device)
+        return norm

@@ -1,0 +1,90 @@
+"""What a run writes down: JSON lines and TensorBoard scalars per logged step, sample videos."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Logbook:
+    """The log of one stage's run, written by rank 0.
+
+    `log.jsonl` has an object per logged step. On resuming at step N the lines after N, which a
+    run that was cut off left behind, are taken out, so that each step stands there once.
+    """
+
+    def __init__(self, folder: Path, *, resumed_at: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        if self.path.exists():
+            self._truncate(resumed_at)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Log one step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)
+
+    def videos(self, step: int, name: str, videos_BTCHW: Tensor, frames_per_second: float) -> None:
+        """Log uint8 videos, and their first frames as images."""
+        self._board.add_images(f"{name}/first_frame", videos_BTCHW[:, 0], step)
+        animation = _gif(videos_BTCHW, frames_per_second)
+        self._board._get_file_writer().add_summary(
+            Summary(value=[Summary.Value(tag=f"{name}/video", image=animation)]), step
+        )
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self._board.close()
+
+    def _truncate(self, last_step: int) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line + "\n")
+            except ValueError:  # the line a crash cut short
+                continue
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self.path)
+
+
+def _gif(videos_BTCHW: Tensor, frames_per_second: float) -> Summary.Image:
+    """TensorBoard's form of a video, clips side by side. (`add_video` would need moviepy.)"""
+    frames = torch.cat(list(videos_BTCHW), dim=-1).permute(0, 2, 3, 1).cpu().numpy()
+    images = [Image.fromarray(frame) for frame in frames]
+    data = io.BytesIO()
+    images[0].save(
+        data,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=round(1000 / frames_per_second),
+        loop=0,
+    )
+    height, width = frames.shape[1:3]
+    return Summary.Image(
+        height=height, width=width, colorspace=3, encoded_image_string=data.getvalue()
+    )
+
+
+def memory_megabytes(device: torch.device) -> float:
+    """Peak memory so far: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource  # POSIX only, as is DeepSpeed
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -1,0 +1,129 @@
+"""Builds what one stage trains: networks, engines, fakes, reals, and the step that ties them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.configuration import Config, accumulation_steps
+from engine.models.construction import (
+    build_discriminators,
+    build_generator,
+    build_joint_generator,
+)
+from engine.trainer.averaging import WeightAverage
+from engine.trainer.deepspeed_engines import make_engine
+from engine.trainer.fakes import (
+    ClipFakes,
+    Fakes,
+    GeneratedWindows,
+    JointFakes,
+    LatentSource,
+    RealWindows,
+    WindowFakes,
+)
+from engine.trainer.previous import PreviousStages
+from engine.trainer.ranks import Ranks, derived_seed
+from engine.trainer.reals import ClipSource, Reals
+from engine.trainer.step import Trainer
+from engine.video.index import VideoIndex
+from engine.video.loader import ClipLoader
+
+# Which stream of random numbers a seed is for: (run's seed, stage, rank, stream).
+WEIGHTS, LATENTS, SAMPLES, CLIPS, STATISTICS = range(5)
+
+
+@dataclass
+class StageBuilder:
+    """Everything that building a stage's trainer depends on."""
+
+    config: Config
+    number: int
+    ranks: Ranks
+    class_counts: list[int]
+    """Clips per class, for drawing labels."""
+    previous: PreviousStages | None = None
+    """The frozen earlier stages; set before `trainer` where `fakes` needs them."""
+
+    def seed(self, stream: int, rank: int = 0) -> int:
+        """The seed of one stream."""
+        return derived_seed(
+            self.config.stages[self.number].training.seed, self.number, rank, stream
+        )
+
+    def trainer(self, loader: ClipSource) -> Trainer:
+        """The training step, with freshly initialised networks."""
+        stage, training = self.config.stages[self.number], self.config.stages[self.number].training
+        torch.manual_seed(self.seed(WEIGHTS))
+        build = build_joint_generator if stage.joint else build_generator
+        generator = build(self.config, self.number).to(self.ranks.device)
+        discriminators = build_discriminators(self.config, self.number).to(self.ranks.device)
+        average = (
+            WeightAverage(generator, decay=training.ema_decay, zero_stage=training.zero_stage)
+            if training.ema_decay is not None
+            else None
+        )
+        num_micro_batches = accumulation_steps(training, self.ranks.world_size)
+        g_engine, d_engine = (
+            make_engine(
+                network,
+                lr=lr,
+                training=training,
+                world_size=self.ranks.world_size,
+                accumulation_steps=num_micro_batches,
+            )
+            for network, lr in (
+                (generator, training.generator_lr),
+                (discriminators, training.discriminator_lr),
+            )
+        )
+        reals = Reals(loader, self.config, self.number)
+        latents = self.latents(self.seed(LATENTS, self.ranks.rank))
+        return Trainer(
+            stage_number=self.number,
+            stage=stage,
+            g_engine=g_engine,
+            d_engine=d_engine,
+            fakes=self.fakes(latents, reals),
+            reals=reals,
+            random=latents.random,
+            accumulation_steps=num_micro_batches,
+            average=average,
+        )
+
+    def latents(self, seed: int) -> LatentSource:
+        """A stream of z and labels."""
+        return LatentSource(self.config, self.class_counts, seed, self.ranks.device)
+
+    def loader(self, index: VideoIndex) -> ClipLoader:
+        """This rank's share of the real clips, at this stage's resolution, length and stride."""
+        stage, data = self.config.stages[self.number], self.config.data
+        return ClipLoader(
+            index,
+            num_frames=stage.num_frames,
+            frame_stride=stage.frame_stride,
+            resolution=self.config.resolution,
+            view_resolution=stage.resolution,
+            batch_size=stage.training.micro_batch,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=self.seed(CLIPS),
+            random_crop=data.random_crop,
+            horizontal_flip=data.horizontal_flip,
+            decoder=data.decoder,
+            device=self.ranks.device,
+            num_threads=data.num_threads,
+        )
+
+    def fakes(self, latents: LatentSource, reals: Reals | None) -> Fakes:
+        """The way this stage makes fakes."""
+        stage = self.config.stages[self.number]
+        if stage.joint:
+            return JointFakes(self.config, self.number, latents)
+        if self.number == 1:
+            return ClipFakes(self.config, self.number, latents)
+        if stage.training.condition_on == "data":
+            assert reals is not None
+            return WindowFakes(self.number, latents, RealWindows(reals))
+        assert self.previous is not None, "checked before training starts"
+        windows = GeneratedWindows(self.previous.cascade, self.number, latents)
+        return WindowFakes(self.number, latents, windows)

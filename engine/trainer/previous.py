@@ -1,0 +1,99 @@
+"""The frozen earlier stages that feed this one, and the file that keeps them.
+
+`OUT/stageN/previous.pt` is written once, when stage N starts: the generators of stages 1 to N-1 and
+the norm statistics they run with. From then on stage N does not depend on their folders.
+"""
+
+from pathlib import Path
+
+import torch
+
+from engine.configuration import Config
+from engine.errors import UserError
+from engine.models.cascade import Cascade
+from engine.models.construction import build_generator
+from engine.models.norms import fix_norm_statistics, norm_statistics
+from engine.trainer.checkpoints import (
+    Checkpoint,
+    read_generators,
+    read_tensors,
+    write_tensors,
+)
+from engine.trainer.fakes import LatentSource
+from engine.trainer.standing_statistics import fix_standing_statistics
+
+
+class PreviousStages:
+    """Stages 1 to N-1 as a cascade without gradients."""
+
+    def __init__(self, cascade: Cascade) -> None:
+        self.cascade = cascade.requires_grad_(False)
+
+
+def load_cascade(
+    config: Config, generators: dict[int, dict[str, torch.Tensor]], device: torch.device
+) -> Cascade:
+    """A cascade of stages 1 to n with the given state dicts (numbered from 1)."""
+    networks = []
+    for number in sorted(generators):
+        with torch.device("meta"):
+            network = build_generator(config, number)
+        network.to_empty(device=device)
+        network.load_state_dict(generators[number])
+        networks.append(network)
+    return Cascade(networks, config)
+
+
+def check_same_networks(config: Config, checkpoint: Checkpoint, config_name: str) -> None:
+    """UserError when the configuration's earlier stages are not what the checkpoint holds."""
+    trained = checkpoint.config()
+    if trained.data.num_classes != config.data.num_classes:
+        raise UserError(
+            f"{checkpoint.path} was trained with data.num_classes={trained.data.num_classes}; "
+            f"{config_name} says {config.data.num_classes}"
+        )
+    for number in range(1, checkpoint.stage_number + 1):
+        for key in ("resolution", "num_frames", "frame_stride", "generator"):
+            was, now = getattr(trained.stages[number], key), getattr(config.stages[number], key)
+            if was != now:
+                raise UserError(
+                    f"{checkpoint.path} was trained with another stages.{number}.{key} than "
+                    f"{config_name} describes"
+                )
+
+
+def freeze_previous(
+    path: Path,
+    config: Config,
+    checkpoint: Checkpoint,
+    latents: LatentSource,
+    *,
+    batch_size: int,
+    num_passes: int,
+) -> None:
+    """Write `path`: the checkpoint's generators with their statistics at training's lengths."""
+    generators = read_generators(checkpoint)
+    cascade = load_cascade(config, generators, latents.device)
+    fix_standing_statistics(
+        cascade,
+        latents=latents,
+        batch_size=batch_size,
+        num_passes=num_passes,
+        clip_frames=config.stages[1].num_frames,
+        low_of=lambda number, zs, labels_B: cascade.sample_window(
+            number, zs, labels_B, latents.random
+        ),
+    )
+    statistics = {n: norm_statistics(g) for n, g in enumerate(cascade.generators, start=1)}
+    write_tensors(path, {"generators": generators, "statistics": statistics})
+
+
+def load_previous(path: Path, config: Config, device: torch.device) -> PreviousStages:
+    """Read what `freeze_previous` wrote."""
+    kept = read_tensors(path)
+    cascade = load_cascade(config, kept["generators"], device)
+    for number, generator in enumerate(cascade.generators, start=1):
+        fix_norm_statistics(
+            generator, {k: v.to(device) for k, v in kept["statistics"][number].items()}
+        )
+    return PreviousStages(cascade)

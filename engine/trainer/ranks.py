@@ -1,0 +1,94 @@
+"""Who this process is among the ranks, and on which device.
+
+`deepspeed`, `torchrun` and SLURM launchers set RANK, WORLD_SIZE and LOCAL_RANK; without them the
+process is a job of one.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 talks, logs and names checkpoints."""
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment() -> "Ranks":
+        """Read the launcher's variables; nothing is connected yet."""
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
+        return Ranks(
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            local_rank=local_rank,
+            device=torch.device(device),
+        )
+
+    def connect(self) -> None:
+        """Join the process group: NCCL on GPUs, gloo on CPUs."""
+        import deepspeed  # slow, and talkative: only once the console has captured its output
+
+        os.environ.setdefault("RANK", str(self.rank))
+        os.environ.setdefault("WORLD_SIZE", str(self.world_size))
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        if "MASTER_PORT" not in os.environ:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if self.device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            # Rank 0 may be making the sample data set or the previous stage's statistics.
+            timeout=timedelta(hours=1),
+            verbose=False,
+        )
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: int) -> int:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        cell = torch.tensor([value], device=self.device)
+        dist.broadcast(cell, src=0)
+        return int(cell.item())
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. Collective."""
+        if self.world_size == 1:
+            return flag
+        cell = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(cell)
+        return bool(cell.item())
+
+    def disconnect(self) -> None:
+        """Leave the group; without this gloo's threads can abort the process at exit."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def derived_seed(*path: int) -> int:
+    """A seed for one purpose, independent of the seeds of all others."""
+    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,102 @@
+"""What of a run goes into a checkpoint, and back."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.configuration import Config
+from engine.errors import UserError
+from engine.models.cascade import JointGenerator
+from engine.trainer.checkpoints import GENERATOR, Checkpoint, write_checkpoint
+from engine.trainer.deepspeed_engines import whole_state
+from engine.trainer.ranks import Ranks
+from engine.trainer.step import Trainer
+
+_TAG = "state"  # DeepSpeed wants a folder name of its own inside ours
+
+
+def save_run(trainer: Trainer, config: Config, folder: Path, ranks: Ranks, *, keep: int) -> Path:
+    """Write a checkpoint of the whole run under `folder/checkpoints`. Collective."""
+    zero_stage = config.stages[trainer.stage_number].training.zero_stage
+
+    def write_files(path: Path) -> None:
+        for name, engine in _engines(trainer):
+            engine.save_checkpoint(str(path / name), tag=_TAG, save_latest=False)
+            if ranks.is_main:
+                for script in (path / name).glob("*.py"):
+                    script.unlink()  # recovery scripts, which would unpickle without checks
+        weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage)
+        torch.save(_rank_state(trainer), path / _rank_file(ranks.rank))
+        if ranks.is_main:
+            average = trainer.average.state_dict() if trainer.average else None
+            torch.save(_generator_file(trainer, weights, average), path / GENERATOR)
+
+    return write_checkpoint(
+        folder / "checkpoints",
+        step=trainer.step,
+        write_files=write_files,
+        meta={
+            "stage": trainer.stage_number,
+            "world_size": ranks.world_size,
+            "zero_stage": zero_stage,
+            "config": config.to_tree(),
+        },
+        is_main=ranks.is_main,
+        barrier=ranks.barrier,
+        keep=keep,
+    )
+
+
+def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Restore what `save_run` wrote. Collective; files have been verified by rank 0."""
+    for name, engine in _engines(trainer):
+        loaded, _ = engine.load_checkpoint(str(checkpoint.path / name), tag=_TAG)
+        if loaded is None:  # DeepSpeed only logs it, and would go on from scratch
+            raise UserError(f"{checkpoint.path}/{name} could not be loaded")
+    state = checkpoint.read(_rank_file(ranks.rank))
+    trainer.load_state_dict(state["trainer"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if trainer.average is not None:
+        average = checkpoint.read(GENERATOR)["average"]
+        if average is None:
+            raise UserError(f"{checkpoint.path} was written without ema_decay; resume without it")
+        trainer.average.load_state_dict(average)
+
+
+def _engines(trainer: Trainer) -> tuple[tuple[str, Any], ...]:
+    return ("generator", trainer.g_engine), ("discriminators", trainer.d_engine)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+def _rank_state(trainer: Trainer) -> dict[str, Any]:
+    # The step draws from its own generator; the global ones are kept for what a user may add.
+    return {
+        "trainer": trainer.state_dict(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _generator_file(
+    trainer: Trainer, weights: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None
+) -> dict[str, Any]:
+    """State dicts by stage, as sampling and later stages read them; averaged where kept."""
+    used = average if average is not None else weights
+    generators = {trainer.stage_number: used}
+    if isinstance(trainer.g_engine.module, JointGenerator):
+        generators = {
+            number: {
+                name.removeprefix(prefix): value
+                for name, value in used.items()
+                if name.startswith(prefix)
+            }
+            for number in range(1, trainer.stage_number + 1)
+            for prefix in (f"generators.{number - 1}.",)
+        }
+    return {"generators": generators, "average": average}

@@ -1,0 +1,112 @@
+"""What a run will do, settled and checked before anything expensive starts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.configuration import Config, accumulation_steps
+from engine.errors import UserError
+from engine.trainer.checkpoints import PREVIOUS, Checkpoint, checkpoints_of, find_checkpoint
+from engine.trainer.previous import check_same_networks
+from engine.trainer.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line adds to a configuration."""
+
+    config_name: str
+    stage_number: int
+    out: Path
+    resume: str = "auto"
+    """auto, none, or the path of a checkpoint."""
+    previous: Path | None = None
+    max_steps: int | None = None
+    """Stop when this many generator updates are done in all."""
+
+    @property
+    def folder(self) -> Path:
+        """Where this stage writes."""
+        return self.out / f"stage{self.stage_number}"
+
+
+@dataclass
+class Plan:
+    """What a run will do, settled before anything expensive starts."""
+
+    config: Config
+    options: RunOptions
+    resume_from: list[Checkpoint] = field(default_factory=list)
+    """Candidates, newest first; the first undamaged one is taken."""
+    previous: Checkpoint | None = None
+    """The earlier stage to freeze; None where previous.pt is there already or not needed."""
+
+
+def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
+    """Check everything that can be checked without data, devices or other ranks.
+
+    Raises UserError with one line.
+    """
+    number = options.stage_number
+    if number not in config.stages:
+        raise UserError(
+            f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
+        )
+    stage = config.stages[number]
+    accumulation_steps(stage.training, ranks.world_size)
+    on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
+    if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
+    plan = Plan(config, options)
+    existing = checkpoints_of(options.folder)
+    if options.resume == "auto":
+        plan.resume_from = existing[::-1]
+    elif options.resume == "none":
+        if existing:
+            raise UserError(
+                f"{options.folder} already holds checkpoints up to step {existing[-1].step}: "
+                "use --resume auto to go on, or another --out to start anew"
+            )
+    else:
+        plan.resume_from = [find_checkpoint(Path(options.resume), stage_number=number)]
+    for checkpoint in plan.resume_from[:1]:
+        check_same_networks(config, checkpoint, options.config_name)
+        if checkpoint.world_size != ranks.world_size:
+            raise UserError(
+                f"{checkpoint.path} was written by {checkpoint.world_size} ranks; "
+                f"resume with as many, not {ranks.world_size}"
+            )
+        if checkpoint.meta["zero_stage"] != stage.training.zero_stage:
+            raise UserError(
+                f"{checkpoint.path} was written at zero_stage {checkpoint.meta['zero_stage']}; "
+                f"resume with --set stages.{number}.training.zero_stage="
+                f"{checkpoint.meta['zero_stage']}"
+            )
+    if needs_previous(config, number) and not (
+        plan.resume_from and (options.folder / PREVIOUS).exists()
+    ):
+        plan.previous = _previous_checkpoint(config, options)
+    return plan
+
+
+def needs_previous(config: Config, number: int) -> bool:
+    """Whether this stage's windows come from frozen earlier stages."""
+    stage = config.stages[number]
+    return number > 1 and not stage.joint and stage.training.condition_on == "generated"
+
+
+def _previous_checkpoint(config: Config, options: RunOptions) -> Checkpoint:
+    before = options.stage_number - 1
+    source = options.previous or options.out
+    try:
+        found = find_checkpoint(source, stage_number=before)
+    except UserError as error:
+        where = "" if options.previous else f" --out {options.out}"
+        command = f"deepspeed engine/train.py --config {options.config_name} --stage {before}"
+        raise UserError(
+            f"stage {options.stage_number} needs stage {before} first ({error}); "
+            f"make it with: {command}{where}"
+        ) from None
+    check_same_networks(config, found, options.config_name)
+    return found

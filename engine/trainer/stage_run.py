@@ -1,0 +1,192 @@
+"""One run of one stage, from a checked configuration to the last checkpoint."""
+
+import contextlib
+import time
+from collections import Counter
+from pathlib import Path
+
+from engine.configuration import Config
+from engine.errors import UserError
+from engine.trainer.checkpoints import PREVIOUS
+from engine.trainer.console import Console
+from engine.trainer.interruption import Interruption
+from engine.trainer.logbook import Logbook, memory_megabytes
+from engine.trainer.networks import SAMPLES, STATISTICS, StageBuilder
+from engine.trainer.previous import freeze_previous, load_previous
+from engine.trainer.ranks import Ranks
+from engine.trainer.reals import Reals
+from engine.trainer.run_state import load_run, save_run
+from engine.trainer.snapshots import Snapshots
+from engine.trainer.stage_plan import Plan, needs_previous
+from engine.trainer.step import Trainer
+from engine.video.index import VideoIndex
+
+SOURCE_FRAMES_PER_SECOND = 25  # what samples are played at, times the stage's frame stride
+
+
+def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
+    """Train to the last step; returns the last checkpoint's path. Ranks must be connected."""
+    counts = class_counts(index, plan.config)
+    builder = StageBuilder(plan.config, plan.options.stage_number, ranks, counts)
+    loader = builder.loader(index)
+    console.say(f"data: {loader.description}")
+    try:
+        _freeze_previous(plan, builder, console)
+        snapshots = _snapshots(plan, builder, index)
+        run = _Run(plan, builder, builder.trainer(loader), snapshots, console)
+        run.resume()
+        return run.train()
+    finally:
+        loader.close()
+
+
+def class_counts(index: VideoIndex, config: Config) -> list[int]:
+    """Clips per class; UserError when the data set has more classes than the networks."""
+    num_classes = config.data.num_classes
+    if num_classes is None:
+        return []
+    if len(index.classes) > num_classes:
+        raise UserError(
+            f"the data set has {len(index.classes)} classes, but data.num_classes is {num_classes}"
+        )
+    if not index.classes:
+        raise UserError(
+            f"data.num_classes is {num_classes}, but the data set has no class folders; "
+            "use --set data.num_classes=null"
+        )
+    counts = Counter(entry.label for entry in index.entries)
+    return [counts[label] for label in range(num_classes)]
+
+
+def _freeze_previous(plan: Plan, builder: StageBuilder, console: Console) -> None:
+    if not needs_previous(plan.config, builder.number):
+        return
+    path = plan.options.folder / PREVIOUS
+    training = plan.config.stages[builder.number].training
+    if plan.previous is not None and builder.ranks.is_main:
+        console.say(
+            f"previous: {plan.previous.path}, frozen; {training.norm_statistics_passes} passes "
+            "fix its norm statistics"
+        )
+        freeze_previous(
+            path,
+            plan.config,
+            plan.previous,
+            builder.latents(builder.seed(STATISTICS)),
+            batch_size=training.micro_batch,
+            num_passes=training.norm_statistics_passes,
+        )
+    builder.ranks.barrier()
+    builder.previous = load_previous(path, plan.config, builder.ranks.device)
+
+
+def _snapshots(plan: Plan, builder: StageBuilder, index: VideoIndex) -> Snapshots:
+    stage = plan.config.stages[builder.number]
+    latents = builder.latents(builder.seed(SAMPLES))
+    reals = None
+    if stage.training.condition_on == "data" and builder.number > 1:
+        # A loader of its own: the training one's position must not depend on samples.
+        with contextlib.closing(builder.loader(index)) as loader:
+            reals = Reals(loader, plan.config, builder.number)
+            fakes = builder.fakes(latents, reals)
+            inputs = fakes.draw(stage.training.micro_batch)
+    else:
+        fakes = builder.fakes(latents, None)
+        inputs = fakes.draw(stage.training.micro_batch)
+    return Snapshots(
+        fakes,
+        inputs,
+        folder=plan.options.folder / "samples",
+        frames_per_second=SOURCE_FRAMES_PER_SECOND / stage.frame_stride,
+    )
+
+
+class _Run:
+    """The loop: train, log, sample, save. Every cadence is stated where it is used."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        builder: StageBuilder,
+        trainer: Trainer,
+        snapshots: Snapshots,
+        console: Console,
+    ) -> None:
+        self._config, self._options = plan.config, plan.options
+        self._resume_from = plan.resume_from
+        self._builder, self._trainer, self._console = builder, trainer, console
+        self._snapshots = snapshots
+        self._ranks = builder.ranks
+        self._stage = plan.config.stages[builder.number]
+        self._training = self._stage.training
+        self._folder = plan.options.folder
+        self._interruption = Interruption()
+
+    def resume(self) -> None:
+        """Load the newest undamaged checkpoint, if there is one to resume from."""
+        chosen = self._ranks.broadcast(self._newest_whole() if self._ranks.is_main else 0)
+        if chosen < len(self._resume_from):
+            checkpoint = self._resume_from[chosen]
+            load_run(self._trainer, checkpoint, self._ranks)
+            self._console.say(f"resumed: {checkpoint.path}, step {checkpoint.step}")
+
+    def train(self) -> Path:
+        """All steps that are still to do; the path of the last checkpoint."""
+        trainer, training = self._trainer, self._training
+        last_step = min(training.iterations, self._options.max_steps or training.iterations)
+        checkpoint = self._folder / "checkpoints" / f"step-{trainer.step:08d}"
+        if trainer.step >= last_step:
+            self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
+            return checkpoint
+        logbook = Logbook(self._folder, resumed_at=trainer.step) if self._ranks.is_main else None
+        progress = self._console.progress(trainer.step, last_step, f"stage {self._builder.number}")
+        if trainer.step == 0:
+            self._snapshots.write(trainer, logbook)
+        # Seconds are averaged over the steps since the last logged one.
+        began, began_step = time.monotonic(), trainer.step
+        while trainer.step < last_step:
+            measures = trainer.train_step()
+            step = trainer.step
+            progress.update(step, measures)
+            stopping = step == last_step or self._ranks.any(self._interruption.requested)
+            if logbook and (step % training.log_every == 0 or step == 1 or stopping):
+                seconds = (time.monotonic() - began) / (step - began_step)
+                logbook.scalars(step, measures | self._speed(seconds))
+                began, began_step = time.monotonic(), step
+            if step % training.sample_every == 0 or stopping:
+                self._snapshots.write(trainer, logbook)
+            if step % training.checkpoint_every == 0 or stopping:
+                checkpoint = save_run(
+                    trainer, self._config, self._folder, self._ranks, keep=training.keep_checkpoints
+                )
+            if stopping:
+                break
+        progress.close()
+        if logbook:
+            logbook.close()
+        if trainer.step < last_step:
+            self._console.say(f"interrupted: saved {checkpoint}; --resume auto goes on")
+        return checkpoint
+
+    def _newest_whole(self) -> int:
+        """Position in `resume_from` of the first checkpoint that verifies; its length if none."""
+        for position, checkpoint in enumerate(self._resume_from):
+            try:
+                checkpoint.verify()
+                return position
+            except UserError as error:
+                if self._options.resume != "auto":
+                    raise
+                self._console.say(f"{error}; trying an older one")
+        if self._resume_from:
+            raise UserError(f"no undamaged checkpoint in {self._folder / 'checkpoints'}")
+        return 0
+
+    def _speed(self, seconds_per_step: float) -> dict[str, float]:
+        # Real clips that go through D; a step generates 1.5 times as many with two D updates.
+        clips = self._training.global_batch * self._training.discriminator_steps
+        return {
+            "seconds_per_step": seconds_per_step,
+            "clips_per_second": clips / seconds_per_step,
+            "memory_MB": memory_megabytes(self._ranks.device),
+        }

@@ -1,0 +1,44 @@
+"""Norm statistics for inference: dummy passes, at the length to be generated, then fixed.
+
+The paper runs 200 of them before it evaluates. Stages are done in order, each on what the earlier
+ones, already fixed, generate: that is what it will see.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.models.cascade import Cascade
+from engine.models.norms import collect_statistics
+from engine.trainer.fakes import LatentSource
+
+
+@torch.no_grad()
+def fix_standing_statistics(
+    cascade: Cascade,
+    *,
+    latents: LatentSource,
+    batch_size: int,
+    num_passes: int,
+    clip_frames: int,
+    low_of: Callable[[int, list[Tensor], Tensor | None], Tensor],
+    on_pass: Callable[[], None] = lambda: None,
+) -> None:
+    """Fix the statistics of all of the cascade's generators.
+
+    `clip_frames` is stage 1's length; `low_of(n, zs, labels)` gives stage n's input, made by the
+    n - 1 stages before it. `on_pass` is called after each pass, for a progress bar.
+    """
+    for number, generator in enumerate(cascade.generators, start=1):
+
+        def run_pass(_: int, number: int = number, generator: torch.nn.Module = generator) -> None:
+            zs = latents.latents(batch_size, number)
+            labels_B = latents.labels(batch_size)
+            if number == 1:
+                generator(zs[0], labels_B, clip_frames)
+            else:
+                generator(zs[-1], labels_B, low_of(number, zs[:-1], labels_B))
+            on_pass()
+
+        collect_statistics(generator, run_pass, num_passes)

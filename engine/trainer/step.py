@@ -1,0 +1,172 @@
+"""The training step of one stage: two discriminator updates, then one generator update.
+
+Read `Trainer.train_step`, `d_step` and `g_step`: they are the algorithm. Everything they change
+is in `Trainer.state_dict` or in the two engines' own checkpoints.
+"""
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from engine.configuration import Stage
+from engine.models.discriminators import Scores, draw_frame_indices
+from engine.trainer.averaging import WeightAverage
+from engine.trainer.deepspeed_engines import EngineUpdate, frozen, renew_spectral_norm
+from engine.trainer.fakes import Fake, Fakes, Inputs
+from engine.trainer.losses import discriminator_hinge, generator_hinge
+from engine.trainer.measures import Means, mean_over_ranks
+from engine.trainer.reals import Real, Reals
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or weight is no longer a number; names stage, step and tensor."""
+
+
+class Trainer:
+    """Alternates the two engines of one stage."""
+
+    def __init__(
+        self,
+        *,
+        stage_number: int,
+        stage: Stage,
+        g_engine: deepspeed.DeepSpeedEngine,
+        d_engine: deepspeed.DeepSpeedEngine,
+        fakes: Fakes,
+        reals: Reals,
+        random: torch.Generator,
+        accumulation_steps: int,
+        average: WeightAverage | None,
+    ) -> None:
+        self.stage_number = stage_number
+        self.g_engine = g_engine
+        self.d_engine = d_engine
+        self.average = average
+        self.step = 0
+        self._training = stage.training
+        self._spatial_frames = stage.discriminators.spatial_frames
+        self._fakes = fakes
+        self._reals = reals
+        self._random = random
+        self._accumulation_steps = accumulation_steps
+        zero_stage = stage.training.zero_stage
+        self._g_update = EngineUpdate(g_engine, zero_stage)
+        self._d_update = EngineUpdate(d_engine, zero_stage)
+
+    def train_step(self) -> dict[str, float]:
+        """One iteration (paper, section 4): `discriminator_steps` D updates and one G update.
+
+        Returns the measures of the last D update and of the G update, averaged over all ranks.
+        Raises NonFiniteError, on every rank, when one of them is not a number.
+        """
+        for _ in range(self._training.discriminator_steps):
+            measures = self.d_step()
+        measures |= self.g_step()
+        if self.average is not None:
+            self.average.update(self.g_engine.module)
+        self.step += 1
+        means = mean_over_ranks(measures, self.g_engine.device)
+        self._check_finite(means)
+        return means
+
+    def d_step(self) -> dict[str, Tensor]:
+        """One discriminator update over the global batch."""
+        measures = Means()
+        for _ in range(self._accumulation_steps):
+            real = self._reals.next()
+            with torch.no_grad():
+                fake = self._fakes.run(self.g_engine.module, self._draw())
+            # One pass over both halves: D has no batch norm, so it is exact, and launches once.
+            scores = self.d_engine(*self._judged(_joined(real, fake)))
+            real_scores, fake_scores = _halves(scores)
+            loss = discriminator_hinge(real_scores.all, fake_scores.all)
+            self.d_engine.backward(loss)
+            grad_norm = self._d_update.step()
+            measures.add("loss_D", loss)
+            measures.add("accuracy_D_real", (real_scores.all > 0).float().mean())
+            measures.add("accuracy_D_fake", (fake_scores.all < 0).float().mean())
+            for name, real_BN in real_scores.by_name().items():
+                measures.add(f"score_real/{name}", real_BN.mean())
+            for name, fake_BN in fake_scores.by_name().items():
+                measures.add(f"score_fake/{name}", fake_BN.mean())
+        renew_spectral_norm(self.d_engine.module, zero_stage=self._training.zero_stage)
+        return measures.all() | {"grad_norm_D": grad_norm}
+
+    def g_step(self) -> dict[str, Tensor]:
+        """One generator update over the global batch."""
+        measures = Means()
+        with frozen(self.d_engine.module):
+            for _ in range(self._accumulation_steps):
+                fake = self._fakes.run(self.g_engine, self._draw())
+                scores = self.d_engine.module(*self._judged(fake))
+                loss = generator_hinge(scores.all)
+                self.g_engine.backward(loss)
+                grad_norm = self._g_update.step()
+                measures.add("loss_G", loss)
+        renew_spectral_norm(self.g_engine.module, zero_stage=self._training.zero_stage)
+        return measures.all() | {"grad_norm_G": grad_norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the step changes on this rank, besides the two engines."""
+        return {
+            "step": self.step,
+            "random": self._random.get_state(),
+            "reals": self._reals.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.step = state["step"]
+        self._random.set_state(state["random"])
+        self._reals.load_state_dict(state["reals"])
+
+    def _draw(self) -> Inputs:
+        return self._fakes.draw(self._training.micro_batch)
+
+    def _judged(self, batch: Fake | Real) -> tuple[Tensor | None, ...]:
+        """The discriminators' arguments: the batch, and the frames the spatial one looks at."""
+        batch_size, num_frames = batch.video_BTCHW.shape[:2]
+        frames_BK = draw_frame_indices(
+            batch_size, num_frames, self._spatial_frames, self._random
+        ).to(batch.video_BTCHW.device)
+        return batch.video_BTCHW, batch.labels_B, batch.low_BTCHW, frames_BK
+
+    def _check_finite(self, means: dict[str, float]) -> None:
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        engines = (("generator", self.g_engine), ("discriminator", self.d_engine))
+        bad += [
+            f"{which}.{name}"
+            for which, engine in engines
+            for name, parameter in engine.module.named_parameters()
+            if not parameter.isfinite().all()
+        ]
+        raise NonFiniteError(
+            f"stage {self.stage_number}, step {self.step}: not finite: {', '.join(bad[:8])}"
+            + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        )
+
+
+def _halves(scores: Scores) -> tuple[Scores, Scores]:
+    """Undo `_joined`: the reals' scores and the fakes'."""
+    spatial, temporal = scores.spatial.chunk(2), scores.temporal.chunk(2)
+    matching = (None, None) if scores.matching is None else scores.matching.chunk(2)
+    real, fake = (Scores(*s) for s in zip(spatial, temporal, matching, strict=True))
+    return real, fake
+
+
+def _joined(real: Real, fake: Fake) -> Real:
+    """Reals, then fakes, along the batch."""
+
+    def both(r: Tensor | None, f: Tensor | None) -> Tensor | None:
+        return None if r is None or f is None else torch.cat([r, f])
+
+    return Real(
+        torch.cat([real.video_BTCHW, fake.video_BTCHW]),
+        both(real.low_BTCHW, fake.low_BTCHW),
+        both(real.labels_B, fake.labels_B),
+    )
