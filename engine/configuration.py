@@ -218,6 +218,10 @@ class Config(Section):
         """
         return unshared(self.model_dump())
 
+    def unrolling(self, number: int) -> int:
+        """Frames that stage `number` makes of one frame of stage 1."""
+        return self.stages[1].frame_stride // self.stages[number].frame_stride
+
     def upsampling(self, number: int) -> Upsampling:
         """The input of stage `number` > 1."""
         previous, stage = self.stages[number - 1], self.stages[number]

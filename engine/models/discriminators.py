@@ -127,7 +127,8 @@ class SpatialDiscriminator(nn.Module):
     ) -> Tensor:
         """Scores of the chosen frames, [B, K]; see `draw_frame_indices`."""
         samples = torch.arange(len(video_BTCHW), device=video_BTCHW.device)[:, None]
-        scores_BK: Tensor = self.tower(video_BTCHW[samples, frame_indices_BK], labels_B)
+        frames_BKCHW = video_BTCHW[samples, frame_indices_BK.to(video_BTCHW.device)]
+        scores_BK: Tensor = self.tower(frames_BKCHW, labels_B)
         return scores_BK
 
 

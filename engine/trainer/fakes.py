@@ -11,7 +11,7 @@ on them. Random numbers come from a CPU generator: the same on every device, and
 checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,24 +46,32 @@ class Fakes(Protocol):
 
 
 class LatentSource:
-    """z ~ N(0, I), and labels with the data set's frequencies."""
+    """z ~ N(0, σ²I), σ = 1 in training, and labels with the data set's frequencies."""
 
     def __init__(
-        self, config: Config, class_counts: list[int] | None, seed: int, device: torch.device
+        self,
+        config: Config,
+        class_counts: Sequence[int],
+        seed: int,
+        device: torch.device,
+        *,
+        sigma: float = 1.0,
     ) -> None:
+        self._sigma = sigma
         self._stages = config.stages
         self.random = torch.Generator().manual_seed(seed)
         self.device = device
         self._frequencies = (
             None
-            if config.data.num_classes is None or class_counts is None
+            if config.data.num_classes is None
             else torch.tensor(class_counts, dtype=torch.float64)
         )
 
     def latent(self, batch_size: int, stage_number: int) -> Tensor:
         """One stage's z, [B, Z], on the device."""
         size = self._stages[stage_number].generator.latent_size
-        return torch.randn(batch_size, size, generator=self.random).to(self.device)
+        z_BZ = self._sigma * torch.randn(batch_size, size, generator=self.random)
+        return z_BZ.to(self.device)
 
     def latents(self, batch_size: int, num_stages: int) -> list[Tensor]:
         """A z for each of the stages 1 to `num_stages`."""

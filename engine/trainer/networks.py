@@ -25,6 +25,7 @@ from engine.trainer.previous import PreviousStages
 from engine.trainer.ranks import Ranks, derived_seed
 from engine.trainer.reals import ClipSource, Reals
 from engine.trainer.step import Trainer
+from engine.video.dataset import DataFacts
 from engine.video.index import VideoIndex
 from engine.video.loader import ClipLoader
 
@@ -39,8 +40,7 @@ class StageBuilder:
     config: Config
     number: int
     ranks: Ranks
-    class_counts: list[int]
-    """Clips per class, for drawing labels."""
+    facts: DataFacts
     previous: PreviousStages | None = None
     """The frozen earlier stages; set before `trainer` where `fakes` needs them."""
 
@@ -49,6 +49,11 @@ class StageBuilder:
         return derived_seed(
             self.config.stages[self.number].training.seed, self.number, rank, stream
         )
+
+    @property
+    def frames_per_second(self) -> float:
+        """At which this stage's output plays in the data's own time."""
+        return self.facts.frames_per_second / self.config.stages[self.number].frame_stride
 
     def trainer(self, loader: ClipSource) -> Trainer:
         """The training step, with freshly initialised networks."""
@@ -92,7 +97,7 @@ class StageBuilder:
 
     def latents(self, seed: int) -> LatentSource:
         """A stream of z and labels."""
-        return LatentSource(self.config, self.class_counts, seed, self.ranks.device)
+        return LatentSource(self.config, self.facts.class_counts, seed, self.ranks.device)
 
     def loader(self, index: VideoIndex) -> ClipLoader:
         """This rank's share of the real clips, at this stage's resolution, length and stride."""

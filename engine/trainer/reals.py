@@ -11,8 +11,15 @@ from engine.views import nearest_view
 class Clips(Protocol):
     """What a loader yields: video [B, T, 3, H, W] in [-1, 1] and labels [B]."""
 
-    video_BTCHW: Tensor
-    labels_B: Tensor
+    @property
+    def video_BTCHW(self) -> Tensor:
+        """Float32, physically channels-last."""
+        ...
+
+    @property
+    def labels_B(self) -> Tensor:
+        """int64; zeros without classes."""
+        ...
 
 
 class ClipSource(Protocol):

@@ -5,20 +5,21 @@ from typing import Any
 
 import torch
 
-from engine.configuration import Config
 from engine.errors import UserError
 from engine.models.cascade import JointGenerator
 from engine.trainer.checkpoints import GENERATOR, Checkpoint, write_checkpoint
 from engine.trainer.deepspeed_engines import whole_state
+from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
 from engine.trainer.step import Trainer
 
 _TAG = "state"  # DeepSpeed wants a folder name of its own inside ours
 
 
-def save_run(trainer: Trainer, config: Config, folder: Path, ranks: Ranks, *, keep: int) -> Path:
-    """Write a checkpoint of the whole run under `folder/checkpoints`. Collective."""
-    zero_stage = config.stages[trainer.stage_number].training.zero_stage
+def save_run(trainer: Trainer, builder: StageBuilder, *, folder: Path, keep: int) -> Path:
+    """Write a checkpoint of the whole run under `folder`. Collective."""
+    ranks = builder.ranks
+    zero_stage = builder.config.stages[builder.number].training.zero_stage
 
     def write_files(path: Path) -> None:
         for name, engine in _engines(trainer):
@@ -33,14 +34,16 @@ def save_run(trainer: Trainer, config: Config, folder: Path, ranks: Ranks, *, ke
             torch.save(_generator_file(trainer, weights, average), path / GENERATOR)
 
     return write_checkpoint(
-        folder / "checkpoints",
+        folder,
         step=trainer.step,
         write_files=write_files,
         meta={
-            "stage": trainer.stage_number,
+            "stage": builder.number,
             "world_size": ranks.world_size,
             "zero_stage": zero_stage,
-            "config": config.to_tree(),
+            "config": builder.config.to_tree(),
+            "classes": list(builder.facts.classes),
+            "frames_per_second": builder.frames_per_second,
         },
         is_main=ranks.is_main,
         barrier=ranks.barrier,

@@ -42,6 +42,11 @@ class Snapshots:
         name = self._folder / f"step-{trainer.step:08d}"
         self._folder.mkdir(parents=True, exist_ok=True)
         columns = max(1, round(len(videos) ** 0.5))
-        write_mp4(name.with_suffix(".mp4"), grid(videos, columns), self._frames_per_second)
+        write_mp4(
+            name.with_suffix(".mp4"),
+            grid(videos, columns),
+            self._frames_per_second,
+            scale=max(1, 128 // videos.shape[-1]),
+        )
         contact_sheet(videos, name.with_suffix(".png"))
         logbook.videos(trainer.step, "samples", videos, self._frames_per_second)

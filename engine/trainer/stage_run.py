@@ -2,10 +2,8 @@
 
 import contextlib
 import time
-from collections import Counter
 from pathlib import Path
 
-from engine.configuration import Config
 from engine.errors import UserError
 from engine.trainer.checkpoints import PREVIOUS
 from engine.trainer.console import Console
@@ -19,15 +17,14 @@ from engine.trainer.run_state import load_run, save_run
 from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
+from engine.video.dataset import describe
 from engine.video.index import VideoIndex
-
-SOURCE_FRAMES_PER_SECOND = 25  # what samples are played at, times the stage's frame stride
 
 
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
     """Train to the last step; returns the last checkpoint's path. Ranks must be connected."""
-    counts = class_counts(index, plan.config)
-    builder = StageBuilder(plan.config, plan.options.stage_number, ranks, counts)
+    facts = describe(index, plan.config.data)
+    builder = StageBuilder(plan.config, plan.options.stage_number, ranks, facts)
     loader = builder.loader(index)
     console.say(f"data: {loader.description}")
     try:
@@ -38,24 +35,6 @@ def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> 
         return run.train()
     finally:
         loader.close()
-
-
-def class_counts(index: VideoIndex, config: Config) -> list[int]:
-    """Clips per class; UserError when the data set has more classes than the networks."""
-    num_classes = config.data.num_classes
-    if num_classes is None:
-        return []
-    if len(index.classes) > num_classes:
-        raise UserError(
-            f"the data set has {len(index.classes)} classes, but data.num_classes is {num_classes}"
-        )
-    if not index.classes:
-        raise UserError(
-            f"data.num_classes is {num_classes}, but the data set has no class folders; "
-            "use --set data.num_classes=null"
-        )
-    counts = Counter(entry.label for entry in index.entries)
-    return [counts[label] for label in range(num_classes)]
 
 
 def _freeze_previous(plan: Plan, builder: StageBuilder, console: Console) -> None:
@@ -97,7 +76,7 @@ def _snapshots(plan: Plan, builder: StageBuilder, index: VideoIndex) -> Snapshot
         fakes,
         inputs,
         folder=plan.options.folder / "samples",
-        frames_per_second=SOURCE_FRAMES_PER_SECOND / stage.frame_stride,
+        frames_per_second=builder.frames_per_second,
     )
 
 
@@ -157,7 +136,10 @@ class _Run:
                 self._snapshots.write(trainer, logbook)
             if step % training.checkpoint_every == 0 or stopping:
                 checkpoint = save_run(
-                    trainer, self._config, self._folder, self._ranks, keep=training.keep_checkpoints
+                    trainer,
+                    self._builder,
+                    folder=self._folder / "checkpoints",
+                    keep=training.keep_checkpoints,
                 )
             if stopping:
                 break

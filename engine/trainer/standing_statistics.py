@@ -23,7 +23,7 @@ def fix_standing_statistics(
     num_passes: int,
     clip_frames: int,
     low_of: Callable[[int, list[Tensor], Tensor | None], Tensor],
-    on_pass: Callable[[], None] = lambda: None,
+    on_pass: Callable[[], object] = lambda: None,
 ) -> None:
     """Fix the statistics of all of the cascade's generators.
 

@@ -1,7 +1,10 @@
 """From what a user names as data to an index: a file, a folder, or the sample data set."""
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from engine.configuration import Data
 from engine.errors import UserError
@@ -26,7 +29,9 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
     if data.procedural is not None and make:
         if data.num_classes is None:
             raise UserError("data.procedural needs data.num_classes")
-        ensure_procedural(path, data.procedural, data.num_classes, say)
+        ensure_procedural(
+            path, data.procedural, data.num_classes, say, num_workers=data.num_threads
+        )
     if path.is_file():
         return VideoIndex.load(path)
     if not path.is_dir():
@@ -37,6 +42,36 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
         say(f"indexing the videos in {path}")
         build_index(path, index, num_workers=data.num_threads, progress=False)
     return VideoIndex.load(index)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What generators need to know of a data set."""
+
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    """Videos per class, for drawing labels as often as the data has them; empty without classes."""
+    frames_per_second: float
+    """The median video's."""
+
+
+def describe(index: VideoIndex, data: Data) -> DataFacts:
+    """Raises UserError when the data set's classes are not those of the configuration."""
+    fps = median(entry.fps for entry in index.entries)
+    if data.num_classes is None:
+        return DataFacts((), (), fps)
+    if len(index.classes) > data.num_classes:
+        raise UserError(
+            f"the data set has {len(index.classes)} classes, but data.num_classes is "
+            f"{data.num_classes}"
+        )
+    if not index.classes:
+        raise UserError(
+            f"data.num_classes is {data.num_classes}, but the data set has no class folders; "
+            "use --set data.num_classes=null to train without classes"
+        )
+    counts = Counter(entry.label for entry in index.entries)
+    return DataFacts(index.classes, tuple(counts[n] for n in range(data.num_classes)), fps)
 
 
 def _check_small(folder: Path, index: Path) -> None:

@@ -101,11 +101,6 @@ def _sweep(t: Array, a: float, b: float, c: float) -> _Pose:
     return _Pose(x, 0 * t + 0.1 * b, 0 * t + np.pi / 2, 0 * t + 0.6 + 0.1 * c)
 
 
-def _swing(t: Array, a: float, b: float, c: float) -> _Pose:
-    angle = 0.8 * np.sin(2 * np.pi * (t + a))
-    return _Pose(0.5 * np.sin(angle), 0.2 - 0.4 * np.cos(angle), -angle, 0 * t + 0.5 + 0.08 * b)
-
-
 def _drift(t: Array, a: float, b: float, c: float) -> _Pose:
     return _Pose(1.2 * t + 2 * a, 0 * t, 0 * t + 0.5 + 0.2 * b, 0 * t + 0.38 + 0.04 * c)
 

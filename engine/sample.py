@@ -1,0 +1,89 @@
+"""Generate videos with a trained cascade, unrolled to any length."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from engine.command_line import ArgumentParser, run
+from engine.sampling import SamplePlan, choose_labels, fix_statistics, generate, write
+from engine.trainer.checkpoints import find_checkpoint, read_generators
+from engine.trainer.previous import load_cascade
+
+EPILOG = """\
+examples:
+  python engine/sample.py --checkpoint runs/sample --frames 50 --out samples
+  python engine/sample.py --checkpoint runs/kinetics600/stage2 --frames 50 --classes 3,7 --sigma 0.5
+
+Writes an mp4 per clip, grid.mp4 with all of them, contact-sheet.png, samples.json (what was
+asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos; more
+clips or other classes leave the clips that both have unchanged.
+"""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = ArgumentParser(__doc__ or "", EPILOG)
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run's, stage's or checkpoint's folder; the newest of the last stage is taken",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    add("--frames", type=int, metavar="T", help="length (default: stage 1's clip, unrolled)")
+    add("--classes", metavar="A,B", help="class numbers or names (default: all, in turn)")
+    add("--num", type=int, metavar="N", help="clips (default: one per class, at most 16)")
+    add("--sigma", type=float, default=1.0, help="standard deviation of z; 0.5 for pictures")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add(
+        "--passes",
+        type=int,
+        metavar="N",
+        help="dummy passes that fix the norm statistics (default: the configuration's)",
+    )
+    add("--batch", type=int, default=8, help="clips per dummy pass (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    options = parser.parse_args(arguments)
+    for name in ("frames", "num", "passes", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not options.sigma > 0:
+        parser.error("--sigma must be positive")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU was found")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Load, fix the norms' statistics, generate, write."""
+    options = parse(arguments)
+    checkpoint = find_checkpoint(options.checkpoint)
+    config = checkpoint.config()
+    stage_number = checkpoint.stage_number
+    plan = SamplePlan(
+        checkpoint=checkpoint,
+        labels=choose_labels(options.classes, options.num, checkpoint),
+        num_frames=options.frames or config.stages[1].num_frames * config.unrolling(stage_number),
+        sigma=options.sigma,
+        seed=options.seed,
+        num_passes=options.passes or config.stages[stage_number].training.norm_statistics_passes,
+        batch_size=options.batch,
+    )
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if options.device == "auto" else options.device)
+    print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
+    cascade = load_cascade(config, read_generators(checkpoint), device)
+    fix_statistics(cascade, plan, options.out)
+    write(options.out, generate(cascade, plan), plan)
+    print(f"wrote: {len(plan.labels)} clips of {plan.num_frames} frames")
+    print(f"  {options.out / 'grid.mp4'}\n  {options.out / 'contact-sheet.png'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,175 @@
+"""Sampling from a trained cascade: labels, norm statistics, videos, files."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.errors import UserError
+from engine.models.cascade import Cascade
+from engine.models.norms import fix_norm_statistics, norm_statistics
+from engine.trainer.checkpoints import GENERATOR, Checkpoint, read_tensors, write_tensors
+from engine.trainer.fakes import LatentSource
+from engine.trainer.ranks import derived_seed
+from engine.trainer.standing_statistics import fix_standing_statistics
+from engine.video.writing import contact_sheet, grid, to_uint8, write_mp4
+
+STATISTICS = "norm-statistics.pt"
+_PASSES, _CLIPS = range(2)  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What is generated; two equal plans give equal videos."""
+
+    checkpoint: Checkpoint
+    labels: list[int | None]
+    """A class per clip; None without classes."""
+    num_frames: int
+    sigma: float
+    """Standard deviation of z: 1 for metrics, 0.5 for pictures (paper)."""
+    seed: int
+    num_passes: int
+    """Dummy passes that fix the norm statistics; the paper runs 200."""
+    batch_size: int
+    """Clips per dummy pass."""
+
+
+def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -> list[int | None]:
+    """A label per clip: the wanted classes in turn, all of them by default.
+
+    `wanted` holds numbers or names, separated by commas. Raises UserError for unknown ones.
+    """
+    num_classes = checkpoint.config().data.num_classes
+    if num_classes is None:
+        if wanted:
+            raise UserError("--classes: this checkpoint was trained without classes")
+        return [None] * (num or 8)
+    names = checkpoint.meta["classes"]
+    labels = list(range(num_classes))
+    if wanted:
+        labels = [_class_number(text.strip(), num_classes, names) for text in wanted.split(",")]
+    num = num or min(len(labels), 16)
+    return [labels[i % len(labels)] for i in range(num)]
+
+
+def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
+    """Fix the norms at the plan's length and keep the statistics in `out`, for the next time.
+
+    Decided: the passes draw z with the σ that is sampled with, as BigGAN does for truncation;
+    statistics of σ = 1 do not fit activations of σ = 0.5.
+    """
+    path = out / STATISTICS
+    key = {
+        "generator": plan.checkpoint.meta["files"][GENERATOR][1],
+        "frames": plan.num_frames,
+        "sigma": plan.sigma,
+        "passes": plan.num_passes,
+        "batch": plan.batch_size,
+        "seed": plan.seed,
+    }
+    if path.exists():
+        kept = read_tensors(path)
+        if kept["key"] == key:
+            for generator, statistics in zip(cascade.generators, kept["stages"], strict=True):
+                fix_norm_statistics(generator, statistics)
+            return
+    _run_passes(cascade, plan)
+    out.mkdir(parents=True, exist_ok=True)
+    statistics = [norm_statistics(generator) for generator in cascade.generators]
+    write_tensors(path, {"key": key, "stages": statistics})
+
+
+def generate(cascade: Cascade, plan: SamplePlan) -> Tensor:
+    """uint8 [N, T, 3, H, W] on the CPU.
+
+    Clip by clip, each from a seed of its own: the n-th clip of a class is the same video whatever
+    else is asked for, and memory does not grow with their number.
+    """
+    device = next(cascade.parameters()).device
+    counts: Counter[int | None] = Counter()
+    videos = []
+    for label in tqdm(plan.labels, desc="generating", unit="clip"):
+        class_part = 0 if label is None else label + 1
+        seed = derived_seed(plan.seed, _CLIPS, class_part, counts[label])
+        counts[label] += 1
+        latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
+        labels_B = None if label is None else torch.tensor([label], device=device)
+        zs = latents.latents(1, len(cascade.generators))
+        videos.append(to_uint8(cascade.generate(zs, labels_B, plan.num_frames)).cpu())
+    return torch.cat(videos)
+
+
+def write(out: Path, videos_BTCHW: Tensor, plan: SamplePlan) -> None:
+    """An mp4 per clip, all of them in one, the contact sheet, and what was asked for."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [_name(label, plan.checkpoint.meta["classes"]) for label in plan.labels]
+    fps = plan.checkpoint.meta["frames_per_second"]
+    scale = max(1, 128 // videos_BTCHW.shape[-1])
+    clips = []
+    for number, (video_TCHW, name) in enumerate(zip(videos_BTCHW, names, strict=True)):
+        file = f"clip-{number:03d}-{name.replace(' ', '-').replace('/', '-')}.mp4"
+        write_mp4(out / file, video_TCHW, fps, scale=scale)
+        clips.append({"file": file, "sha256": hashlib.sha256(video_TCHW.numpy()).hexdigest()})
+    columns = max(1, round(len(videos_BTCHW) ** 0.5))
+    write_mp4(out / "grid.mp4", grid(videos_BTCHW, columns), fps, scale=scale)
+    contact_sheet(videos_BTCHW, out / "contact-sheet.png", labels=names)
+    asked = {
+        "checkpoint": str(plan.checkpoint.path),
+        "labels": plan.labels,
+        "frames": plan.num_frames,
+        "sigma": plan.sigma,
+        "seed": plan.seed,
+        "passes": plan.num_passes,
+        "batch": plan.batch_size,
+        "frames_per_second": fps,
+        "clips": clips,
+    }
+    (out / "samples.json").write_text(json.dumps(asked, indent=1) + "\n")
+
+
+def _run_passes(cascade: Cascade, plan: SamplePlan) -> None:
+    config, stages = cascade.config, list(cascade.generators)
+    clip_frames = -(-plan.num_frames // config.unrolling(len(stages)))
+    latents = LatentSource(
+        config,
+        [1] * (config.data.num_classes or 0),
+        derived_seed(plan.seed, _PASSES),
+        next(cascade.parameters()).device,
+        sigma=plan.sigma,
+    )
+
+    def low_of(number: int, zs: list[Tensor], labels_B: Tensor | None) -> Tensor:
+        before = Cascade(stages[: number - 1], config)
+        return before.generate(zs, labels_B, clip_frames * config.unrolling(number - 1))
+
+    with tqdm(total=plan.num_passes * len(stages), desc="norm statistics", unit="pass") as bar:
+        fix_standing_statistics(
+            cascade,
+            latents=latents,
+            batch_size=plan.batch_size,
+            num_passes=plan.num_passes,
+            clip_frames=clip_frames,
+            low_of=low_of,
+            on_pass=bar.update,
+        )
+
+
+def _class_number(text: str, num_classes: int, names: list[str]) -> int:
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < num_classes:
+        return int(text)
+    raise UserError(f"--classes: {text!r} is neither a class name nor 0 to {num_classes - 1}")
+
+
+def _name(label: int | None, names: list[str]) -> str:
+    """A class's name, or its number where the data set named none."""
+    if label is None:
+        return "video"
+    return names[label] if label < len(names) else f"class {label}"
