@@ -1,0 +1,76 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from numbered_videos import write_numbered
+
+from engine.video.index import VideoIndex
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "engine" / "prepare.py"), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
+    )
+
+
+def test_index_of_class_folders(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v" / "a dog", "mjpeg", num_frames=25)
+    write_numbered(tmp_path / "v" / "b", "h264", num_frames=50)
+    (tmp_path / "v" / "b" / "x.mp4").write_text("x")
+    out = tmp_path / "indexes" / "v.jsonl"
+    done = prepare(tmp_path / "v", "--out", out, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "accepted  2 videos, 0.00 hours, 25 to 50 frames",
+        "classes   2",
+        "rejected  1, listed in",
+        "1  not a video (no mp4, mov, matroska, webm or avi header)  (e.g. b/x.mp4)",
+        f"index     {out}",
+    ):
+        assert line in done.stdout
+    assert "100%" in done.stderr  # the progress bar
+    assert len(VideoIndex.load(out).entries) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing", "--out", "i.jsonl"], "missing is not a folder of videos"),
+        (["empty", "--out", "i.jsonl"], "empty is empty"),
+        (["bad", "--out", "i.jsonl"], "no usable video in"),
+        (["bad", "--out", "empty"], "--out names the index file"),
+        (["bad", "--out", "i.jsonl", "--annotations", "no.csv"], "cannot read the annotations"),
+        (["bad"], "required: --out"),
+        (["bad", "--out", "i.jsonl", "--workers", "0"], "must be at least 1"),
+        (["bad", "--out", "i.jsonl", "--worker", "1"], "unrecognized arguments: --worker"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.mp4").write_text("x")
+    paths = [a if a.startswith("--") or a.isdigit() else str(tmp_path / a) for a in arguments]
+    done = prepare(*paths)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if not line.startswith(("\r", "decoding"))]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+
+
+def test_help_explains_the_layouts() -> None:
+    done = prepare("--help")
+    assert done.returncode == 0
+    for word in ("class folders", "BDD100K", "--annotations", "example:"):
+        assert word in done.stdout

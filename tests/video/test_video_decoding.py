@@ -1,0 +1,62 @@
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numbered_videos import CODECS, damage, decode_all, read_number, real_clip, write_numbered
+
+from engine.video import decoding
+from engine.video.decoding import decode_window
+from engine.video.inspection import RejectedError
+
+
+def check_windows(path: Path, full: np.ndarray, num_windows: int) -> None:
+    choose = random.Random(0)
+    for _ in range(num_windows):
+        stride, length = choose.choice([1, 2, 5]), choose.choice([1, 6])
+        start = choose.randrange(len(full) - (length - 1) * stride)
+        window = decode_window(
+            path,
+            start_frame=start,
+            num_frames=length,
+            frame_stride=stride,
+            video_frames=len(full),
+        )
+        assert np.array_equal(window, full[start : start + length * stride : stride])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_windows_equal_slices_of_a_full_decode(codec: str, tmp_path: Path) -> None:
+    path = write_numbered(tmp_path, codec)
+    full = decode_all(path)
+    assert [read_number(frame) for frame in full] == list(range(80))
+    check_windows(path, full, num_windows=12)
+
+
+@pytest.mark.parametrize("name", ["carphone_pristine", "bikes"])
+def test_windows_of_real_clips(name: str) -> None:
+    check_windows(real_clip(name), decode_all(real_clip(name)), num_windows=5)
+
+
+def test_seeking_is_used_where_timestamps_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the tests above would pass by decoding from the start every time."""
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("decoded from the start")
+
+    monkeypatch.setattr(decoding, "_decode_from_start", forbidden)
+    path = write_numbered(tmp_path, "h264")
+    window = decode_window(path, start_frame=61, num_frames=3, frame_stride=4, video_frames=80)
+    assert [read_number(frame) for frame in window] == [61, 65, 69]
+
+
+def test_a_damaged_or_shortened_file_is_refused(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path, "h264", num_frames=30)
+    with pytest.raises(RejectedError, match="no frame 35"):
+        decode_window(path, start_frame=28, num_frames=8, frame_stride=1, video_frames=80)
+    path = write_numbered(tmp_path, "h264")
+    damage(path, start=path.stat().st_size // 2)
+    with pytest.raises(RejectedError, match="damaged"):
+        decode_window(path, start_frame=0, num_frames=80, frame_stride=1, video_frames=80)

@@ -1,0 +1,264 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+from numbered_videos import CODECS, damage, real_clip, write_numbered
+
+from engine.errors import UserError
+from engine.video import indexing
+from engine.video.index import VideoIndex, load_rejects
+from engine.video.indexing import build_index
+from engine.video.inspection import RejectedError, inspect_video
+
+
+def index_of(root: Path, out: Path, **options: object) -> VideoIndex:
+    return build_index(root, out, num_workers=0, progress=False, **options)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_facts_are_what_was_encoded(codec: str, tmp_path: Path) -> None:
+    facts = inspect_video(write_numbered(tmp_path, codec, num_frames=37, width=80, height=48))
+    assert (facts.num_frames, facts.fps, facts.width, facts.height) == (37, 25.0, 80, 48)
+    assert facts.codec == codec.partition("-")[0].removesuffix("444")
+
+
+def test_facts_of_a_real_clip() -> None:
+    facts = inspect_video(real_clip("bikes"))
+    assert (facts.num_frames, facts.width, facts.height, facts.codec) == (250, 640, 272, "h264")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("stub.mp4", b"\0" * 1000, "not a video"),
+        ("text.mp4", b"no video here\n" * 50, "not a video"),
+        ("empty.mkv", b"", "not a video"),
+        # Each of these would make libav open something else, were it not for the whitelists.
+        ("list.mp4", b"ffconcat version 1.0\nfile mjpeg.mkv\n", "not a video"),
+        ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\nhttp://localhost:1/x.ts\n", "not a video"),
+        ("http:localhost", b"hello", "not a video"),
+    ],
+)
+def test_what_is_no_video_is_rejected(
+    name: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
+    write_numbered(tmp_path, "mjpeg", num_frames=5)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RejectedError, match=reason):
+        inspect_video(tmp_path / name)
+
+
+def test_the_concat_file_would_otherwise_be_opened(tmp_path: Path) -> None:
+    """Guards the test above: without whitelists libav does decode the listed file."""
+    import av
+
+    write_numbered(tmp_path, "mjpeg", num_frames=5)
+    concat = tmp_path / "list.mp4"
+    concat.write_text("ffconcat version 1.0\nfile mjpeg.mkv\n")
+    with av.open(str(concat)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(RejectedError, match="not a regular file"):
+        inspect_video(tmp_path / "pipe.mp4")
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "vp9", "h264", "mpeg4"])
+def test_flipped_bits_are_found(codec: str, tmp_path: Path) -> None:
+    path = write_numbered(tmp_path, codec)
+    damage(path, start=path.stat().st_size // 2)
+    with pytest.raises(RejectedError, match="damaged"):
+        inspect_video(path)
+
+
+@pytest.mark.parametrize(
+    ("codec", "reason"),
+    [("mjpeg", "truncated"), ("mjpeg444", "truncated|damaged"), ("h264", "not a video")],
+)
+def test_truncation_is_found(codec: str, reason: str, tmp_path: Path) -> None:
+    path = write_numbered(tmp_path, codec)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RejectedError, match=reason):
+        inspect_video(path)
+
+
+def test_class_folders_with_spaces_and_unicode(tmp_path: Path) -> None:
+    root = tmp_path / "my vidéos"
+    write_numbered(root / "b class", "mjpeg", num_frames=5)
+    write_numbered(root / "á" / "deeper", "h264", num_frames=6)
+    write_numbered(root / ".hidden", "h264", num_frames=6)
+    (root / "á" / "notes.txt").write_text("x")
+    write_numbered(root, "vp9", num_frames=5)
+    out = root / "index.jsonl"
+    index = index_of(root, out)
+    assert index.classes == ("b class", "á")
+    found = {e.path: (e.label, e.num_frames) for e in index.entries}
+    assert found == {"b class/mjpeg.mkv": (0, 5), "á/deeper/h264.mp4": (1, 6)}
+    reasons = {reject.path: reject.reason for reject in load_rejects(out)}
+    assert set(reasons) == {"vp9.webm", "á/notes.txt"}
+    assert "class folders" in reasons["vp9.webm"]
+    assert VideoIndex.load(out) == VideoIndex(root.resolve(), index.classes, index.entries)
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v", "mjpeg", num_frames=5)
+    index = index_of(tmp_path / "v", tmp_path / "index.jsonl")
+    assert index.classes == ()
+    assert [entry.label for entry in index.entries] == [None]
+
+
+def test_kinetics_annotations(tmp_path: Path) -> None:
+    root = tmp_path / "clips"
+    write_numbered(root / "x", "mjpeg", num_frames=5).rename(root / "x" / "-a_b_000010_000020.mkv")
+    write_numbered(root, "mjpeg", num_frames=6).rename(root / "cd.mkv")
+    write_numbered(root, "mjpeg", num_frames=7).rename(root / "unlisted.mkv")
+    table = tmp_path / "train.csv"
+    table.write_text(
+        "label,youtube_id,time_start,time_end,split\n"
+        'zumba,"-a_b",10,20,train\narchery,cd,0,10,train\nzumba,gone,3,13,train\n'
+    )
+    out = tmp_path / "index.jsonl"
+    index = index_of(root, out, annotations=table)
+    assert index.classes == ("archery", "zumba")
+    found = {entry.path: entry.label for entry in index.entries}
+    assert found == {"x/-a_b_000010_000020.mkv": 1, "cd.mkv": 0}
+    assert [(r.path, r.reason) for r in load_rejects(out)] == [
+        ("gone_000003_000013", "missing (line 4 of the annotations)")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("label,youtube_id\na,b\n", "no column 'time_start'"),
+        ("label,youtube_id,time_start,time_end\na,b,x,3\n", "line 2"),
+        ("label,youtube_id,time_start,time_end\na,b\n", "line 2: a column is empty"),
+        ("", "no column"),
+    ],
+)
+def test_bad_annotations_name_the_line(text: str, message: str, tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v", "mjpeg", num_frames=5)
+    table = tmp_path / "t.csv"
+    table.write_text(text)
+    with pytest.raises(UserError, match=message):
+        index_of(tmp_path / "v", tmp_path / "i.jsonl", annotations=table)
+
+
+def test_an_interrupted_run_goes_on_and_judges_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "v", tmp_path / "index.jsonl"
+    for name in "abcd":
+        write_numbered(root / name, "mjpeg", num_frames=5)
+    (root / "a" / "bad.mp4").write_text("x")
+    judged: list[str] = []
+
+    def interrupted(path: Path) -> object:
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        judged.append(str(path.relative_to(root)))
+        return inspect_video(path)
+
+    monkeypatch.setattr(indexing, "inspect_video", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index_of(root, out)
+    assert not out.exists()
+    assert len(judged) == 3
+
+    later: list[str] = []
+
+    def counted(path: Path) -> object:
+        later.append(str(path.relative_to(root)))
+        return inspect_video(path)
+
+    monkeypatch.setattr(indexing, "inspect_video", counted)
+    index = index_of(root, out)
+    assert sorted(judged + later) == sorted([f"{n}/mjpeg.mkv" for n in "abcd"] + ["a/bad.mp4"])
+    assert len(index.entries) == 4
+    assert not list(tmp_path.glob("*partial*"))
+
+    # A finished index serves the next run in the same way; what has changed is judged again.
+    later.clear()
+    write_numbered(root / "b", "mjpeg", num_frames=9)
+    again = index_of(root, out)
+    assert later == ["b/mjpeg.mkv"]
+    assert [entry.num_frames for entry in again.entries] == [5, 9, 5, 5]
+    assert [reject.path for reject in load_rejects(out)] == ["a/bad.mp4"]
+
+
+def _crash_on_bad(root: Path, path: str) -> dict:
+    if "bad" in path:
+        os._exit(1)
+    return {"path": path}
+
+
+def test_a_file_that_kills_the_decoder_is_one_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "bad", "c"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(indexing, "_verdict", _crash_on_bad)
+    verdicts = {v["path"]: v for v in indexing._judge_files(tmp_path, ["a", "bad", "c"], 1)}
+    assert set(verdicts) == {"a", "bad", "c"}
+    assert [p for p, v in verdicts.items() if v.get("reason") == "crashes the decoder"] == ["bad"]
+
+
+def test_nothing_usable_says_why(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    with pytest.raises(UserError, match="is empty"):
+        index_of(tmp_path / "v", tmp_path / "i.jsonl")
+    (tmp_path / "v" / "x.mp4").write_text("x")
+    with pytest.raises(UserError, match=r"no usable video .* x\.mp4: not a video"):
+        index_of(tmp_path / "v", tmp_path / "i.jsonl")
+    assert not (tmp_path / "i.jsonl").exists()
+
+
+def test_fingerprint_sees_content_labels_and_paths_but_not_the_root(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v" / "a", "mjpeg", num_frames=5)
+    index = index_of(tmp_path / "v", tmp_path / "v" / "index.jsonl")
+    (tmp_path / "v").rename(tmp_path / "moved")
+    moved = VideoIndex.load(tmp_path / "moved" / "index.jsonl")
+    assert moved.path(0).exists()  # a root beside the index moves with it
+    assert moved.fingerprint() == index.fingerprint()
+    write_numbered(tmp_path / "moved" / "a", "mjpeg", num_frames=6)
+    changed = index_of(tmp_path / "moved", tmp_path / "moved" / "index.jsonl")
+    assert changed.fingerprint() != index.fingerprint()
+    (tmp_path / "moved" / "a").rename(tmp_path / "moved" / "b")
+    renamed = index_of(tmp_path / "moved", tmp_path / "moved" / "index.jsonl")
+    assert renamed.fingerprint() != changed.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 7}, "line 2: label 7, but there are 1 classes"),
+        ({"label": None}, "line 2: label is missing"),
+        ({"path": "../../etc/passwd"}, "leads out of the data set"),
+        ({"path": "/etc/passwd"}, "leads out of the data set"),
+        ({"num_frames": "5"}, "num_frames"),
+        ({"num_frames": 0}, "must be positive"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_a_bad_index_line_is_named(change: dict, message: str, tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v" / "a", "mjpeg", num_frames=5)
+    out = tmp_path / "index.jsonl"
+    index_of(tmp_path / "v", out)
+    header, entry = out.read_text().splitlines()
+    out.write_text(header + "\n" + json.dumps({**json.loads(entry), **change}) + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        VideoIndex.load(out)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "not json\n", '{"some": "json"}\n', "[]\n"])
+def test_other_files_are_no_index(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError, match="is not a video index"):
+        VideoIndex.load(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="No such file"):
+        VideoIndex.load(tmp_path / "missing.jsonl")

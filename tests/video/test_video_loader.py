@@ -1,0 +1,313 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numbered_videos import DALI_CPU, damage, decode_all, read_number, real_clip, write_numbered
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.errors import UserError
+from engine.video.index import VideoIndex
+from engine.video.indexing import build_index
+from engine.video.loader import ClipLoader, Clips
+from engine.video.sampler import ClipSampler
+
+
+def index_of(root: Path) -> VideoIndex:
+    return build_index(root, root / "index.jsonl", num_workers=0, progress=False)[0]
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
+    """12 numbered videos, 4 classes of one codec each, which DALI decodes on the CPU."""
+    root = tmp_path_factory.mktemp("numbered")
+    for codec in DALI_CPU:
+        for part, length in (("long", 80), ("middle", 40), ("brief", 20)):
+            path = write_numbered(root, codec, num_frames=length)
+            (root / codec).mkdir(exist_ok=True)
+            path.rename(root / codec / f"{part}{path.suffix}")
+    return index_of(root)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
+    root = tmp_path_factory.mktemp("real clips")
+    for name in ("bikes", "carphone_pristine"):
+        (root / name).mkdir()
+        shutil.copy(real_clip(name), root / name / "clip é.mp4")
+    return index_of(root)
+
+
+def loader(index: VideoIndex, **options: Any) -> ClipLoader:
+    settings: dict[str, Any] = {
+        "num_frames": 4,
+        "frame_stride": 3,
+        "resolution": 64,
+        "view_resolution": 64,
+        "batch_size": 3,
+        "seed": 1,
+        "num_threads": 1,
+    }
+    return ClipLoader(index, **{**settings, **options})
+
+
+def requests(index: VideoIndex, numbers: range, **options: Any) -> list:
+    settings: dict[str, Any] = {
+        "num_frames": 4,
+        "frame_stride": 3,
+        "seed": 1,
+        "random_crop": True,
+        "horizontal_flip": False,
+    }
+    sampler = ClipSampler([e.num_frames for e in index.entries], **{**settings, **options})
+    return [sampler.request(number) for number in numbers]
+
+
+def to_levels(clips: Clips) -> NDArray[np.float64]:
+    """Back to 0..255, [B, T, H, W, C]."""
+    return (clips.video_BTCHW.permute(0, 1, 3, 4, 2).double().numpy() + 1) * 127.5
+
+
+@pytest.mark.parametrize("decoder", ["dali-cpu", "pyav"])
+def test_exactly_the_requested_frames_come(numbered: VideoIndex, decoder: str) -> None:
+    # The videos' height, 64, is the resolution: nothing is resized.
+    clips = loader(numbered, decoder=decoder, random_crop=False, batch_size=12, num_threads=2)
+    for batch in range(3):
+        got = next(clips)
+        for video, request in zip(
+            to_levels(got), requests(numbered, range(batch * 12, batch * 12 + 12)), strict=True
+        ):
+            # The central 64 of 96 columns show bits 2..6 whole (bars are 12 wide).
+            numbers = [read_number(np.pad(f, ((0, 0), (16, 16), (0, 0)))) for f in video]
+            bits = 0b01111100
+            wanted = [(request.start_frame + 3 * step) & bits for step in range(4)]
+            assert [number & bits for number in numbers] == wanted
+    clips.close()
+
+
+def reference(index: VideoIndex, request: Any, resolution: int) -> NDArray[np.float64]:
+    """The same clip by other means: full decode, slice, Pillow's antialiased bilinear, numpy."""
+    frames = decode_all(index.path(request.video))[request.start_frame :: 3][:4]
+    height, width = frames.shape[1:3]
+    scale = resolution / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    # The long side is rounded to whole pixels without a change of aspect, and centred; beyond the
+    # borders their pixels repeat, which Pillow does not do by itself.
+    margin = 16
+    padded = np.pad(frames, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge")
+    centre, half = (width / 2 + margin, height / 2 + margin), (size[0] / 2, size[1] / 2)
+    low = [c - h / scale for c, h in zip(centre, half, strict=True)]
+    high = [c + h / scale for c, h in zip(centre, half, strict=True)]
+    box = (low[0], low[1], high[0], high[1])
+    resized = np.stack(
+        [
+            np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR, box=box))
+            for f in padded
+        ]
+    )
+    top = int((size[1] - resolution) * request.crop_y + 0.5)
+    left = int((size[0] - resolution) * request.crop_x + 0.5)
+    crop = resized[:, top : top + resolution, left : left + resolution].astype(float)
+    return crop[:, :, ::-1] if request.flip else crop
+
+
+@pytest.mark.parametrize("resolution", [32, 144])
+def test_real_clips_equal_an_independent_reference(real: VideoIndex, resolution: int) -> None:
+    clips = loader(real, resolution=resolution, view_resolution=resolution, horizontal_flip=True)
+    got = np.concatenate([to_levels(next(clips)) for _ in range(3)])
+    clips.close()
+    wanted = requests(real, range(9), horizontal_flip=True)
+    assert {request.flip for request in wanted} == {True, False}
+    for video, request in zip(got, wanted, strict=True):
+        error = np.abs(video - reference(real, request, resolution))
+        # Pillow rounds to 8 bits between its two passes, DALI only at the end: one level.
+        assert error.max() < 1.01
+        assert error.mean() < 0.2
+
+
+def test_dali_and_pyav_agree(numbered: VideoIndex) -> None:
+    # 4:2:0 chroma is enlarged by two builds of libswscale; luma is the same.
+    one, other = loader(numbered, decoder="dali-cpu"), loader(numbered, decoder="pyav")
+    for _ in range(4):
+        assert np.abs(to_levels(next(one)) - to_levels(next(other))).max() <= 2.01
+    one.close()
+    other.close()
+
+
+def test_the_view_is_every_kth_pixel_of_the_same_clip(numbered: VideoIndex) -> None:
+    whole, view = (
+        loader(numbered, horizontal_flip=True),
+        loader(numbered, horizontal_flip=True, view_resolution=16),
+    )
+    for _ in range(3):
+        full, small = next(whole), next(view)
+        assert small.video_BTCHW.shape == (3, 4, 3, 16, 16)
+        assert torch.equal(small.video_BTCHW, full.video_BTCHW[..., ::4, ::4])
+        assert torch.equal(small.labels_B, full.labels_B)
+        assert small.video_BTCHW.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert full.video_BTCHW.dtype == torch.float32
+    assert full.labels_B.dtype == torch.int64
+    levels = to_levels(full)
+    assert np.abs(levels - levels.round()).max() < 1e-4  # u8 / 127.5 - 1, exactly
+    with pytest.raises(ValueError, match="no nearest view"):
+        loader(numbered, view_resolution=24)
+
+
+def test_labels_belong_to_the_videos(numbered: VideoIndex) -> None:
+    clips = loader(numbered, batch_size=12)
+    labels = next(clips).labels_B.tolist()
+    clips.close()
+    wanted = [numbered.entries[request.video].label for request in requests(numbered, range(12))]
+    assert labels == wanted
+    assert sorted(set(labels)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("decoder", ["dali-cpu", "pyav"])
+def test_resume_is_exact(numbered: VideoIndex, decoder: str) -> None:
+    options = {"decoder": decoder, "horizontal_flip": True}
+    clips = loader(numbered, **options)
+    for _ in range(5):  # past the end of an epoch of 12, in the middle of the next
+        next(clips)
+    state = clips.state_dict()
+    assert state["position"] == 15
+    wanted = [next(clips) for _ in range(3)]
+    clips.close()
+    for resumed in (loader(numbered, **options), clips):  # a fresh one, and one that has run on
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        for batch in wanted:
+            got = next(resumed)
+            assert torch.equal(got.video_BTCHW, batch.video_BTCHW)
+            assert torch.equal(got.labels_B, batch.labels_B)
+        resumed.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": 5}, r"num_frames differs .*\(4, now 5\)"),
+        ({"frame_stride": 2}, "frame_stride"),
+        ({"seed": 2}, "seed"),
+        ({"batch_size": 4}, r"global batch .*\(3, now 4\)"),
+        ({"world_size": 2}, r"global batch .*\(3, now 6\)"),
+        ({"view_resolution": 32}, "view_resolution"),
+        ({"horizontal_flip": True}, "horizontal_flip"),
+        ({"random_crop": False}, "random_crop"),
+    ],
+)
+def test_a_position_in_another_stream_is_refused(
+    numbered: VideoIndex, change: dict, message: str
+) -> None:
+    state = loader(numbered).state_dict()
+    with pytest.raises(UserError, match=message):
+        loader(numbered, **change).load_state_dict(state)
+
+
+def test_a_position_in_another_data_set_is_refused(numbered: VideoIndex) -> None:
+    state = loader(numbered).state_dict()
+    fewer = VideoIndex(numbered.root, numbered.classes, numbered.entries[:-1])
+    with pytest.raises(UserError, match="data set differs"):
+        loader(fewer).load_state_dict(state)
+
+
+def test_two_ranks_share_an_epoch_and_equal_one_rank(numbered: VideoIndex) -> None:
+    alone = loader(numbered, batch_size=6)
+    ranks = [loader(numbered, batch_size=3, rank=r, world_size=2) for r in range(2)]
+    for _ in range(2):  # 12 videos: one epoch
+        whole = next(alone)
+        parts = [next(rank) for rank in ranks]
+        videos = torch.stack([part.video_BTCHW for part in parts], dim=1).flatten(0, 1)
+        assert torch.equal(videos, whole.video_BTCHW)
+    assert alone.state_dict() == ranks[0].state_dict() == ranks[1].state_dict()
+    drawn = [r.video for r in requests(numbered, range(12))]
+    assert sorted(drawn) == list(range(12))
+    for each in (alone, *ranks):
+        each.close()
+
+
+@pytest.mark.parametrize("decoder", ["dali-cpu", "pyav"])
+@pytest.mark.parametrize("harm", ["damage", "shorten", "remove", "replace"])
+def test_a_file_that_fails_in_mid_run_is_named(decoder: str, harm: str, tmp_path: Path) -> None:
+    for name in ("good", "bad one"):
+        path = write_numbered(tmp_path, "mjpeg")
+        path.rename(tmp_path / f"{name}.mkv")
+    bad = tmp_path / "bad one.mkv"
+    index = index_of(tmp_path)
+    clips = loader(index, decoder=decoder, batch_size=2, num_frames=26)  # nearly all frames
+    next(clips)
+    if harm == "damage":
+        damage(bad, start=2000, length=40000)
+    elif harm == "shorten":
+        bad.write_bytes(bad.read_bytes()[:20000])
+    elif harm == "remove":
+        bad.unlink()
+    else:
+        # Of the old size, but DALI alone would open what it lists.
+        listed = b"ffconcat version 1.0\nfile good.mkv\n"
+        bad.write_bytes(listed + b"#" * (bad.stat().st_size - len(listed)))
+    with pytest.raises(UserError, match=r"bad one\.mkv.*run engine/prepare\.py again") as caught:
+        for _ in range(8):  # more than were prefetched
+            next(clips)
+    assert "\n" not in str(caught.value)
+    clips.close()
+
+
+def test_decoder_choice(numbered: VideoIndex, real: VideoIndex) -> None:
+    assert "via DALI (CPU)" in loader(numbered).description
+    assert "H264 via PyAV (CPU)" in loader(real).description
+    with pytest.raises(UserError, match=r"dali-cpu cannot decode .*clip é\.mp4 \(h264\)"):
+        loader(real, decoder="dali-cpu")
+    with pytest.raises(UserError, match="dali-gpu needs a GPU"):
+        loader(real, decoder="dali-gpu")
+    with pytest.raises(UserError, match="decoder 'dali'"):
+        loader(real, decoder="dali")
+
+
+def test_description_counts_what_is_left_out(numbered: VideoIndex) -> None:
+    text = loader(numbered, num_frames=10, resolution=128).description  # windows of 28 frames
+    assert text.startswith("8 videos, 4 classes, ")
+    assert "4 videos too short, left out" in text
+    assert "8 smaller than 128 pixels, enlarged" in text
+    with pytest.raises(UserError, match=r"need 118; the longest has 80"):
+        loader(numbered, num_frames=40)
+
+
+def test_unlabelled_videos_have_label_zero(tmp_path: Path) -> None:
+    write_numbered(tmp_path, "mjpeg", num_frames=20)
+    clips = loader(index_of(tmp_path))
+    assert next(clips).labels_B.tolist() == [0, 0, 0]
+    assert clips.description == "1 videos, MJPEG via DALI (CPU)"
+    clips.close()
+
+
+def test_the_console_stays_ours(
+    numbered: VideoIndex, real: VideoIndex, capfd: pytest.CaptureFixture
+) -> None:
+    for index in (numbered, real):
+        clips = loader(index)
+        next(clips)
+        clips.close()
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decoder", ["dali-cpu", "dali-gpu", "pyav"])
+def test_the_gpu_pipeline_gives_the_same_clips(numbered: VideoIndex, decoder: str) -> None:
+    entries = tuple(e for e in numbered.entries if not e.path.startswith("mjpeg444"))
+    index = VideoIndex(numbered.root, numbered.classes, entries)
+    cpu = loader(index, decoder="pyav")
+    gpu = loader(index, decoder=decoder, device=torch.device("cuda", 0))
+    for _ in range(3):
+        one, other = next(cpu), next(gpu)
+        assert other.video_BTCHW.device.type == other.labels_B.device.type == "cuda"
+        assert torch.equal(one.labels_B, other.labels_B.cpu())
+        # NVDEC's colour conversion is its own: a few levels, most at chroma edges.
+        difference = (one.video_BTCHW - other.video_BTCHW.cpu()).abs() * 127.5
+        assert difference.mean() < 4
+    cpu.close()
+    gpu.close()

@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numbered_videos import decode_all, numbered_frame, read_number
+from PIL import Image
+
+from engine.errors import UserError
+from engine.video.inspection import inspect_video
+from engine.video.writing import contact_sheet, grid, to_uint8, write_mp4
+
+
+def test_to_uint8_inverts_the_loader_and_clips() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels.float() / 127.5 - 1), levels)
+    assert to_uint8(torch.tensor([-1.5, 1.5, 0.0])).tolist() == [0, 255, 128]
+
+
+@pytest.mark.parametrize("channels_first", [True, False])
+def test_mp4_holds_the_frames_in_order(channels_first: bool, tmp_path: Path) -> None:
+    frames = np.stack([numbered_frame(number, 65, 33) for number in range(20)])
+    given = torch.from_numpy(frames.transpose(0, 3, 1, 2)) if channels_first else frames
+    path = tmp_path / "new folder" / "clip é.mp4"
+    write_mp4(path, given, fps=12.5)
+    facts = inspect_video(path)
+    assert (facts.num_frames, facts.fps) == (20, 12.5)
+    assert (facts.width, facts.height) == (66, 34)  # odd sizes are padded
+    assert (facts.codec, facts.pixel_format) == ("h264", "yuv420p")
+    decoded = decode_all(path)[:, :33, :65]
+    assert [read_number(frame) for frame in decoded] == list(range(20))
+    assert np.abs(decoded.astype(float) - frames).mean() < 6
+    first = path.read_bytes()
+    write_mp4(path, given, fps=12.5)
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_mp4_scale_enlarges_pixels(tmp_path: Path) -> None:
+    frames = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+    frames[:, 4:] = 255
+    write_mp4(tmp_path / "x.mp4", frames, fps=25, scale=8)
+    decoded = decode_all(tmp_path / "x.mp4")
+    assert decoded.shape == (3, 64, 64, 3)
+    assert decoded[:, :30].max() < 16
+    assert decoded[:, 34:].min() > 240
+
+
+def test_mp4_refuses_what_is_no_video(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        write_mp4(tmp_path / "x.mp4", torch.zeros(4, 3, 8, 8), fps=25)
+    with pytest.raises(ValueError, match="3 channels"):
+        write_mp4(tmp_path / "x.mp4", torch.zeros(4, 4, 8, 8, dtype=torch.uint8), fps=25)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_mp4(tmp_path / "file" / "x.mp4", np.zeros((1, 8, 8, 3), np.uint8), fps=25)
+
+
+def test_grid_places_clips_row_by_row() -> None:
+    videos = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None, None] * 40
+    sheet = grid(videos.expand(5, 2, 3, 4, 6), columns=3)
+    assert sheet.shape == (2, 3, 2 * 6 + 2, 3 * 8 + 2)
+    for number in range(5):
+        top, left = 2 + number // 3 * 6, 2 + number % 3 * 8
+        assert (sheet[:, :, top : top + 4, left : left + 6] == (number + 1) * 40).all()
+    assert (sheet[:, :, 8:, 18:] == 24).all()  # the empty cell
+
+
+def test_contact_sheet_shows_first_to_last_frame(tmp_path: Path) -> None:
+    videos = (torch.arange(9, dtype=torch.uint8) * 20)[None, :, None, None, None]
+    videos = torch.cat([videos, 255 - videos]).expand(2, 9, 3, 16, 16)
+    contact_sheet(videos, tmp_path / "a.png", num_frames_shown=3)
+    pixels = np.asarray(Image.open(tmp_path / "a.png"))
+    assert pixels.shape == (2 * 98 + 2, 3 * 98 + 2, 3)  # 16 pixels, enlarged six times
+    assert pixels[50, [50, 148, 246], 0].tolist() == [0, 80, 160]
+    assert pixels[148, [50, 148, 246], 0].tolist() == [255, 175, 95]
+    contact_sheet(videos, tmp_path / "b.png", 3, labels=["archery", "a longer name"])
+    labelled = np.asarray(Image.open(tmp_path / "b.png"))
+    margin = labelled.shape[1] - pixels.shape[1]
+    assert np.array_equal(labelled[:, margin:], pixels)
+    assert (labelled[:98, :margin] > 150).any()  # the label is drawn beside its row
+    assert (labelled[98:, :margin] > 150).any()
