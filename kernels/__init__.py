@@ -1,7 +1,8 @@
 """The operators of SSW-GAN's networks, one file each: equation, costs, plain PyTorch form.
 
 Models call `kernels.<op>(...)` and nothing beneath it, so that an operator's implementation can
-change without a change in any model. Nothing here knows what a GAN is.
+change without a change in any model. Nothing here knows what a GAN is. All are compositions of
+differentiable PyTorch operators: they work in fp64, and derivatives of any order are autograd's.
 """
 
 from kernels.conv import conv2d, conv3d

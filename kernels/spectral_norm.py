@@ -27,7 +27,7 @@ def power_iteration_(
     All layers in one call, so that the whole network's iterations can become one launch.
     """
     for weight, u_O, v_K in zip(weights, us, vs, strict=True):
-        matrix_OK = weight.detach().flatten(1)
+        matrix_OK = weight.flatten(1)
         for _ in range(num_iterations):
             v_K.copy_(F.normalize(matrix_OK.T.mv(u_O), dim=0))
             u_O.copy_(F.normalize(matrix_OK.mv(v_K), dim=0))

@@ -130,7 +130,8 @@ def test_statistics_of_all_stages_are_collected_at_once() -> None:
     lengths = {key.split(".")[1]: len(value) for key, value in statistics.items()}
     assert lengths == {"0": 3, "1": 6, "2": 18}
     alone = stages.generate([z[:1] for z in zs], LABELS[:1], 13)
-    torch.testing.assert_close(alone, stages.generate(zs, LABELS, 13)[:1])
+    # Convolutions round differently at another batch size.
+    torch.testing.assert_close(alone, stages.generate(zs, LABELS, 13)[:1], rtol=0, atol=1e-3)
 
 
 def test_windows_of_stage_2_are_cut_from_stage_1_clips() -> None:
