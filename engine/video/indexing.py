@@ -4,6 +4,7 @@ Judging hours of video takes hours, so verdicts are appended to `<name>.partial.
 come: an interrupted run goes on where it stopped, and a second run judges only what has changed.
 """
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -31,6 +32,8 @@ from engine.video.inspection import RejectedError, VideoFacts, inspect_video
 
 # Verdicts come in path order within a pool, give or take what each worker holds.
 _IN_FLIGHT_PER_WORKER = 4
+# A future takes a kilobyte or two: half a million of them would be a gigabyte.
+_FILES_QUEUED = 4096
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def build_index(
     else:
         candidates, rejects = _from_folders(files)
     classes = tuple(sorted({c.class_name for c in candidates if c.class_name is not None}))
+    labels: dict[str | None, int | None] = {name: label for label, name in enumerate(classes)}
+    labels[None] = None
 
     verdicts = _judge(root, candidates, out, partial, num_workers, progress)
     entries = []
@@ -84,10 +89,7 @@ def build_index(
         if "reason" in verdict:
             rejects.append(Reject(**verdict))
         else:
-            name = candidate.class_name
-            entries.append(
-                VideoEntry(**verdict, label=None if name is None else classes.index(name))
-            )
+            entries.append(VideoEntry(**verdict, label=labels[candidate.class_name]))
     rejects.sort(key=lambda reject: reject.path)
     write_lines(rejects_path(out), map(asdict, rejects))
     if not entries:
@@ -105,6 +107,7 @@ def build_index(
 def _files_below(root: Path, skip: set[Path]) -> list[str]:
     """All files below root, sorted, but hidden ones and the index's own."""
     found, seen = [], set()
+    skip_names = {path.name for path in skip}
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder above would lead round for ever
@@ -114,7 +117,8 @@ def _files_below(root: Path, skip: set[Path]) -> list[str]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and path.resolve() not in skip:
+            ours = name in skip_names and path.resolve() in skip
+            if not name.startswith(".") and not ours:
                 found.append(path.relative_to(root).as_posix())
     return sorted(found)
 
@@ -257,12 +261,13 @@ def _in_processes(root: Path, paths: list[str], num_workers: int) -> Iterator[di
         num_workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
     )
     try:
-        futures = [pool.submit(_verdict, root, path) for path in paths]
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                continue
+        for first in range(0, len(paths), _FILES_QUEUED):
+            queued = paths[first : first + _FILES_QUEUED]
+            for future in as_completed([pool.submit(_verdict, root, path) for path in queued]):
+                with contextlib.suppress(BrokenProcessPool):
+                    yield future.result()
+    except BrokenProcessPool:
+        return  # a pool that is broken takes no more
     finally:
         pool.shutdown(cancel_futures=True)
 

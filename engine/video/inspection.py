@@ -84,12 +84,13 @@ def inspect_video(path: Path) -> VideoFacts:
 
 
 def _decode_all(container: InputContainer, stream: VideoStream) -> dict:
-    num_packets = num_frames = 0
+    num_frames = 0
     size, pixel_format = None, ""
     end_seconds = Fraction(0)
     try:
         for packet in container.demux(stream):
-            num_packets += packet.size > 0  # the last, empty one flushes the decoder
+            if packet.is_corrupt:
+                raise RejectedError(f"damaged at frame {num_frames}")
             if packet.pts is not None and packet.time_base is not None:
                 end = (packet.pts + (packet.duration or 0)) * packet.time_base
                 end_seconds = max(end_seconds, end)
@@ -105,9 +106,8 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> dict:
         raise RejectedError(f"damaged after {num_frames} frames: {reason}") from None
     if size is None:
         raise RejectedError("holds no frames")
-    # Packets, not frames: an edit list may rightly hide some of them.
-    if stream.frames > num_packets:
-        raise RejectedError(f"truncated: {num_packets} of {stream.frames} frames")
+    # Durations, not the header's frame count: an edit list rightly hides some frames of a clip that
+    # was cut without re-encoding.
     duration = _header_duration(container, stream)
     if duration is not None and end_seconds < duration * (1 - _DURATION_TOLERANCE):
         raise RejectedError(f"truncated: {float(end_seconds):.1f} of {float(duration):.1f} seconds")

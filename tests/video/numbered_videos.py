@@ -5,6 +5,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 NUM_BITS = 8
@@ -53,12 +54,32 @@ def write_numbered(
     path = folder / f"{codec}.{suffix}"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(encoder, rate=25, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         for number in range(num_frames):
             frame = numbered_frame(number, width, height)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def cut_without_encoding(path: Path, num_frames: int) -> Path:
+    """The mp4 without its first frames, as `ffmpeg -ss ... -c copy` does it: with an edit list.
+
+    Frames before the cut that others refer to stay in the file, marked to be decoded unseen.
+    """
+    cut = path.with_stem("cut")
+    options = {"avoid_negative_ts": "disabled"}
+    with av.open(str(path)) as source, av.open(str(cut), "w", options=options) as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        assert stream.time_base is not None
+        ticks = int(num_frames / (25 * stream.time_base))
+        for packet in source.demux(stream):
+            if packet.dts is not None and packet.pts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - ticks, packet.dts - ticks, copy
+                container.mux(packet)
+    return cut
 
 
 def decode_all(path: Path) -> NDArray[np.uint8]:

@@ -63,10 +63,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     done = prepare(*paths)
     assert done.returncode == 2
     assert done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if not line.startswith(("\r", "decoding"))]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
-    assert message in errors[0]
+    progress, _, error = done.stderr.rpartition("error: ")
+    assert not progress.strip() or progress.strip().startswith("decoding: ")
+    assert message in error
+    assert error.endswith("\n")
+    assert error.count("\n") == 1
 
 
 def test_help_explains_the_layouts() -> None:

@@ -3,11 +3,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numbered_videos import CODECS, damage, decode_all, read_number, real_clip, write_numbered
+from numbered_videos import (
+    CODECS,
+    cut_without_encoding,
+    damage,
+    decode_all,
+    read_number,
+    real_clip,
+    write_numbered,
+)
 
 from engine.video import decoding
 from engine.video.decoding import decode_window
-from engine.video.inspection import RejectedError
+from engine.video.inspection import RejectedError, inspect_video
 
 
 def check_windows(path: Path, full: np.ndarray, num_windows: int) -> None:
@@ -36,6 +44,14 @@ def test_windows_equal_slices_of_a_full_decode(codec: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["carphone_pristine", "bikes"])
 def test_windows_of_real_clips(name: str) -> None:
     check_windows(real_clip(name), decode_all(real_clip(name)), num_windows=5)
+
+
+def test_windows_of_a_clip_cut_without_encoding(tmp_path: Path) -> None:
+    path = cut_without_encoding(write_numbered(tmp_path, "h264"), num_frames=30)
+    assert inspect_video(path).num_frames == 50
+    full = decode_all(path)
+    assert [read_number(frame) for frame in full] == list(range(30, 80))
+    check_windows(path, full, num_windows=12)
 
 
 def test_seeking_is_used_where_timestamps_allow(

@@ -2,6 +2,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from numbered_videos import CODECS, damage, real_clip, write_numbered
 
@@ -10,6 +11,7 @@ from engine.video import indexing
 from engine.video.index import VideoIndex, load_rejects
 from engine.video.indexing import build_index
 from engine.video.inspection import RejectedError, inspect_video
+from engine.video.writing import write_mp4
 
 
 def index_of(root: Path, out: Path, **options: object) -> VideoIndex:
@@ -83,6 +85,16 @@ def test_truncation_is_found(codec: str, reason: str, tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(RejectedError, match=reason):
+        inspect_video(path)
+
+
+def test_truncation_after_a_whole_header_is_found(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), dtype=np.uint8)
+    path = tmp_path / "x.mp4"
+    write_mp4(path, frames, fps=25)  # the header first, for players that stream
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RejectedError, match=r"truncated|damaged"):
         inspect_video(path)
 
 
