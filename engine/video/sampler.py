@@ -7,11 +7,13 @@ videos; each gives one window, at a random start. Global batch b holds the numbe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-_U64 = np.uint64
+_U64_MAX = 2**64 - 1
+_Words = TypeVar("_Words", int, NDArray[Any])  # uint64; the stubs lose it on the way
 # What a random number is drawn for; each gets a stream of its own.
 _ORDER, _START, _CROP_X, _CROP_Y, _FLIP = range(5)
 
@@ -80,7 +82,7 @@ class ClipSampler:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
-            keys = _hash(self._seed, _ORDER, epoch, np.arange(len(self), dtype=_U64))
+            keys = _hash(self._seed, _ORDER, epoch, np.arange(len(self), dtype=np.uint64))
             # A batch can lie across two epochs: keep the last two.
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = np.argsort(keys, kind="stable")
@@ -88,24 +90,24 @@ class ClipSampler:
 
     def _uniform(self, stream: int, number: int) -> float:
         """A number in [0, 1): the hash's 53 high bits, as many as a float holds."""
-        bits = _hash(self._seed, stream, number // 2**32, np.array([number % 2**32], dtype=_U64))
-        return float(bits[0] >> _U64(11)) * 2.0**-53
+        return (_hash(self._seed, stream, 0, number) >> 11) * 2.0**-53
 
 
-def _hash(seed: int, stream: int, high: int, low: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """64 random-looking bits per element of `low`, the same on every machine and numpy version.
+def _hash(seed: int, stream: int, epoch: int, low: _Words) -> _Words:
+    """64 random-looking bits for `low`, or for each of its elements.
 
     Each word is absorbed by SplitMix64's finaliser (Steele, Lea, Flood 2014), a bijection with
     full avalanche; numpy's own generators promise no stable streams across versions.
     """
-    state = np.zeros(1, dtype=_U64)
-    for word in (seed % 2**64, stream, high):
-        state = _mix(state + _U64(word))
-    return _mix(state + low)
+    state = 0
+    for word in (seed, stream, epoch):
+        state = _mix((state + word) & _U64_MAX)
+    return _mix((state + low) & _U64_MAX)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + _U64(0x9E3779B97F4A7C15)  # arrays wrap around silently; scalars would warn
-    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return x ^ (x >> _U64(31))
+def _mix(x: _Words) -> _Words:
+    # The masks do for Python's integers what uint64 arrays do by themselves.
+    x = (x + 0x9E3779B97F4A7C15) & _U64_MAX
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _U64_MAX
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _U64_MAX
+    return x ^ (x >> 31)
