@@ -148,6 +148,16 @@ def test_blocks_of_a_tower() -> None:
     assert [b.volumetric for b in spatial] == [False, False, False]
     assert [b.pool for b in spatial] == [True, True, False]  # 16 → 8 → 4
     assert [b.pool for b in temporal] == [True, False, False]  # 8 → 4
+    shallow = ResidualTower(
+        in_channels=3,
+        resolution=32,
+        channels=4,
+        multipliers=(1, 2),
+        num_volumetric=0,
+        num_classes=None,
+        compute_dtype=torch.float32,
+    )
+    assert [b.pool for b in shallow.blocks] == [True, False]  # the last never does
 
 
 def test_bf16_scores_are_fp32_and_close() -> None:
