@@ -1,3 +1,4 @@
+import functools
 import itertools
 import os
 import shutil
@@ -90,9 +91,12 @@ def test_exactly_the_requested_frames_come(numbered: VideoIndex, decoder: str) -
     clips.close()
 
 
+decode_once = functools.lru_cache(maxsize=2)(decode_all)
+
+
 def reference(index: VideoIndex, request: Any, resolution: int) -> NDArray[np.float64]:
     """The same clip by other means: full decode, slice, Pillow's antialiased bilinear, numpy."""
-    frames = decode_all(index.path(request.video))[request.start_frame :: 3][:4]
+    frames = decode_once(index.path(request.video))[request.start_frame :: 3][:4]
     height, width = frames.shape[1:3]
     scale = resolution / min(height, width)
     size = (round(width * scale), round(height * scale))
