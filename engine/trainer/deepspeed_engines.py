@@ -53,6 +53,7 @@ def deepspeed_settings(
             # would be gone again; so small parameters stay whole.
             "stage3_param_persistence_threshold": 10_000,
         },
+        "gradient_clipping": 0.0,  # the paper clips nothing; DeepSpeed's default is 1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,  # the console is ours
