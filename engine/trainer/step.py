@@ -135,20 +135,21 @@ class Trainer:
         return batch.video_BTCHW, batch.labels_B, batch.low_BTCHW, frames_BK
 
     def _check_finite(self, means: dict[str, float]) -> None:
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if not bad:
+        bad = {"measures": [name for name, value in means.items() if not math.isfinite(value)]}
+        if not bad["measures"]:
             return
-        engines = (("generator", self.g_engine), ("discriminator", self.d_engine))
-        bad += [
-            f"{which}.{name}"
-            for which, engine in engines
-            for name, parameter in engine.module.named_parameters()
-            if not parameter.isfinite().all()
-        ]
-        raise NonFiniteError(
-            f"stage {self.stage_number}, step {self.step}: not finite: {', '.join(bad[:8])}"
-            + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-        )
+        engines = (("generator", self.g_engine), ("discriminators", self.d_engine))
+        for which, engine in engines:
+            named = engine.module.named_parameters()
+            bad[which] = [name for name, weight in named if not weight.isfinite().all()]
+        found = "; ".join(f"{which} {_some(names)}" for which, names in bad.items() if names)
+        raise NonFiniteError(f"stage {self.stage_number}, step {self.step}: not finite: {found}")
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    """The first few: one bad weight soon spoils all others."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _halves(scores: Scores) -> tuple[Scores, Scores]:
