@@ -6,3 +6,23 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before matplotlib is imported: there is no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+from small_runs import Tiny, write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The tiny configuration."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def cascade_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of both stages, two steps each, with checkpoints of both steps. Not to be changed."""
+    out = tmp_path_factory.mktemp("cascade")
+    for stage in (1, 2):
+        tiny.trained(stage, out, "--max-steps", "2", "--set", "training.checkpoint_every=1")
+    return out

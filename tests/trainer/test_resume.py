@@ -1,0 +1,136 @@
+"""A run that stops and goes on is the run that did not stop, bit for bit (CPU, fp32)."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import REPOSITORY, Tiny, contents, differences, environment, logged
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "overrides", [[], ["training.ema_decay=0.9"], ["training.micro_batch=2"]], ids=str
+)
+def test_resumed_run_equals_an_uninterrupted_one(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path, stage: int, overrides: list[str]
+) -> None:
+    changes = [part for override in overrides for part in ("--set", override)]
+    outs = tmp_path / "whole", tmp_path / "parts"
+    options = [*changes, "--previous", cascade_run] if stage == 2 else changes
+    whole = tiny.trained(stage, outs[0], "--max-steps", "4", *options)
+    tiny.trained(stage, outs[1], "--max-steps", "2", *options)
+    parts = tiny.trained(stage, outs[1], "--max-steps", "4", *options)
+
+    assert differences(contents(whole), contents(parts)) == []
+    logs = [logged(out / f"stage{stage}") for out in outs]
+    assert logs[0] == logs[1]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
+    # Equality means nothing if training changes nothing.
+    early = outs[1] / f"stage{stage}" / "checkpoints" / "step-00000002"
+    assert len(differences(contents(whole), contents(early))) > 100
+
+
+def test_a_checkpoint_holds_all_that_training_changes(tiny: Tiny, tmp_path: Path) -> None:
+    """The files by their contents: a name that vanished would be equal on both sides above."""
+    held = contents(
+        tiny.trained(1, tmp_path, "--max-steps", "1", "--set", "training.ema_decay=0.5")
+    )
+    model = held["discriminators/state/mp_rank_00_model_states.pt"]["module"]
+    assert any(name.endswith(".u") for name in model)
+    assert any(name.endswith(".v") for name in model)
+    assert "discriminators/state/zero_pp_rank_0_mp_rank_00_optim_states.pt" in held
+    assert "generator/state/zero_pp_rank_0_mp_rank_00_optim_states.pt" in held
+    state = held["rank-00000.pt"]
+    assert state["trainer"]["step"] == 1
+    assert state["trainer"]["reals"]["position"] == 8  # two updates of D, four clips each
+    assert set(state) == {"trainer", "torch", "cuda"}
+    # What sampling reads is the average, not the weights.
+    kept = held["generator.pt"]
+    assert differences(kept["generators"][1], kept["average"]) == []
+    raw = held["generator/state/mp_rank_00_model_states.pt"]["module"]
+    assert differences(kept["average"], raw) != []
+
+
+def test_average_is_the_recursion_of_the_logged_weights(tiny: Tiny, tmp_path: Path) -> None:
+    more = ("--set", "training.ema_decay=0.75", "--set", "training.checkpoint_every=1")
+    tiny.trained(1, tmp_path, "--max-steps", "2", *more)
+    first, second = (contents(tmp_path / "stage1/checkpoints" / f"step-0000000{n}") for n in (1, 2))
+    weights = second["generator/state/mp_rank_00_model_states.pt"]["module"]
+    for name, weight in weights.items():
+        if name.endswith("weight"):
+            expected = 0.75 * first["generator.pt"]["average"][name] + 0.25 * weight
+            # One rounding each for the two products and the sum.
+            difference = (second["generator.pt"]["average"][name] - expected).abs().max()
+            assert difference <= 4 * 1.2e-7 * weight.abs().max()
+        elif name.endswith((".u", ".v")):
+            assert differences(second["generator.pt"]["average"][name], weight) == []
+
+
+def test_only_the_newest_checkpoints_are_kept(tiny: Tiny, tmp_path: Path) -> None:
+    settings = ("training.checkpoint_every=1", "training.keep_checkpoints=2")
+    changes = [part for setting in settings for part in ("--set", setting)]
+    tiny.trained(1, tmp_path, "--max-steps", "4", *changes)
+    kept = sorted(path.name for path in (tmp_path / "stage1/checkpoints").iterdir())
+    assert kept == ["step-00000003", "step-00000004"]
+
+
+def test_nothing_is_left_to_do(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(cascade_run, out)
+    before = contents(out / "stage1/checkpoints/step-00000002")
+    finished = tiny.train(1, out, "--max-steps", "2")
+    assert finished.code == 0
+    assert "nothing to do: step 2 of 2 is reached" in finished.out
+    assert differences(before, contents(out / "stage1/checkpoints/step-00000002")) == []
+
+
+def test_log_is_cut_back_to_the_step_that_is_resumed(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path
+) -> None:
+    """A crash leaves logged steps after the last checkpoint, the last line perhaps torn."""
+    out = tmp_path / "run"
+    shutil.copytree(cascade_run, out)
+    shutil.rmtree(out / "stage1/checkpoints/step-00000002")
+    with (out / "stage1/log.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss_D": 1.0}\n{"step": 4, "los')
+    tiny.trained(1, out, "--max-steps", "3")
+    assert [line["step"] for line in logged(out / "stage1")] == [1, 2, 3]
+    whole = tmp_path / "whole"
+    tiny.trained(1, whole, "--max-steps", "3")
+    assert logged(out / "stage1") == logged(whole / "stage1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_and_another_process_goes_on_exactly(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "interrupted"
+    options = tiny.options(1, out, "--set", "training.iterations=100000")
+    command = [sys.executable, str(REPOSITORY / "engine/train.py"), *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    log = out / "stage1/log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert stderr == ""
+
+    (saved,) = (out / "stage1/checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert f"interrupted: saved {saved}; --resume auto goes on" in stdout
+    last = str(step + 1)
+    resumed = tiny.trained(1, out, "--max-steps", last)
+    whole = tiny.trained(1, tmp_path / "whole", "--max-steps", last)
+    assert differences(contents(resumed), contents(whole)) == []
+    assert logged(out / "stage1") == logged(tmp_path / "whole/stage1")

@@ -1,0 +1,325 @@
+"""The training step on its own: who changes, when, and by what gradient."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from small_runs import Tiny, differences
+from torch import Tensor, nn
+
+from engine.configuration import Config
+from engine.models.construction import build_generator
+from engine.models.layers import spectral_weights
+from engine.trainer.deepspeed_engines import frozen
+from engine.trainer.fakes import Fake, Fakes, Inputs, LatentSource
+from engine.trainer.networks import StageBuilder
+from engine.trainer.previous import PreviousStages, load_cascade
+from engine.trainer.ranks import Ranks
+from engine.trainer.reals import Reals
+from engine.trainer.step import NonFiniteError, Trainer
+from engine.video.dataset import DataFacts
+
+FACTS = DataFacts(classes=("a", "b"), class_counts=(4, 4), frames_per_second=25.0)
+
+
+class Clips(NamedTuple):
+    video_BTCHW: Tensor
+    labels_B: Tensor
+
+
+class RandomClips:
+    """Clips of uniform noise, `batch` at a time, the same in any batch size."""
+
+    def __init__(self, config: Config, number: int, batch: int) -> None:
+        stage = config.stages[number]
+        self._shape = (stage.num_frames, 3, stage.resolution, stage.resolution)
+        self._batch, self.position = batch, 0
+
+    def __next__(self) -> Clips:
+        numbers = range(self.position, self.position + self._batch)
+        self.position += self._batch
+        clips = [
+            torch.rand(self._shape, generator=torch.Generator().manual_seed(n)) * 2 - 1
+            for n in numbers
+        ]
+        return Clips(torch.stack(clips), torch.tensor([n % 2 for n in numbers]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class GivenFakes:
+    """Fakes that do not depend on the generator's weights, but send it gradients."""
+
+    def __init__(self, config: Config, number: int) -> None:
+        self._clips = RandomClips(config, number, 1)
+
+    def draw(self, batch_size: int) -> Inputs:
+        clips = [next(self._clips) for _ in range(batch_size)]
+        return {
+            "video": torch.cat([clip.video_BTCHW for clip in clips]) / 2,
+            "labels": torch.cat([clip.labels_B for clip in clips]),
+        }
+
+    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+        return Fake(inputs["video"] + _nothing(generator), None, inputs["labels"])
+
+
+def _nothing(network: nn.Module) -> Tensor:
+    return torch.stack([0 * p.sum() for p in network.parameters()]).sum()
+
+
+class GivenFakesBuilder(StageBuilder):
+    def fakes(self, latents: LatentSource, reals: Reals | None) -> Fakes:
+        return GivenFakes(self.config, self.number)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Ranks:
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    ranks.connect()
+    return ranks
+
+
+def make(
+    ranks: Ranks,
+    config: Config,
+    number: int = 1,
+    builder_class: type[StageBuilder] = StageBuilder,
+) -> Trainer:
+    builder = builder_class(config, number, ranks, FACTS)
+    if number > 1:
+        torch.manual_seed(7)
+        states = {n: build_generator(config, n).state_dict() for n in range(1, number)}
+        builder.previous = PreviousStages(load_cascade(config, states, ranks.device))
+    clips = RandomClips(config, number, config.stages[number].training.micro_batch)
+    return builder.trainer(clips)
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def vectors(network: nn.Module) -> dict[str, Tensor]:
+    return {name: b.detach().clone() for name, b in network.named_buffers()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("number", [1, 2])
+def test_each_step_changes_its_own_network_only(
+    tiny: Tiny, ranks: Ranks, number: int, zero_stage: int
+) -> None:
+    trainer = make(ranks, tiny.config(f"training.zero_stage={zero_stage}"), number)
+    G, D = trainer.g_engine.module, trainer.d_engine.module
+    before = weights(G), weights(D), vectors(G), vectors(D)
+    trainer.d_step()
+    assert differences(before[0], weights(G)) == []
+    assert differences(before[2], vectors(G)) == []
+    # All gets a gradient but the last biases: where every score is within the margin, as with
+    # few scores at the start, reals' and fakes' cancel.
+    unmoved = before[1].keys() - {name[1:] for name in differences(before[1], weights(D))}
+    assert all(name.endswith("tower.score.bias") for name in unmoved), unmoved
+
+    before = weights(G), weights(D), vectors(G), vectors(D)
+    trainer.g_step()
+    assert differences(before[1], weights(D)) == []
+    assert differences(before[3], vectors(D)) == []
+    unmoved = before[0].keys() - {n[1:] for n in differences(before[0], weights(G))}
+    # A bias in front of a batch norm has no gradient, up to rounding, and may stay.
+    assert all("bias" in name for name in unmoved), unmoved
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_gradients_of_the_generators_step_do_not_reach_the_discriminators(
+    tiny: Tiny, ranks: Ranks, zero_stage: int
+) -> None:
+    """With fakes that the weights do not change, D, G, D leaves D exactly as D, D does."""
+    config = tiny.config(f"training.zero_stage={zero_stage}")
+    with_g, without_g = (make(ranks, config, 1, GivenFakesBuilder) for _ in range(2))
+    with_g.d_step()
+    without_g.d_step()
+    drawn = with_g._fakes._clips.state_dict(), with_g._random.get_state()  # type: ignore[attr-defined]
+    with_g.g_step()
+    assert all(p.grad is None or not p.grad.any() for p in with_g.d_engine.module.parameters())
+    # G's step draws examples; give D's next step the same ones in both.
+    with_g._fakes._clips.load_state_dict(drawn[0])  # type: ignore[attr-defined]
+    with_g._random.set_state(drawn[1])
+    norms = [trainer.d_step()["grad_norm_D"] for trainer in (with_g, without_g)]
+    assert norms[0] == norms[1]
+    networks = [trainer.d_engine.module for trainer in (with_g, without_g)]
+    assert differences(*map(weights, networks)) == []
+
+
+def test_frozen_restores_what_it_found(tiny: Tiny, ranks: Ranks) -> None:
+    network = nn.Linear(2, 1)
+    network.bias.requires_grad_(False)
+    x = torch.ones(1, 2, requires_grad=True)
+
+    def fail_within() -> None:
+        with frozen(network):
+            network(x).sum().backward()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_within()
+    assert x.grad is not None
+    assert x.grad.equal(network.weight.detach())
+    assert network.weight.grad is None
+    assert network.weight.requires_grad
+    assert not network.bias.requires_grad
+
+
+def test_spectral_vectors_move_once_per_update_not_per_pass(tiny: Tiny, ranks: Ranks) -> None:
+    trainer = make(ranks, tiny.config("training.micro_batch=2"))
+    seen: dict[str, list[Tensor]] = {"G": [], "D": []}
+    for key, network in (("G", trainer.g_engine.module), ("D", trainer.d_engine.module)):
+        layer = spectral_weights(network)[0]
+        layer.register_forward_pre_hook(
+            lambda module, _, key=key: seen[key].append(torch.cat([module.u, module.v]))
+        )
+    trainer.train_step()
+    # D's passes: two per update of D, then two of G's update. G's: likewise, its own last.
+    D, G = seen["D"], seen["G"]
+    assert len(D) == len(G) == 6
+    assert D[0].equal(D[1])
+    assert D[2].equal(D[3])
+    assert D[4].equal(D[5])
+    assert not D[0].equal(D[2])
+    assert not D[2].equal(D[4])
+    assert all(g.equal(G[0]) for g in G)
+    layer = spectral_weights(trainer.g_engine.module)[0]
+    assert not torch.cat([layer.u, layer.v]).equal(G[0])
+    # One power iteration on the updated weight, from where the vectors stood.
+    matrix = layer.weight.detach().flatten(1)
+    v = nn.functional.normalize(matrix.T @ G[0][: len(layer.u)], dim=0)
+    u = nn.functional.normalize(matrix @ v, dim=0)
+    torch.testing.assert_close((layer.u, layer.v), (u, v))
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tiny: Tiny, ranks: Ranks) -> None:
+    """D has no batch norm, so two micro-batches of 2 are one of 4, given the same examples.
+
+    With beta1 = 0 Adam's first moment is the gradient. All frames are judged, as which of them
+    are drawn depends on the batch size.
+    """
+    gradients, norms = [], []
+    for micro_batch in (4, 2):
+        config = tiny.config(
+            f"training.micro_batch={micro_batch}",
+            "stages.1.discriminators.spatial_frames=3",
+            "training.zero_stage=0",
+        )
+        trainer = make(ranks, config, 1, GivenFakesBuilder)
+        norms.append(trainer.d_step()["grad_norm_D"])
+        state = trainer.d_engine.optimizer.state
+        gradients.append([state[p]["exp_avg"] for p in trainer.d_engine.module.parameters()])
+    largest = max(gradient.abs().max().item() for gradient in gradients[0])
+    assert largest > 0.01
+    # Sums over 4 clips, 3 frames and 64 pixels in another order: sqrt(768) roundings of eps.
+    tolerance = 28 * 1.2e-7 * largest
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=tolerance)
+    torch.testing.assert_close(norms[0], norms[1], rtol=28 * 1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_reported_gradient_norm_is_that_of_the_applied_gradient(
+    tiny: Tiny, ranks: Ranks, zero_stage: int
+) -> None:
+    config = tiny.config(f"training.zero_stage={zero_stage}", "training.micro_batch=2")
+    trainer = make(ranks, config)
+    reported = trainer.d_step()["grad_norm_D"]
+    states = trainer.d_engine.optimizer.state.values()
+    applied = torch.cat([state["exp_avg"].flatten() for state in states]).norm()
+    torch.testing.assert_close(reported, applied, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("which", ["generator", "discriminators"])
+def test_a_weight_that_is_no_number_stops_the_run(tiny: Tiny, ranks: Ranks, which: str) -> None:
+    trainer = make(ranks, tiny.config("training.discriminator_steps=1"), 2)
+    trainer.train_step()
+    network = {"generator": trainer.g_engine, "discriminators": trainer.d_engine}[which].module
+    name, parameter = next(iter(network.named_parameters()))
+    with torch.no_grad():
+        parameter.view(-1)[0] = torch.nan
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train_step()
+    text = str(error.value)
+    assert text.startswith("stage 2, step 2: not finite: measures loss_D, ")
+    assert f"; {which} {name}" in text
+    assert "\n" not in text
+
+
+def test_a_gradient_that_overflows_stops_the_run(tiny: Tiny, ranks: Ranks) -> None:
+    """The losses are still finite, the squares in the norm are not."""
+    trainer = make(ranks, tiny.config())
+    for parameter in trainer.g_engine.module.parameters():
+        parameter.register_hook(lambda grad: grad * 1e30)
+    with pytest.raises(NonFiniteError, match="stage 1, step 1: not finite: measures grad_norm_G"):
+        trainer.train_step()
+
+
+def test_joint_training_updates_every_stage(tiny: Tiny, ranks: Ranks) -> None:
+    trainer = make(ranks, tiny.config("stages.2.joint=true"), 2)
+    G = trainer.g_engine.module
+    before = weights(G)
+    trainer.train_step()
+    moved = {name[1:] for name in differences(before, weights(G))}
+    for stage in ("generators.0.", "generators.1."):
+        names = {name for name in before if name.startswith(stage)}
+        assert names
+        assert all("bias" in name for name in names - moved)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scores"),
+    [
+        ((), {"spatial", "temporal", "matching"}),
+        (("stages.2.discriminators.matching=false",), {"spatial", "temporal"}),
+        (("stages.2.generator.temporal=conv_gru",), {"spatial", "temporal", "matching"}),
+        (("data.num_classes=null",), {"spatial", "temporal", "matching"}),
+        (("training.precision=bf16",), {"spatial", "temporal", "matching"}),
+    ],
+    ids=str,
+)
+def test_variants_train(
+    tiny: Tiny, ranks: Ranks, overrides: tuple[str, ...], scores: set[str]
+) -> None:
+    trainer = make(ranks, tiny.config(*overrides), 2)
+    before = weights(trainer.g_engine.module)
+    measures = trainer.train_step()
+    judged = {key.split("/")[1] for key in measures if key.startswith("score_fake/")}
+    assert judged == scores
+    for kind in ("loss_D", "loss_G", "grad_norm_D", "grad_norm_G", "accuracy_D_real"):
+        assert kind in measures
+    assert measures["grad_norm_G"] > 0
+    assert differences(before, weights(trainer.g_engine.module))
+
+
+def test_condition_on_data_upsamples_real_windows(tiny: Tiny, ranks: Ranks) -> None:
+    config = tiny.config("stages.2.training.condition_on=data")
+    builder = StageBuilder(config, 2, ranks, FACTS)  # without previous stages
+    clips = RandomClips(config, 2, 4)
+    trainer = builder.trainer(clips)
+    inputs = trainer._draw()
+    again = RandomClips(config, 2, 4)
+    expected = next(again)
+    assert inputs["low_BTCHW"].equal(expected.video_BTCHW[:, ::2, :, ::2, ::2])
+    assert inputs["labels_B"].equal(expected.labels_B)
+    trainer.train_step()
+    # Two D updates draw a batch to judge and one to upsample, G's one to upsample.
+    assert clips.position == 4 * (1 + 2 * 2 + 1)
+
+
+def test_previous_stages_are_frozen(tiny: Tiny, ranks: Ranks) -> None:
+    builder = StageBuilder(tiny.config(), 2, ranks, FACTS)
+    states = {1: build_generator(tiny.config(), 1).state_dict()}
+    builder.previous = PreviousStages(load_cascade(tiny.config(), states, ranks.device))
+    trainer = builder.trainer(RandomClips(tiny.config(), 2, 4))
+    before = weights(builder.previous.cascade) | vectors(builder.previous.cascade)
+    trainer.train_step()
+    cascade = builder.previous.cascade
+    assert differences(before, weights(cascade) | vectors(cascade)) == []
+    assert not trainer._draw()["low_BTCHW"].requires_grad
