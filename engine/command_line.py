@@ -20,8 +20,8 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 after one line; argparse would print the whole usage before it."""
-        _fail(f"{message} (see {self.prog} --help)")
+        """Raise UserError: one line, where argparse would print the whole usage before it."""
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:

@@ -290,6 +290,20 @@ def accumulation_steps(training: Training, world_size: int) -> int:
     return steps
 
 
+def share_among(config: Config, stage_number: int, world_size: int) -> Config:
+    """Lower a stage's micro_batch to a rank's share of the global batch, where that is less.
+
+    So that a small configuration runs on many GPUs as it stands; nothing is ever raised.
+    """
+    stage = config.stages[stage_number]
+    share = stage.training.global_batch // world_size
+    if not 0 < share < stage.training.micro_batch:
+        return config
+    training = stage.training.model_copy(update={"micro_batch": share})
+    stages = config.stages | {stage_number: stage.model_copy(update={"training": training})}
+    return config.model_copy(update={"stages": stages})
+
+
 def _pop_variants(tree: Tree, path: str | Path) -> dict[str, Tree]:
     variants = tree.pop("variants", {})
     if not isinstance(variants, dict) or not all(isinstance(name, str) for name in variants):

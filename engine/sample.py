@@ -1,6 +1,7 @@
 """Generate videos with a trained cascade, unrolled to any length."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -51,8 +52,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1")
-    if not options.sigma > 0:
-        parser.error("--sigma must be positive")
+    if not 0 < options.sigma < math.inf:
+        parser.error("--sigma must be positive and finite")
     if options.seed < 0:
         parser.error("--seed must not be negative")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -47,12 +47,12 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
     """
     num_classes = checkpoint.config().data.num_classes
     if num_classes is None:
-        if wanted:
+        if wanted is not None:
             raise UserError("--classes: this checkpoint was trained without classes")
         return [None] * (num or 8)
     names = checkpoint.meta["classes"]
     labels = list(range(num_classes))
-    if wanted:
+    if wanted is not None:
         labels = [_class_number(text.strip(), num_classes, names) for text in wanted.split(",")]
     num = num or min(len(labels), 16)
     return [labels[i % len(labels)] for i in range(num)]

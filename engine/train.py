@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -106,14 +106,15 @@ def main(arguments: list[str]) -> None:
     ranks = Ranks.from_environment()
     try:
         plan = settle(parse(arguments), ranks)
-    except (UserError, SystemExit):
-        if not ranks.is_main:  # rank 0 finds the same and says it, once
-            time.sleep(3)  # the launcher ends all ranks when one ends; let rank 0 speak first
-            sys.exit(2)
+        console = Console(is_main=ranks.is_main)
+        announce(plan, ranks, console)
+        train(plan, ranks, console)
+    except UserError:
+        if not ranks.is_main:
+            # Rank 0 nearly always has the same to say; the launcher then ends this rank meanwhile.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
         raise
-    console = Console(is_main=ranks.is_main)
-    announce(plan, ranks, console)
-    train(plan, ranks, console)
 
 
 def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
@@ -137,8 +138,9 @@ def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
     made = f"{stage.resolution}x{stage.resolution}, {stage.num_frames} frames"
     where = f"{ranks.world_size} x {ranks.device.type.upper()}"
     console.say(
-        f"stage {options.stage_number} of {plan.config.name}: {made}; {where}, global batch "
-        f"{training.global_batch}, {training.precision}, ZeRO-{training.zero_stage}"
+        f"stage {options.stage_number} of {plan.config.name}: {made}; {where}, batch "
+        f"{training.global_batch} in micro-batches of {training.micro_batch}, "
+        f"{training.precision}, ZeRO-{training.zero_stage}"
     )
     console.say(f"writes: {options.folder}")
 

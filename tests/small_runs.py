@@ -152,7 +152,9 @@ class _Descriptors:
         self._files = [TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 — closed on exit
         for number, file in enumerate(self._files, start=1):
             os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
+        )
         self.texts: tuple[str, str] = ("", "")
         return self
 

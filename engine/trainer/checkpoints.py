@@ -17,7 +17,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ FORMAT = 1
 META = "meta.json"
 GENERATOR = "generator.pt"
 PREVIOUS = "previous.pt"
+CHECKPOINTS = "checkpoints"
 PARTIAL = ".partial"
 
 
@@ -71,6 +72,11 @@ class Checkpoint:
             if file.stat().st_size != size or sha256(file) != digest:
                 raise UserError(f"checkpoint {self.path} is damaged: {name} has changed")
 
+    def verify_previous(self, path: Path) -> None:
+        """UserError when `path` is not the previous.pt that it was trained with."""
+        if sha256(path) != self.meta["previous"]:
+            raise UserError(f"{path} is damaged, or not what {self.path} was trained with")
+
     def read(self, name: str) -> Any:
         """One of its files, checked and without executing pickles."""
         self.verify([name])
@@ -94,7 +100,8 @@ def write_checkpoint(
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
     if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for interrupted in folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(interrupted)
         partial.mkdir(parents=True)
     barrier()
     write_files(partial)
@@ -111,7 +118,7 @@ def write_checkpoint(
         if final.exists():  # the same step again, after a resume from an earlier one
             shutil.rmtree(final)
         partial.rename(final)
-        for old in _steps(folder)[:-keep]:
+        for old in step_folders(folder)[:-keep]:
             shutil.rmtree(old)
     barrier()
     return final
@@ -127,11 +134,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if found != FORMAT:
         raise UserError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
     return Checkpoint(path, meta)
-
-
-def checkpoints_of(stage_folder: Path) -> list[Checkpoint]:
-    """All whole checkpoints of a stage's folder, oldest first."""
-    return [open_checkpoint(path) for path in _steps(stage_folder / "checkpoints")]
 
 
 def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoint:
@@ -150,10 +152,10 @@ def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoin
             if stage_number
             else sorted(path.glob("stage[0-9]*"), key=lambda p: int(p.name[5:]), reverse=True)
         )
-        candidates = [c for folder in (path, *stages) for c in checkpoints_of(folder)[-1:]]
-        if not candidates:
+        newest = [p for stage in (path, *stages) for p in step_folders(stage / CHECKPOINTS)[-1:]]
+        if not newest:
             raise UserError(f"no checkpoint {wanted}under {path}")
-        found = candidates[0]
+        found = open_checkpoint(newest[0])
     if stage_number and found.stage_number != stage_number:
         raise UserError(f"{found.path} is of stage {found.stage_number}, not {stage_number}")
     return found
@@ -168,7 +170,8 @@ def read_generators(checkpoint: Checkpoint) -> dict[int, dict[str, torch.Tensor]
     generators: dict[int, dict[str, torch.Tensor]] = {}
     if checkpoint.stage_number > 1:
         previous = checkpoint.path.parent.parent / PREVIOUS
-        if previous.exists():
+        if checkpoint.meta["previous"] and previous.exists():
+            checkpoint.verify_previous(previous)
             generators |= read_tensors(previous)["generators"]
     generators |= checkpoint.read(GENERATOR)["generators"]
     missing = set(range(1, checkpoint.stage_number + 1)) - set(generators)
@@ -180,10 +183,14 @@ def read_generators(checkpoint: Checkpoint) -> dict[int, dict[str, torch.Tensor]
     return generators
 
 
-def read_tensors(path: Path) -> Any:
-    """`torch.load` of tensors and plain containers; anything else is refused, not executed."""
+def read_tensors(path: Path, *, known: Sequence[type] = (), map_location: Any = "cpu") -> Any:
+    """`torch.load` of tensors, plain containers and `known` classes; executes nothing.
+
+    Raises UserError when the file is missing or holds anything else.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(known)):
+            return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except Exception as error:  # unpickling a damaged or planted file can raise nearly anything
@@ -203,5 +210,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _steps(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that were written to the end, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.suffix != PARTIAL)

@@ -11,6 +11,7 @@ What a stage-wise GAN needs of it and DeepSpeed's tutorials do not say:
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,6 +24,7 @@ from torch import nn
 
 from engine.configuration import Training
 from engine.models.layers import spectral_weights, update_spectral_norm
+from engine.trainer.checkpoints import read_tensors
 
 # All that DeepSpeed's own checkpoint files hold besides tensors and plain containers.
 DEEPSPEED_GLOBALS = (fragment_address, LossScaler, ZeroStageEnum)
@@ -32,9 +34,8 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
     """DeepSpeed's file writer, reading back without executing pickles."""
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Tensors, plain containers and `DEEPSPEED_GLOBALS`; anything else raises."""
-        with torch.serialization.safe_globals(list(DEEPSPEED_GLOBALS)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        """Tensors, plain containers and `DEEPSPEED_GLOBALS`; anything else is a UserError."""
+        return read_tensors(Path(path), known=DEEPSPEED_GLOBALS, map_location=map_location)
 
 
 def deepspeed_settings(

@@ -17,6 +17,7 @@ from engine.trainer.checkpoints import (
     Checkpoint,
     read_generators,
     read_tensors,
+    sha256,
     write_tensors,
 )
 from engine.trainer.fakes import LatentSource
@@ -26,8 +27,10 @@ from engine.trainer.standing_statistics import fix_standing_statistics
 class PreviousStages:
     """Stages 1 to N-1 as a cascade without gradients."""
 
-    def __init__(self, cascade: Cascade) -> None:
+    def __init__(self, cascade: Cascade, digest: str) -> None:
         self.cascade = cascade.requires_grad_(False)
+        self.digest = digest
+        """The SHA-256 of the file that it was read from."""
 
 
 def load_cascade(
@@ -44,8 +47,13 @@ def load_cascade(
     return Cascade(networks, config)
 
 
-def check_same_networks(config: Config, checkpoint: Checkpoint, config_name: str) -> None:
-    """UserError when the configuration's earlier stages are not what the checkpoint holds."""
+def check_same_networks(
+    config: Config, checkpoint: Checkpoint, config_name: str, *, resuming: bool = False
+) -> None:
+    """UserError when the configuration's stages are not what the checkpoint holds.
+
+    Generators only; the last stage's discriminators too when it is to be trained on.
+    """
     trained = checkpoint.config()
     if trained.data.num_classes != config.data.num_classes:
         raise UserError(
@@ -53,7 +61,10 @@ def check_same_networks(config: Config, checkpoint: Checkpoint, config_name: str
             f"{config_name} says {config.data.num_classes}"
         )
     for number in range(1, checkpoint.stage_number + 1):
-        for key in ("resolution", "num_frames", "frame_stride", "generator"):
+        keys = ["resolution", "num_frames", "frame_stride", "generator"]
+        if resuming and number == checkpoint.stage_number:
+            keys += ["discriminators", "joint"]
+        for key in keys:
             was, now = getattr(trained.stages[number], key), getattr(config.stages[number], key)
             if was != now:
                 raise UserError(
@@ -96,4 +107,4 @@ def load_previous(path: Path, config: Config, device: torch.device) -> PreviousS
         fix_norm_statistics(
             generator, {k: v.to(device) for k, v in kept["statistics"][number].items()}
         )
-    return PreviousStages(cascade)
+    return PreviousStages(cascade, sha256(path))

@@ -41,6 +41,8 @@ def save_run(trainer: Trainer, builder: StageBuilder, *, folder: Path, keep: int
             "stage": builder.number,
             "world_size": ranks.world_size,
             "zero_stage": zero_stage,
+            # Hashed once: it is written when the stage starts and never changes.
+            "previous": builder.previous and builder.previous.digest,
             "config": builder.config.to_tree(),
             "classes": list(builder.facts.classes),
             "frames_per_second": builder.frames_per_second,

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import torch
 
-from engine.configuration import Config, accumulation_steps
+from engine.configuration import Config, accumulation_steps, share_among
 from engine.errors import UserError
-from engine.trainer.checkpoints import PREVIOUS, Checkpoint, checkpoints_of, find_checkpoint
+from engine.trainer.checkpoints import (
+    CHECKPOINTS,
+    PREVIOUS,
+    Checkpoint,
+    find_checkpoint,
+    open_checkpoint,
+    step_folders,
+)
 from engine.trainer.previous import check_same_networks
 from engine.trainer.ranks import Ranks
 
@@ -39,6 +46,8 @@ class Plan:
     options: RunOptions
     resume_from: list[Checkpoint] = field(default_factory=list)
     """Candidates, newest first; the first undamaged one is taken."""
+    unreadable: list[str] = field(default_factory=list)
+    """What is wrong with newer or older checkpoints that are no candidates."""
     previous: Checkpoint | None = None
     """The earlier stage to freeze; None where previous.pt is there already or not needed."""
 
@@ -53,29 +62,36 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
         raise UserError(
             f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
         )
+    config = share_among(config, number, ranks.world_size)
     stage = config.stages[number]
     accumulation_steps(stage.training, ranks.world_size)
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
     plan = Plan(config, options)
-    existing = checkpoints_of(options.folder)
+    existing = step_folders(options.folder / CHECKPOINTS)
     if options.resume == "auto":
-        plan.resume_from = existing[::-1]
+        for path in reversed(existing):
+            try:
+                plan.resume_from.append(open_checkpoint(path))
+            except UserError as error:
+                plan.unreadable.append(str(error))
+        if existing and not plan.resume_from:  # not a fresh start: the user should know
+            raise UserError(plan.unreadable[0])
     elif options.resume == "none":
         if existing:
             raise UserError(
-                f"{options.folder} already holds checkpoints up to step {existing[-1].step}: "
+                f"{options.folder} already holds checkpoints up to {existing[-1].name}: "
                 "use --resume auto to go on, or another --out to start anew"
             )
     else:
         plan.resume_from = [find_checkpoint(Path(options.resume), stage_number=number)]
     for checkpoint in plan.resume_from[:1]:
-        check_same_networks(config, checkpoint, options.config_name)
+        check_same_networks(config, checkpoint, options.config_name, resuming=True)
         if checkpoint.world_size != ranks.world_size:
             raise UserError(
-                f"{checkpoint.path} was written by {checkpoint.world_size} ranks; "
-                f"resume with as many, not {ranks.world_size}"
+                f"{checkpoint.path} was written with world size {checkpoint.world_size}; "
+                f"resume with as many processes, not {ranks.world_size}"
             )
         if checkpoint.meta["zero_stage"] != stage.training.zero_stage:
             raise UserError(

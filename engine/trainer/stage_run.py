@@ -55,6 +55,8 @@ def _freeze_previous(plan: Plan, builder: StageBuilder, console: Console) -> Non
             batch_size=training.micro_batch,
             num_passes=training.norm_statistics_passes,
         )
+    if plan.resume_from and builder.ranks.is_main:
+        plan.resume_from[0].verify_previous(path)
     builder.ranks.barrier()
     builder.previous = load_previous(path, plan.config, builder.ranks.device)
 
@@ -92,7 +94,7 @@ class _Run:
         console: Console,
     ) -> None:
         self._config, self._options = plan.config, plan.options
-        self._resume_from = plan.resume_from
+        self._resume_from, self._unreadable = plan.resume_from, plan.unreadable
         self._builder, self._trainer, self._console = builder, trainer, console
         self._snapshots = snapshots
         self._ranks = builder.ranks
@@ -152,6 +154,8 @@ class _Run:
 
     def _newest_whole(self) -> int:
         """Position in `resume_from` of the first checkpoint that verifies; its length if none."""
+        for problem in self._unreadable:
+            self._console.say(f"{problem}; trying an older one")
         for position, checkpoint in enumerate(self._resume_from):
             try:
                 checkpoint.verify()

@@ -94,7 +94,7 @@ def make(
     if number > 1:
         torch.manual_seed(7)
         states = {n: build_generator(config, n).state_dict() for n in range(1, number)}
-        builder.previous = PreviousStages(load_cascade(config, states, ranks.device))
+        builder.previous = PreviousStages(load_cascade(config, states, ranks.device), "")
     clips = RandomClips(config, number, config.stages[number].training.micro_batch)
     return builder.trainer(clips)
 
@@ -316,7 +316,7 @@ def test_condition_on_data_upsamples_real_windows(tiny: Tiny, ranks: Ranks) -> N
 def test_previous_stages_are_frozen(tiny: Tiny, ranks: Ranks) -> None:
     builder = StageBuilder(tiny.config(), 2, ranks, FACTS)
     states = {1: build_generator(tiny.config(), 1).state_dict()}
-    builder.previous = PreviousStages(load_cascade(tiny.config(), states, ranks.device))
+    builder.previous = PreviousStages(load_cascade(tiny.config(), states, ranks.device), "")
     trainer = builder.trainer(RandomClips(tiny.config(), 2, 4))
     before = weights(builder.previous.cascade) | vectors(builder.previous.cascade)
     trainer.train_step()

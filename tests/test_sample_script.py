@@ -1,0 +1,187 @@
+"""sample.py: the same seed gives the same videos, and clips do not depend on each other."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from small_runs import Tiny, sample
+
+from engine.trainer.checkpoints import read_tensors
+
+
+def clips(out: Path) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = json.loads((out / "samples.json").read_text())["clips"]
+    return listed
+
+
+def sampled(checkpoint: Path, out: Path, *more: str | Path) -> list[str]:
+    """Generate, which must succeed; each clip's hash, of the frames before encoding."""
+    finished = sample("--checkpoint", checkpoint, "--out", out, *more)
+    assert finished.code == 0, finished.err
+    return [clip["sha256"] for clip in clips(out)]
+
+
+def num_frames(video: Path) -> int:
+    with av.open(str(video)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_the_same_seed_gives_the_same_files(cascade_run: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("a", "b", "other")]
+    seeds = ("3", "3", "4")
+    a, b, other = (
+        sampled(cascade_run, out, "--seed", seed, "--num", "2")
+        for out, seed in zip(runs, seeds, strict=True)
+    )
+    assert a == b
+    assert not set(a) & set(other)
+    names = sorted(path.name for path in runs[0].glob("*.mp4"))
+    assert len(names) == 3  # two clips and the grid
+    for name in [*names, "contact-sheet.png"]:
+        contents = [(out / name).read_bytes() for out in runs]
+        assert contents[0] == contents[1]
+        assert contents[0] != contents[2]
+
+
+def test_a_clip_does_not_depend_on_the_others(cascade_run: Path, tmp_path: Path) -> None:
+    five = sampled(cascade_run, tmp_path / "five", "--num", "5")  # classes 0, 1, 0, 1, 0
+    assert len(set(five)) == 5
+    assert sampled(cascade_run, tmp_path / "two", "--num", "2") == five[:2]
+    assert sampled(cascade_run, tmp_path / "one", "--classes", "1", "--num", "2") == [
+        five[1],
+        five[3],
+    ]
+    assert sampled(cascade_run, tmp_path / "swap", "--classes", "1,0") == [five[1], five[0]]
+
+
+@pytest.mark.parametrize("frames", [1, 5, 6, 50])
+def test_any_length(cascade_run: Path, tmp_path: Path, frames: int) -> None:
+    """Stage 2 doubles stage 1's rate: odd lengths are cropped. 6 is what stage 1's clip gives."""
+    out = tmp_path / "out"
+    sampled(cascade_run, out, "--frames", str(frames), "--num", "1")
+    videos = sorted(out.glob("*.mp4"))
+    assert [num_frames(video) for video in videos] == [frames, frames]
+    kept = read_tensors(out / "norm-statistics.pt")
+    lengths = [{len(value) for value in stage.values()} for stage in kept["stages"]]
+    of_stage_1 = -(-frames // 2)
+    assert lengths == [{of_stage_1}, {2 * of_stage_1}]
+
+
+def test_default_length_is_the_unrolled_training_clip(cascade_run: Path, tmp_path: Path) -> None:
+    sampled(cascade_run, tmp_path, "--num", "1")
+    assert num_frames(tmp_path / "grid.mp4") == 6
+
+
+def test_statistics_are_kept_and_used_again(cascade_run: Path, tmp_path: Path) -> None:
+    first = sampled(cascade_run, tmp_path)
+    file = tmp_path / "norm-statistics.pt"
+    kept = read_tensors(file)
+    assert sampled(cascade_run, tmp_path) == first
+    # Other numbers in the file give other videos: it was read, not made again.
+    for statistics in kept["stages"]:
+        for value in statistics.values():
+            value.mul_(3)
+    torch.save(kept, file)
+    assert sampled(cascade_run, tmp_path) != first
+    # For another length, σ, seed or number of passes they are made anew.
+    for option, value in (("--frames", "4"), ("--sigma", "0.5"), ("--passes", "1")):
+        torch.save(kept, file)
+        with_kept = sampled(cascade_run, tmp_path, option, value)
+        assert with_kept == sampled(cascade_run, tmp_path / option, option, value)
+
+
+def test_sigma_scales_z(cascade_run: Path, tmp_path: Path) -> None:
+    """With σ near 0 all clips of a class are one; with σ = 1 they are not."""
+    options = ("--classes", "0", "--num", "2")
+    still = sampled(cascade_run, tmp_path / "still", *options, "--sigma", "1e-9")
+    assert still[0] == still[1]
+    moving = sampled(cascade_run, tmp_path / "moving", *options)
+    assert moving[0] != moving[1]
+
+
+def test_a_copied_stage_folder_is_all_that_is_needed(cascade_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "somewhere else" / "mine"
+    shutil.copytree(cascade_run / "stage2", copy)
+    there = sampled(cascade_run, tmp_path / "there")
+    assert sampled(copy, tmp_path / "folder") == there
+    assert sampled(copy / "checkpoints/step-00000002", tmp_path / "checkpoint") == there
+    assert sampled(cascade_run / "stage1", tmp_path / "stage1") != there
+
+
+def test_classes_by_name_and_number(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in tiny.data.iterdir() if path.is_dir())
+    by_name = sampled(cascade_run, tmp_path / "name", "--classes", f"{names[1]}, {names[0]}")
+    assert sampled(cascade_run, tmp_path / "number", "--classes", "1,0") == by_name
+    assert names[1].replace(" ", "-") in clips(tmp_path / "name")[0]["file"]
+
+
+def test_unconditional(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
+    """On the data set that `cascade_run` has made."""
+    out = tmp_path / "run"
+    options = ("--data", tiny.data, "--set", "data.num_classes=null")
+    for stage in (1, 2):
+        tiny.trained(stage, out, "--max-steps", "1", *options)
+    hashes = sampled(out, tmp_path / "samples", "--num", "3")
+    assert len(set(hashes)) == 3
+    error = sample("--checkpoint", out, "--out", tmp_path / "x", "--classes", "1").error
+    assert "--classes: this checkpoint was trained without classes" in error
+
+
+def test_joint_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    """Holds every stage; no previous.pt, no earlier stage's run."""
+    out = tmp_path / "run"
+    tiny.trained(2, out, "--max-steps", "1", "--set", "stages.2.joint=true")
+    assert not (out / "stage2/previous.pt").exists()
+    assert len(set(sampled(out, tmp_path / "samples", "--frames", "7"))) == 2
+    assert num_frames(tmp_path / "samples/grid.mp4") == 7
+
+
+def test_averaged_weights_are_used(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
+    """The same training with and without the average: the weights agree, the samples do not."""
+    options = ("--max-steps", "2", "--set", "training.ema_decay=0.9")
+    tiny.trained(1, tmp_path / "run", *options)
+    averaged = sampled(tmp_path / "run", tmp_path / "averaged")
+    assert averaged != sampled(cascade_run / "stage1", tmp_path / "plain")
+
+
+MISTAKES = [
+    ([], "the following arguments are required: --checkpoint, --out"),
+    (["--out", "{out}", "--checkpoint", "{tmp}/x"], "no checkpoint at {tmp}/x: no such folder"),
+    (["--out", "{out}", "--checkpoint", "{tmp}"], "no checkpoint under {tmp}"),
+    (["--clips", "3"], "unrecognized arguments: --clips 3"),
+    (["--frames", "0"], "--frames must be at least 1"),
+    (["--frames", "many"], "argument --frames: invalid int value: 'many'"),
+    (["--num", "-1"], "--num must be at least 1"),
+    (["--passes", "0"], "--passes must be at least 1"),
+    (["--sigma", "0"], "--sigma must be positive"),
+    (["--sigma", "nan"], "--sigma must be positive"),
+    (["--sigma", "inf"], "--sigma must be positive and finite"),
+    (["--seed", "-1"], "--seed must not be negative"),
+    (["--classes", "2"], "--classes: '2' is neither a class name nor 0 to 1"),
+    (["--classes", "zebra"], "--classes: 'zebra' is neither a class name nor 0 to 1"),
+    (["--classes", "0,,1"], "--classes: '' is neither a class name nor 0 to 1"),
+    (["--classes", ""], "--classes: '' is neither a class name nor 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "line"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_mistake_is_one_line_and_nothing_is_written(
+    cascade_run: Path, tmp_path: Path, options: list[str], line: str
+) -> None:
+    names = {"tmp": tmp_path, "out": tmp_path / "out"}
+    given = [option.format(**names) for option in options]
+    if options and "--checkpoint" not in given:
+        given += ["--checkpoint", str(cascade_run), "--out", str(tmp_path / "out")]
+    assert line.format(**names) in sample(*given).error
+    assert not (tmp_path / "out").exists()
+
+
+def test_stage_2_without_its_previous_stages(cascade_run: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "alone/checkpoints/step"
+    shutil.copytree(cascade_run / "stage2/checkpoints/step-00000002", checkpoint)
+    error = sample("--checkpoint", checkpoint, "--out", tmp_path / "out").error
+    assert "the generator of stage 1 is not there; previous.pt belongs beside" in error

@@ -1,0 +1,323 @@
+"""Checkpoints: whole or not there, checked when read, and never executed."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import Tiny, contents, differences, logged, sample
+
+from engine.errors import UserError
+from engine.trainer.checkpoints import (
+    META,
+    find_checkpoint,
+    open_checkpoint,
+    read_tensors,
+    sha256,
+    write_checkpoint,
+)
+
+D_MODEL = "discriminators/state/mp_rank_00_model_states.pt"
+G_OPTIMIZER = "generator/state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+FILES = (D_MODEL, G_OPTIMIZER, "generator.pt", "rank-00000.pt")
+
+
+@pytest.fixture
+def run(cascade_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run of both stages, to be damaged."""
+    out = tmp_path / "run"
+    shutil.copytree(cascade_run, out)
+    return out
+
+
+def newest(run: Path, stage: int = 1) -> Path:
+    return run / f"stage{stage}" / "checkpoints" / "step-00000002"
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES: list[Callable[[Path], None]] = [flip_a_bit, truncate, Path.unlink]
+
+
+# Whole or not there
+
+
+def test_an_interrupted_write_is_ignored_and_cleaned_up(tiny: Tiny, run: Path) -> None:
+    half = run / "stage1/checkpoints/step-00000007.partial"
+    shutil.copytree(newest(run), half)
+    assert find_checkpoint(run, stage_number=1).step == 2
+    checkpoint = tiny.trained(1, run, "--max-steps", "3")
+    assert checkpoint.name == "step-00000003"
+    names = sorted(path.name for path in (run / "stage1/checkpoints").iterdir())
+    assert names == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    def write(value: int, fail: bool) -> Path:
+        def write_files(path: Path) -> None:
+            torch.save({"value": value}, path / "state.pt")
+            if fail:
+                raise OSError("disk full")
+
+        return write_checkpoint(
+            tmp_path,
+            step=5,
+            write_files=write_files,
+            meta={"stage": 1, "world_size": 1},
+            is_main=True,
+            barrier=lambda: None,
+            keep=1,
+        )
+
+    path = write(1, fail=False)
+    with pytest.raises(OSError, match="disk full"):
+        write(2, fail=True)
+    assert open_checkpoint(path).read("state.pt") == {"value": 1}
+    write(3, fail=False)
+    assert open_checkpoint(path).read("state.pt") == {"value": 3}
+
+
+def test_meta_lists_every_file_with_its_hash(cascade_run: Path) -> None:
+    checkpoint = open_checkpoint(newest(cascade_run, 2))
+    on_disk = {str(p.relative_to(checkpoint.path)) for p in checkpoint.path.rglob("*.*")}
+    assert set(checkpoint.meta["files"]) == on_disk - {META}
+    assert set(FILES) < set(checkpoint.meta["files"])
+    for name, (size, digest) in checkpoint.meta["files"].items():
+        assert (checkpoint.path / name).stat().st_size == size
+        assert sha256(checkpoint.path / name) == digest
+    assert not list(checkpoint.path.rglob("*.py"))
+    assert (checkpoint.step, checkpoint.stage_number, checkpoint.world_size) == (2, 2, 1)
+
+
+def test_meta_holds_the_configuration(tiny: Tiny, cascade_run: Path) -> None:
+    trained = open_checkpoint(newest(cascade_run)).config()
+    assert trained == tiny.config("training.checkpoint_every=1")
+
+
+def test_find_checkpoint_takes_the_newest_of_the_last_stage(cascade_run: Path) -> None:
+    assert find_checkpoint(cascade_run).path == newest(cascade_run, 2)
+    assert find_checkpoint(cascade_run, stage_number=1).path == newest(cascade_run, 1)
+    assert find_checkpoint(cascade_run / "stage1").path == newest(cascade_run, 1)
+    older = newest(cascade_run).with_name("step-00000001")
+    assert find_checkpoint(older).path == older
+
+
+def test_other_formats_are_refused(run: Path) -> None:
+    file = newest(run) / META
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match="has checkpoint format 99; this version reads 1"):
+        open_checkpoint(newest(run))
+
+
+# Checked when read
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    # A flipped bit in meta.json need not be damage.
+    [*product(FILES, DAMAGES), *product([META], [truncate, Path.unlink])],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_damage_is_found_and_the_older_checkpoint_taken(
+    tiny: Tiny, run: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(newest(run) / name)
+
+    refused = tiny.train(1, run, "--max-steps", "3", "--resume", newest(run))
+    assert str(newest(run)) in refused.error
+    if name != META:  # a folder without it is no checkpoint at all
+        assert f"is damaged: {name} " in refused.error
+
+    finished = tiny.train(1, run, "--max-steps", "3")
+    assert finished.code == 0, finished.err
+    assert f"{newest(run)}" in finished.out
+    assert "trying an older one" in finished.out
+    assert f"resumed: {newest(run).with_name('step-00000001')}, step 1" in finished.out
+    assert [line["step"] for line in logged(run / "stage1")] == [1, 2, 3]
+
+
+def test_no_undamaged_checkpoint_is_an_error_not_a_fresh_start(tiny: Tiny, run: Path) -> None:
+    for checkpoint in (run / "stage1/checkpoints").iterdir():
+        flip_a_bit(checkpoint / "generator.pt")
+    error = tiny.train(1, run, "--max-steps", "3").error
+    assert f"no undamaged checkpoint in {run / 'stage1/checkpoints'}" in error
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+def test_a_damaged_previous_stage_is_refused(
+    tiny: Tiny, run: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(newest(run) / "generator.pt")
+    error = tiny.train(2, tmp_path / "new", "--previous", run).error
+    assert "generator.pt" in error
+    assert not (tmp_path / "new/stage2/previous.pt").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
+def test_damaged_frozen_stages_are_refused(
+    tiny: Tiny, run: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """previous.pt is part of what stage 2 was trained on: neither resumed nor sampled without."""
+    damage(run / "stage2/previous.pt")
+    assert "previous.pt" in sample("--checkpoint", run, "--out", tmp_path / "s").error
+    if damage is not Path.unlink:  # train.py makes a missing one again, from stage 1
+        assert "previous.pt" in tiny.train(2, run, "--max-steps", "3").error
+
+
+# Never executed
+
+
+class Planted:
+    """Unpickling this creates a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def plant(file: Path, marker: Path, form: str) -> None:
+    """A pickle among the tensors, as torch.save or as a bare pickle."""
+    if form == "torch":
+        with torch.serialization.safe_globals([]):
+            state = torch.load(file, weights_only=False)
+        torch.save({**state, "planted": Planted(marker)}, file)
+    else:
+        file.write_bytes(pickle.dumps(Planted(marker)))
+
+
+def forge(checkpoint: Path) -> None:
+    """Make the hashes match what the files hold now."""
+    meta = json.loads((checkpoint / META).read_text())
+    for name in meta["files"]:
+        file = checkpoint / name
+        meta["files"][name] = [file.stat().st_size, sha256(file)]
+    previous = checkpoint.parent.parent / "previous.pt"
+    if meta.get("previous"):
+        meta["previous"] = sha256(previous)
+    (checkpoint / META).write_text(json.dumps(meta))
+
+
+def test_the_planted_object_works(tmp_path: Path) -> None:
+    """Else the tests below could not fail."""
+    torch.save({}, tmp_path / "x.pt")
+    plant(tmp_path / "x.pt", tmp_path / "marker", "torch")
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("form", ["torch", "bare"])
+@pytest.mark.parametrize(
+    ("zero_stage", "name"), [(0, D_MODEL), (0, "rank-00000.pt"), *((1, name) for name in FILES)]
+)
+def test_no_file_is_executed_when_resuming(
+    tiny: Tiny, tmp_path: Path, name: str, form: str, zero_stage: int
+) -> None:
+    marker = tmp_path / "executed"
+    more = ("--set", f"training.zero_stage={zero_stage}", "--set", "training.ema_decay=0.5")
+    checkpoint = tiny.trained(1, tmp_path, "--max-steps", "1", *more)
+    plant(checkpoint / name, marker, form)
+    assert "no undamaged checkpoint" in tiny.train(1, tmp_path, *more).error
+    forge(checkpoint)
+    assert f"{name} is not a file of tensors" in tiny.train(1, tmp_path, *more).error
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", ["torch", "bare"])
+def test_no_file_is_executed_when_freezing_the_previous_stage(
+    tiny: Tiny, run: Path, tmp_path: Path, form: str
+) -> None:
+    marker = tmp_path / "executed"
+    plant(newest(run) / "generator.pt", marker, form)
+    forge(newest(run))
+    error = tiny.train(2, tmp_path / "new", "--previous", run).error
+    assert "generator.pt is not a file of tensors" in error
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", ["torch", "bare"])
+@pytest.mark.parametrize("name", ["previous.pt", "checkpoints/step-00000002/generator.pt"])
+def test_no_file_is_executed_when_sampling_or_going_on(
+    tiny: Tiny, run: Path, tmp_path: Path, name: str, form: str
+) -> None:
+    marker = tmp_path / "executed"
+    plant(run / "stage2" / name, marker, form)
+    forge(newest(run, 2))
+    error = sample("--checkpoint", run, "--out", tmp_path / "samples").error
+    assert f"{Path(name).name} is not a file of tensors" in error
+    if "previous" in name:
+        assert "previous.pt is not a file" in tiny.train(2, run, "--max-steps", "3").error
+    assert not marker.exists()
+
+
+def test_kept_statistics_are_not_executed(run: Path, tmp_path: Path) -> None:
+    marker, out = tmp_path / "executed", tmp_path / "samples"
+    assert sample("--checkpoint", run, "--out", out).code == 0
+    plant(out / "norm-statistics.pt", marker, "torch")
+    assert "norm-statistics.pt" in sample("--checkpoint", run, "--out", out).error
+    assert not marker.exists()
+
+
+def test_read_tensors_reads_tensors(tmp_path: Path) -> None:
+    value = {"a": [torch.arange(3), 1, "x"], "b": None}
+    torch.save(value, tmp_path / "x.pt")
+    assert differences(read_tensors(tmp_path / "x.pt"), value) == []
+
+
+# Resuming what is not this run
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["training.zero_stage=2"], "was written at zero_stage 1; resume with --set "),
+        (["stages.1.generator.channels=8"], "stages.1.generator than"),
+        (["stages.1.discriminators.channels=8"], "stages.1.discriminators than"),
+        (["data.num_classes=3"], "was trained with data.num_classes=2"),
+        (["training.ema_decay=0.9"], "was written without ema_decay"),
+        (["training.seed=1"], "seed differs"),
+        (["data.horizontal_flip=true"], "horizontal_flip differs"),
+    ],
+    ids=str,
+)
+def test_another_configuration_is_not_resumed(
+    tiny: Tiny, run: Path, changes: list[str], message: str
+) -> None:
+    before = contents(newest(run))
+    options = [part for change in changes for part in ("--set", change)]
+    assert message in tiny.train(1, run, "--max-steps", "3", *options).error
+    assert differences(before, contents(newest(run))) == []
+
+
+def test_another_number_of_ranks_is_not_resumed(
+    tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = tiny.train(1, run, "--set", "training.micro_batch=2").error
+    assert "was written with world size 1; resume with as many processes, not 2" in error
+
+
+def test_checkpoints_are_not_overwritten_by_a_fresh_start(tiny: Tiny, run: Path) -> None:
+    before = contents(newest(run))
+    error = tiny.train(1, run, "--resume", "none").error
+    assert f"{run / 'stage1'} already holds checkpoints up to step-00000002" in error
+    assert differences(before, contents(newest(run))) == []
+
+
+def test_a_stage_is_resumed_from_its_own_checkpoint_only(tiny: Tiny, run: Path) -> None:
+    error = tiny.train(2, run, "--resume", newest(run)).error
+    assert f"{newest(run)} is of stage 1, not 2" in error
