@@ -1,0 +1,88 @@
+"""The whole method in minutes: make sample videos, train three stages, generate, show what came.
+
+`make demo` runs it. Every step is a command that a user can type, and is printed as such.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from engine.command_line import ArgumentParser, run
+from engine.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG = "configs/sample.yaml"
+NUM_STAGES = 3
+NUM_FRAMES = 64
+
+
+def main(arguments: list[str]) -> None:
+    """Train, sample, draw the curves, compare with the data."""
+    parser = ArgumentParser(__doc__ or "")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    parser.add_argument("--quick", action="store_true", help="a few steps only: a check, no result")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    quick = ("--max-steps", "6", "--set", "training.norm_statistics_passes=2")
+    for number in range(1, NUM_STAGES + 1):
+        _train(number, options.out, quick if options.quick else ())
+    samples = options.out / "samples"
+    _call(
+        "engine/sample.py",
+        *("--checkpoint", str(options.out), "--out", str(samples), "--frames", str(NUM_FRAMES)),
+        *(("--passes", "2") if options.quick else ()),
+    )
+    curves = _curves(options.out)
+    print(_learned(options.out))
+    print(
+        f"\nThe demo took {time.monotonic() - began:.0f} s. Look at:\n"
+        f"  {samples / 'grid.mp4'}  (and clip-*.mp4 beside it)\n"
+        f"  {samples / 'contact-sheet.png'}\n"
+        f"  {curves}\n"
+        f"  tensorboard --logdir {options.out}"
+    )
+
+
+def _train(number: int, out: Path, extra: tuple[str, ...]) -> None:
+    # Spelt as a module because a launcher script's first line breaks in paths with spaces. One
+    # process: the networks are too small to be worth sharing among GPUs.
+    _call(
+        "-m",
+        *("deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "error"),
+        "engine/train.py",
+        *("--config", CONFIG, "--stage", str(number), "--out", str(out), *extra),
+        shown=f"deepspeed engine/train.py --stage {number} --out {out}",
+    )
+
+
+def _call(*arguments: str, shown: str | None = None) -> None:
+    command = [sys.executable, *arguments]
+    print(f"\n$ {shown or shlex.join(['python', *arguments])}", flush=True)
+    environment = os.environ | {
+        # Threads that spin while they wait cost a busy two-core machine a factor of five.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    }
+    finished = subprocess.run(command, cwd=None, env=environment, check=False)
+    if finished.returncode:
+        raise UserError(f"this command failed with exit code {finished.returncode}: {shown}")
+
+
+def _curves(out: Path) -> Path:
+    from engine.charts import loss_curves
+
+    path = out / "loss-curves.png"
+    logs = {f"stage {n}": out / f"stage{n}" / "log.jsonl" for n in range(1, NUM_STAGES + 1)}
+    loss_curves(logs, path)
+    return path
+
+
+def _learned(out: Path) -> str:
+    return ""
+
+
+if __name__ == "__main__":
+    run(main)
