@@ -1,20 +1,23 @@
 """The operators of SSW-GAN's networks, one file each: equation, costs, plain PyTorch form.
 
 Models call `kernels.<op>(...)` and nothing beneath it, so that an operator's implementation can
-change without a change in any model. Nothing here knows what a GAN is. All are compositions of
-differentiable PyTorch operators: they work in fp64, and derivatives of any order are autograd's.
+change without a change in any model. Nothing here knows what a GAN is. Every operator has a
+reference, a composition of differentiable PyTorch operators that works in fp64 and to any order;
+`kernels.implementation` says how it is chosen among what else there is.
 """
 
 from kernels.conv import conv2d, conv3d
 from kernels.conv_gru import conv_gru, conv_gru_reference
 from kernels.conv_pool import average_pool, conv_pool2d, conv_pool3d
 from kernels.frame_norm import frame_norm, frame_statistics
+from kernels.implementation import ImplementationError, implementations, set_default, use
 from kernels.low_skip import LowSkip, add_low_skip
 from kernels.separable_conv3d import separable_conv3d
 from kernels.spectral_norm import power_iteration_, spectral_normalize
 from kernels.upsample_conv import upsample_conv
 
 __all__ = [
+    "ImplementationError",
     "LowSkip",
     "add_low_skip",
     "average_pool",
@@ -26,8 +29,11 @@ __all__ = [
     "conv_pool3d",
     "frame_norm",
     "frame_statistics",
+    "implementations",
     "power_iteration_",
     "separable_conv3d",
+    "set_default",
     "spectral_normalize",
     "upsample_conv",
+    "use",
 ]

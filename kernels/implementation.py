@@ -1,0 +1,168 @@
+"""Which of its implementations an operator runs.
+
+Every operator names its implementations, best first, each with the reason why it cannot run on
+a given device and dtype. A choice is made in this order:
+
+1. the `impl=` argument of the operator's public function, one of the names above or "auto";
+2. the process's setting, "auto" or "reference": `kernels.use(...)` or `kernels.set_default(...)`,
+   at first the environment variable `KERNELS`;
+3. automatically ("auto"): the first that can run and is worth running there.
+
+What is asked for by name and cannot run raises; only "auto" looks further. "reference" is every
+operator's composition of differentiable PyTorch operators: its definition, in code.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+REFERENCE = "reference"
+AUTO = "auto"
+SETTINGS = (AUTO, REFERENCE)
+
+_TRITON_INSTALLED = find_spec("triton") is not None
+_setting = os.environ.get("KERNELS", AUTO)
+_operators: dict[str, "Operator"] = {}
+
+
+class ImplementationError(RuntimeError):
+    """An implementation was asked for by name that cannot run here."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator."""
+
+    name: str
+    obstacle: Callable[[torch.device, torch.dtype], str | None]
+    """Why it cannot run on a device and dtype; None where it can."""
+    reluctance: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    """Why "auto" passes it over although it can run; None where it does not."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an operator runs, and why."""
+
+    implementation: str
+    reason: str
+
+
+class Operator:
+    """An operator's implementations, best first; the reference is always the last of them."""
+
+    def __init__(self, name: str, *implementations: Implementation) -> None:
+        self.name = name
+        self._implementations = (
+            *implementations,
+            Implementation(REFERENCE, lambda device, dtype: None),
+        )
+        _operators[name] = self
+
+    def choose(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
+        """The implementation to run for an `impl=` argument (None: the process's setting).
+
+        Raises ImplementationError when what was asked for cannot run, ValueError when the
+        environment's setting is no setting.
+        """
+        return self.explain(impl, device, dtype).implementation
+
+    def explain(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
+        """As `choose`, with the reason."""
+        asked = _checked(_setting) if impl is None else impl
+        if asked != AUTO:
+            return self._named(asked, device, dtype)
+        passed_over = []
+        for form in self._implementations:
+            reason = form.obstacle(device, dtype) or form.reluctance(device, dtype)
+            if reason is None:
+                break
+            passed_over.append(f"not {form.name}: {reason}")
+        return Choice(form.name, "; ".join(passed_over) or "the best there is")
+
+    def _named(self, asked: str, device: torch.device, dtype: torch.dtype) -> Choice:
+        for form in self._implementations:
+            if form.name == asked:
+                obstacle = form.obstacle(device, dtype)
+                if obstacle is not None:
+                    raise ImplementationError(
+                        f"kernels.{self.name} cannot run as {asked}: {obstacle}"
+                    )
+                return Choice(asked, "asked for")
+        known = ", ".join(form.name for form in self._implementations)
+        raise ImplementationError(
+            f"kernels.{self.name} has no implementation {asked!r}, only {known}"
+        )
+
+
+def implementations(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Choice]:
+    """What each operator runs on `device` (None: CUDA where there is one) for `dtype`, and why."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        name: operator.explain(None, device, dtype) for name, operator in sorted(_operators.items())
+    }
+
+
+@contextmanager
+def use(impl: str) -> Iterator[None]:
+    """Within this context, operators called without `impl=` run `impl`: "auto" or "reference".
+
+    In the whole process, all its threads. A backward pass runs what its forward pass ran,
+    wherever it is called.
+    """
+    global _setting
+    before, _setting = _setting, _checked(impl)
+    try:
+        yield
+    finally:
+        _setting = before
+
+
+def set_default(impl: str) -> None:
+    """From now on, operators called without `impl=` run `impl` (as `use`, without an end)."""
+    global _setting
+    _setting = _checked(impl)
+
+
+def everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The obstacle of an implementation that has none."""
+    return None
+
+
+def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run; the interpreter (TRITON_INTERPRET=1) runs them on the CPU."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{_short(dtype)} is not among fp32, fp16 and bf16"
+    if device.type == "cpu" and not interpreting():
+        return "tensors are on the CPU and TRITON_INTERPRET=1 is not set"
+    if device.type not in ("cuda", "cpu", "meta"):
+        return f"tensors are on {device.type}, not on CUDA"
+    return None
+
+
+def triton_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why "auto" does not run Triton where it can."""
+    return None if device.type == "cuda" else f"tensors are on {device.type}, not on CUDA"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter; set before triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _checked(setting: str) -> str:
+    if setting not in SETTINGS:
+        raise ValueError(f"kernels can be set to {' or '.join(SETTINGS)}, not to {setting!r}")
+    return setting
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
