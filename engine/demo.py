@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from engine.command_line import ArgumentParser, run
 from engine.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = "configs/sample.yaml"
 NUM_STAGES = 3
 NUM_FRAMES = 64
@@ -26,6 +27,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps only: a check, no result")
     options = parser.parse_args(arguments)
     began = time.monotonic()
+    # Said aloud, so that DeepSpeed does not warn that it had to find out.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     quick = ("--max-steps", "6", "--set", "training.norm_statistics_passes=2")
     for number in range(1, NUM_STAGES + 1):
         _train(number, options.out, quick if options.quick else ())
@@ -33,10 +36,16 @@ def main(arguments: list[str]) -> None:
     _call(
         "engine/sample.py",
         *("--checkpoint", str(options.out), "--out", str(samples), "--frames", str(NUM_FRAMES)),
-        *(("--passes", "2") if options.quick else ()),
+        *("--passes", "2" if options.quick else "12", "--batch", "4"),
     )
-    curves = _curves(options.out)
-    print(_learned(options.out))
+    # Imported late: they bring DeepSpeed and DALI.
+    from engine.charts import loss_curves
+    from engine.trainer.learning_report import learning_report
+
+    curves = options.out / "loss-curves.png"
+    stages = range(1, NUM_STAGES + 1)
+    loss_curves({f"stage {n}": options.out / f"stage{n}" / "log.jsonl" for n in stages}, curves)
+    print(f"\n{learning_report(options.out, NUM_STAGES)}")
     print(
         f"\nThe demo took {time.monotonic() - began:.0f} s. Look at:\n"
         f"  {samples / 'grid.mp4'}  (and clip-*.mp4 beside it)\n"
@@ -59,29 +68,15 @@ def _train(number: int, out: Path, extra: tuple[str, ...]) -> None:
 
 
 def _call(*arguments: str, shown: str | None = None) -> None:
-    command = [sys.executable, *arguments]
-    print(f"\n$ {shown or shlex.join(['python', *arguments])}", flush=True)
+    shown = shown or shlex.join(["python", *arguments])
+    print(f"\n$ {shown}", flush=True)
     environment = os.environ | {
         # Threads that spin while they wait cost a busy two-core machine a factor of five.
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }
-    finished = subprocess.run(command, cwd=None, env=environment, check=False)
-    if finished.returncode:
-        raise UserError(f"this command failed with exit code {finished.returncode}: {shown}")
-
-
-def _curves(out: Path) -> Path:
-    from engine.charts import loss_curves
-
-    path = out / "loss-curves.png"
-    logs = {f"stage {n}": out / f"stage{n}" / "log.jsonl" for n in range(1, NUM_STAGES + 1)}
-    loss_curves(logs, path)
-    return path
-
-
-def _learned(out: Path) -> str:
-    return ""
+    code = subprocess.run([sys.executable, *arguments], env=environment, check=False).returncode
+    if code:
+        raise UserError(f"this command failed with exit code {code}: {shown}")
 
 
 if __name__ == "__main__":
