@@ -14,7 +14,7 @@ from engine.configuration_errors import explain, found, origin
 from engine.errors import UserError
 from engine.yaml_tree import Tree, parse_override, read_tree, set_key, unshared
 
-BASE_RESOLUTION = 4  # the linear layer's output, in pixels (paper, section 3.2)
+BASE_RESOLUTION = 4  # the linear layer's output, in pixels (paper)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -4,7 +4,7 @@ r = σ(W_r * [h; x] + b_r)      u = σ(W_u * [h; x] + b_u)
 c = relu(W_c * [x; r⊙h] + b_c)
 h' = u⊙h + (1-u)⊙c,            h = 0 before the first frame
 
-SSW-GAN, section 3.2 and appendix A (as DVD-GAN): 3x3 convolutions, ReLU in place of tanh.
+SSW-GAN, stage 1 (as DVD-GAN): 3x3 convolutions, ReLU in place of tanh.
 
 Shapes: B batch, T frames, C channels of x and of the hidden state h, H x W pixels. Weights
 [C, 3, 3, 2C], their inputs concatenated in the order written above.

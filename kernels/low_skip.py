@@ -1,6 +1,6 @@
 r"""Injection of the low-resolution video x_l: y + 1x1conv(nearest_downsample(repeat_frames(x_l))).
 
-SSW-GAN, section 3.3 (upsampling stages). x_l reaches every block whose output is no larger than
+SSW-GAN, upsampling stages. x_l reaches every block whose output is no larger than
 x_l itself; it is never upsampled in space. It has three channels, so the projection costs
 2·3·C FLOPs and, unfused, one read and one write of y per element: a thing for the epilogue of
 the convolution that makes y, which is why convolutions here take a `LowSkip`.

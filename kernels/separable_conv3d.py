@@ -1,7 +1,7 @@
 """Separable 3D convolution: three taps in time, then 3x3 in space.
 
 y = W_space * (W_time * x) + b [+ residual] [+ projected x_l], "same" zero padding.
-SSW-GAN, section 3.3: it stands for one convolution of the residual block that replaces the
+SSW-GAN, upsampling stages: it stands for one convolution of the residual block that replaces the
 ConvGRU in upsampling stages. Between the two halves there is no bias and no nonlinearity.
 
 Shapes: B batch, T frames, I input and O output channels, H x W pixels. Weights: time [O, 3, I],

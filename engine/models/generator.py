@@ -21,7 +21,7 @@ BASE_RESOLUTION = 4
 class GeneratorTrunk(nn.Module):
     """From latent and label to a video, through units of temporal module and two 2D blocks.
 
-    SSW-GAN, sections 3.2 and 3.3 and appendix A. `multipliers` are the units' output channels in
+    The generators of SSW-GAN. `multipliers` are the units' output channels in
     units of `channels`. Decided: the first log2(resolution / 4) units upsample; the paper's "all
     but the last" cannot reach 128x128 in five units.
 

@@ -18,7 +18,7 @@ from engine.models.layers import Linear
 class FrameNorm(nn.Module):
     """relu(gain · normalised x + bias), gain = 1 + W_g·cond and bias = W_b·cond per sample.
 
-    Statistics are of every (time step, channel) over batch and space (SSW-GAN, section 3.2).
+    Statistics are of every (time step, channel) over batch and space (SSW-GAN).
     """
 
     mean: Tensor | None

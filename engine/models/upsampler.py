@@ -1,4 +1,4 @@
-"""The upsampling generator: stage 2 and later of SSW-GAN (section 3.3)."""
+"""The upsampling generator: stage 2 and later of SSW-GAN."""
 
 from collections.abc import Sequence
 

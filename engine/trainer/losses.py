@@ -1,4 +1,4 @@
-"""The "geometric hinge" (paper, section 3.2): a hinge per score, then the mean over all of them.
+"""The "geometric hinge" (paper): a hinge per score, then the mean over all of them.
 
 Every discriminator's per-frame scores are concatenated to [B, N] first, so each score weighs the
 same, whichever discriminator gave it.

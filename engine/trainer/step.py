@@ -57,7 +57,7 @@ class Trainer:
         self._d_update = EngineUpdate(d_engine, zero_stage)
 
     def train_step(self) -> dict[str, float]:
-        """One iteration (paper, section 4): `discriminator_steps` D updates and one G update.
+        """One iteration (paper): `discriminator_steps` D updates and one G update.
 
         Returns the measures of the last D update and of the G update, averaged over all ranks.
         Raises NonFiniteError, on every rank, when one of them is not a number.
