@@ -10,7 +10,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import Tiny, write_tiny
+
+from engine.trainer.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,11 @@ def cascade_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in (1, 2):
         tiny.trained(stage, out, "--max-steps", "2", "--set", "training.checkpoint_every=1")
     return out
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Ranks:
+    """A connected job of one rank on the CPU, in this process."""
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    ranks.connect()
+    return ranks

@@ -77,13 +77,6 @@ class GivenFakesBuilder(StageBuilder):
         return GivenFakes(self.config, self.number)
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Ranks:
-    ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    ranks.connect()
-    return ranks
-
-
 def make(
     ranks: Ranks,
     config: Config,

@@ -1,0 +1,81 @@
+"""A tiny stage 1 that trains on four clips comes measurably closer to them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import Tiny
+
+from engine.trainer.learning_check import learning_distances
+from engine.trainer.networks import StageBuilder
+from engine.trainer.ranks import Ranks
+from engine.video.dataset import describe, open_dataset
+
+
+def test_distances_by_hand() -> None:
+    """Two videos of two frames of one pixel: 0 → 1 and 2 → 5; against one that stands at 3."""
+    real = torch.tensor([[0.0, 1.0], [2.0, 5.0]]).reshape(2, 2, 1, 1, 1)
+    fake = torch.full((1, 2, 1, 1, 1), 3.0)
+    distances = learning_distances(real, fake)
+    # Means 1 and 3, variances 1 and 4, motion (1 + 3) / 2.
+    assert distances.mean == pytest.approx(((2**2 + 0**2) / 2) ** 0.5)
+    assert distances.variance == pytest.approx(((1**2 + 4**2) / 2) ** 0.5)
+    assert distances.motion == pytest.approx(2.0)
+    assert learning_distances(real, real) == (0.0, 0.0, 0.0)
+
+
+def test_distances_of_different_videos_are_refused() -> None:
+    with pytest.raises(ValueError, match="videos of"):
+        learning_distances(torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 3, 3, 4, 4))
+    with pytest.raises(ValueError, match="one frame"):
+        learning_distances(torch.zeros(1, 1, 3, 4, 4), torch.zeros(1, 1, 3, 4, 4))
+
+
+@pytest.mark.slow
+def test_training_brings_samples_closer_to_the_data(
+    tiny: Tiny, ranks: Ranks, tmp_path: Path
+) -> None:
+    """300 steps on four clips, one per class, of 8x8 pixels and four frames each.
+
+    THRESHOLDS
+    """
+    config = tiny.config(
+        f"data.path={tmp_path / 'four clips'}",
+        "data.num_classes=4",
+        "data.random_crop=false",
+        # As long as a clip, so that each video has one.
+        "data.procedural.num_clips=4",
+        "data.procedural.num_frames=13",
+        "training.global_batch=16",
+        "training.micro_batch=16",
+        "training.generator_lr=2e-3",
+        "training.discriminator_lr=2e-3",
+        "stages.1.num_frames=4",
+        "stages.1.frame_stride=4",
+        "stages.1.generator.channels=8",
+        "stages.1.discriminators.channels=8",
+        "stages.1.discriminators.multipliers=[2,4]",
+        "stages.2.frame_stride=2",
+    )
+    config = config.model_copy(update={"stages": {1: config.stages[1]}})
+    index = open_dataset(config.data, make=True, say=print)
+    builder = StageBuilder(config, 1, ranks, describe(index, config.data))
+    loader = builder.loader(index)
+    real = torch.cat([next(loader).video_BTCHW for _ in range(4)])
+    trainer = builder.trainer(loader)
+    fakes = builder.fakes(builder.latents(99), None)
+    inputs = fakes.draw(64)
+
+    @torch.no_grad()
+    def distances() -> torch.Tensor:
+        generated = fakes.run(trainer.g_engine.module, inputs).video_BTCHW
+        return torch.tensor(learning_distances(real, generated))
+
+    before = distances()
+    for _ in range(300):
+        trainer.train_step()
+    loader.close()
+    mean, variance, motion = (distances() / before).tolist()
+    assert mean < 0.4
+    assert variance < 0.5
+    assert motion < 0.85
