@@ -8,17 +8,25 @@ reference, a composition of differentiable PyTorch operators that works in fp64 
 
 from kernels.conv import conv2d, conv3d
 from kernels.conv_gru import conv_gru, conv_gru_reference
-from kernels.conv_pool import average_pool, conv_pool2d, conv_pool3d
+from kernels.conv_pool import (
+    Pooling,
+    average_pool,
+    conv_pool2d,
+    conv_pool2d_reference,
+    conv_pool3d,
+    conv_pool3d_reference,
+)
 from kernels.frame_norm import frame_norm, frame_statistics
 from kernels.implementation import ImplementationError, implementations, set_default, use
 from kernels.low_skip import LowSkip, add_low_skip
 from kernels.separable_conv3d import separable_conv3d
 from kernels.spectral_norm import power_iteration_, spectral_normalize
-from kernels.upsample_conv import upsample_conv
+from kernels.upsample_conv import upsample_conv, upsample_conv_reference
 
 __all__ = [
     "ImplementationError",
     "LowSkip",
+    "Pooling",
     "add_low_skip",
     "average_pool",
     "conv2d",
@@ -26,7 +34,9 @@ __all__ = [
     "conv_gru",
     "conv_gru_reference",
     "conv_pool2d",
+    "conv_pool2d_reference",
     "conv_pool3d",
+    "conv_pool3d_reference",
     "frame_norm",
     "frame_statistics",
     "implementations",
@@ -35,5 +45,6 @@ __all__ = [
     "set_default",
     "spectral_normalize",
     "upsample_conv",
+    "upsample_conv_reference",
     "use",
 ]

@@ -1,23 +1,78 @@
-"""A convolution, then 2x2 average pooling in space: how a discriminator's block ends.
+"""A convolution, then average pooling by two: how a discriminator's block ends.
 
-y = pool(W * x + b) [+ residual]. In 3D the pooling is (1, 2, 2): time is kept, so that clips of
-three frames reach the scores (our decision; the paper says only "average pooling").
+y = pool(W * x + b) [+ residual]. In 2D the pooling is 2x2. In 3D it is (1, 2, 2), which keeps
+time, or (2, 2, 2); a last frame, row or column without a partner is dropped.
 
-Shapes: B batch, T frames, I input and O output channels, H x W pixels, outputs H/2 x W/2.
-Weights [O, 3, 3, I] and [O, 3, 3, 3, I]. FLOPs as computed here: 2·k·I·O per *input* pixel (k = 9
-or 27 taps); a 4x4 kernel of stride 2 would do with 16/36 of it.
+Shapes: B batch, T frames, I input and O output channels, H x W pixels, outputs H/2 x W/2 (and
+T/2). Weights [O, 3, 3, I] and [O, 3, 3, 3, I], kept in fp32: they are folded as they come, then
+cast to the dtype of x.
+
+Pooling is a convolution with stride, so both are one convolution whose kernel has a tap more along
+every pooled axis. FLOPs per input element, in units of I·O:
+
+| form      | 2D | (1, 2, 2) | (2, 2, 2) | besides y                             |
+|-----------|----|-----------|-----------|---------------------------------------|
+| reference | 18 | 54        | 54        | W * x + b, once written and once read |
+| folded    | 8  | 24        | 16        | nothing                               |
+
+Both are the same function; derivatives of any order are autograd's.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.conv import add_terms, conv2d, conv3d
-from kernels.layout import fold_frames, unfold_frames
+from kernels.folding import pooling_kernel
+from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
+from kernels.layout import (
+    channels_last,
+    conv2d_weight,
+    conv3d_weight,
+    fold_frames,
+    unfold_frames,
+)
+
+Pooling = tuple[int, int, int]
+
+_OPERATOR2D = Operator("conv_pool2d", Implementation("folded", everywhere))
+_OPERATOR3D = Operator("conv_pool3d", Implementation("folded", everywhere))
 
 
-def average_pool(x_BTCHW: Tensor) -> Tensor:
-    """Mean of every 2x2 pixels of every frame; returns [B, T, C, H // 2, W // 2]."""
+def average_pool(x_BTCHW: Tensor, pooling: Pooling = (1, 2, 2)) -> Tensor:
+    """Mean over boxes of (frames, rows, columns); returns [B, T // pooling[0], C, H // 2, W // 2].
+
+    A last frame, row or column without a partner is dropped. Raises ValueError for a video smaller
+    than a box, and for another pooling than (1, 2, 2) and (2, 2, 2).
+    """
+    _check(x_BTCHW, pooling)
+    if pooling == (2, 2, 2):
+        # Not avg_pool3d, which knows no bf16 on a CPU.
+        pairs = x_BTCHW[:, : x_BTCHW.shape[1] // 2 * 2].unflatten(1, (-1, 2))
+        x_BTCHW = pairs.mean(dim=2)
     return unfold_frames(F.avg_pool2d(fold_frames(x_BTCHW), 2), x_BTCHW.shape[1])
+
+
+def conv_pool2d_reference(
+    x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
+) -> Tensor:
+    """As the equation stands, frame by frame."""
+    return average_pool(conv2d(x_BTIHW, *_cast(x_BTIHW, weight_OhwI, bias_O)))
+
+
+def conv_pool2d_folded(
+    x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
+) -> Tensor:
+    """The same as one convolution of stride 2, 4x4 for a 3x3 weight."""
+    _check(x_BTIHW, (1, 2, 2))
+    kernel, bias = _cast(x_BTIHW, pooling_kernel(weight_OhwI, (2, 2)), bias_O)
+    frames = F.conv2d(
+        fold_frames(x_BTIHW),
+        conv2d_weight(kernel),
+        bias,
+        stride=2,
+        padding=weight_OhwI.shape[1] // 2,
+    )
+    return unfold_frames(frames, x_BTIHW.shape[1])
 
 
 def conv_pool2d(
@@ -26,9 +81,41 @@ def conv_pool2d(
     bias_O: Tensor | None = None,
     *,
     residual_BTOHW: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """Convolve every frame by itself, pool, add the (already pooled) residual."""
-    return add_terms(average_pool(conv2d(x_BTIHW, weight_OhwI, bias_O)), residual_BTOHW, None)
+    """Convolve every frame by itself, pool, add the (already pooled) residual.
+
+    Returns [B, T, O, H // 2, W // 2] in the dtype of x. `impl` is "folded" or
+    "reference".
+    """
+    refers = _OPERATOR2D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
+    run = conv_pool2d_reference if refers else conv_pool2d_folded
+    return add_terms(run(x_BTIHW, weight_OhwI, bias_O), residual_BTOHW, None)
+
+
+def conv_pool3d_reference(
+    x_BTIHW: Tensor,
+    weight_OthwI: Tensor,
+    bias_O: Tensor | None = None,
+    pooling: Pooling = (1, 2, 2),
+) -> Tensor:
+    """As the equation stands."""
+    return average_pool(conv3d(x_BTIHW, *_cast(x_BTIHW, weight_OthwI, bias_O)), pooling)
+
+
+def conv_pool3d_folded(
+    x_BTIHW: Tensor,
+    weight_OthwI: Tensor,
+    bias_O: Tensor | None = None,
+    pooling: Pooling = (1, 2, 2),
+) -> Tensor:
+    """The same as one convolution of stride `pooling`, 3x4x4 or 4x4x4 for a 3x3x3 weight."""
+    _check(x_BTIHW, pooling)
+    kernel, bias = _cast(x_BTIHW, pooling_kernel(weight_OthwI, pooling), bias_O)
+    padding = [size // 2 for size in weight_OthwI.shape[1:4]]
+    x_BITHW = channels_last(x_BTIHW).transpose(1, 2)
+    y_BOTHW = F.conv3d(x_BITHW, conv3d_weight(kernel), bias, stride=pooling, padding=padding)
+    return y_BOTHW.transpose(1, 2)
 
 
 def conv_pool3d(
@@ -37,6 +124,27 @@ def conv_pool3d(
     bias_O: Tensor | None = None,
     *,
     residual_BTOHW: Tensor | None = None,
+    pooling: Pooling = (1, 2, 2),
+    impl: str | None = None,
 ) -> Tensor:
-    """Convolve in time and space, pool in space, add the (already pooled) residual."""
-    return add_terms(average_pool(conv3d(x_BTIHW, weight_OthwI, bias_O)), residual_BTOHW, None)
+    """Convolve in time and space, pool, add the (already pooled) residual.
+
+    Returns [B, T // pooling[0], O, H // 2, W // 2] in the dtype of x. `impl` as in `conv_pool2d`.
+    Raises ValueError as `average_pool` does.
+    """
+    refers = _OPERATOR3D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
+    run = conv_pool3d_reference if refers else conv_pool3d_folded
+    return add_terms(run(x_BTIHW, weight_OthwI, bias_O, pooling), residual_BTOHW, None)
+
+
+def _check(x_BTCHW: Tensor, pooling: Pooling) -> None:
+    if pooling not in ((1, 2, 2), (2, 2, 2)):
+        raise ValueError(f"pooling must be (1, 2, 2) or (2, 2, 2), not {pooling}")
+    size = (x_BTCHW.shape[1], *x_BTCHW.shape[3:])
+    if any(length < box for length, box in zip(size, pooling, strict=True)):
+        raise ValueError(f"a video of {size} (frames, rows, columns) is smaller than {pooling}")
+
+
+def _cast(x_BTIHW: Tensor, weight: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dtype = x_BTIHW.dtype
+    return weight.to(dtype), None if bias_O is None else bias_O.to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.conv import conv2d
-from kernels.layout import channels_last
+from kernels.layout import channels_last, conv2d_weight
 from kernels.low_skip import LowSkip
 
 
@@ -31,7 +31,7 @@ def separable_conv3d(
     # With H and W as one axis the temporal half is a (3, 1) conv2d on a channels-last view, with
     # no copy: conv2d has the better kernels, and bf16 conv3d is wrong in some cuDNN versions.
     x_BITS = channels_last(x_BTIHW).transpose(1, 2).flatten(3)
-    taps = temporal_weight_OtI.permute(0, 2, 1).unsqueeze(-1)
+    taps = conv2d_weight(temporal_weight_OtI.unsqueeze(2))
     padding = (temporal_weight_OtI.shape[1] // 2, 0)
     mixed_BOTS = F.conv2d(x_BITS, taps, padding=padding)
     mixed_BTOHW = mixed_BOTS.unflatten(3, (height, width)).transpose(1, 2)

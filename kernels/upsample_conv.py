@@ -1,21 +1,143 @@
 """Nearest-neighbour 2x upsampling in space, then a convolution (3x3 or 1x1).
 
-y = W * up(x) + b, the first half of a generator's upsampling block (SSW-GAN, appendix A; BigGAN).
+y = W * up(x) + b, the first half of a generator's upsampling block (SSW-GAN; BigGAN).
 
 Shapes: B batch, T frames, I input and O output channels, H x W input pixels, outputs 2H x 2W.
-Weights [O, k, k, I]. FLOPs as computed here: 2·k²·I·O per *output* pixel; since up(x) repeats
-pixels, 16 of the 36 taps per input pixel would do for k = 3, and one of four for k = 1.
+Weights [O, k, k, I], kept in fp32: they are folded as they come, then cast to the dtype of x.
+
+up(x) repeats every pixel four times, so the taps of W that meet the same pixel are summed first.
+FLOPs per input pixel, in units of I·O, and what is written:
+
+| form         | k = 3         | besides y                    |
+|--------------|---------------|------------------------------|
+| reference    | 72            | up(x), once                  |
+| transposed   | 32            | nothing                      |
+| shuffled     | 32·(1+1/H)²   | y in four phases, once       |
+| k = 1, folded| 2 (not 8)     | the projection of x, y's 1/4 |
+
+All are the same function; derivatives of any order are autograd's.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.folding import phase_kernels, upsampling_kernel
+from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
 from kernels.layout import conv2d_weight, fold_frames, unfold_frames
 
+# Best first. On a CPU the transposed form wins at every size that was measured, see
+# benchmarks/NOTES.md. On CUDA neither has been measured yet: it has the fewer FLOPs and bytes.
+_OPERATOR = Operator(
+    "upsample_conv",
+    Implementation("transposed", everywhere),
+    Implementation("shuffled", everywhere),
+)
 
-def upsample_conv(x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Upsample every frame and convolve it; returns [B, T, O, 2H, 2W]."""
+
+def upsample_conv_reference(
+    x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
+) -> Tensor:
+    """As the equation stands; returns [B, T, O, 2H, 2W]."""
+    weight, bias = weight_OhwI.to(x_BTIHW.dtype), _cast(bias_O, x_BTIHW.dtype)
     upsampled = F.interpolate(fold_frames(x_BTIHW), scale_factor=2.0, mode="nearest")
-    padding = weight_OhwI.shape[1] // 2
-    frames = F.conv2d(upsampled, conv2d_weight(weight_OhwI), bias_O, padding=padding)
+    padding = weight.shape[1] // 2
+    frames = F.conv2d(upsampled, conv2d_weight(weight), bias, padding=padding)
     return unfold_frames(frames, x_BTIHW.shape[1])
+
+
+def upsample_conv(
+    x_BTIHW: Tensor,
+    weight_OhwI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Upsample every frame and convolve it; returns [B, T, O, 2H, 2W] in the dtype of x.
+
+    `impl` is "transposed", "shuffled" or "reference". Raises ValueError for a weight that is
+    neither 1x1 nor 3x3.
+    """
+    if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3)):
+        raise ValueError(f"the weight must be 1x1 or 3x3, not {tuple(weight_OhwI.shape[1:3])}")
+    chosen = _OPERATOR.choose(impl, x_BTIHW.device, x_BTIHW.dtype)
+    if chosen == REFERENCE:
+        return upsample_conv_reference(x_BTIHW, weight_OhwI, bias_O)
+    if weight_OhwI.shape[1:3] == (1, 1):
+        run = _commuted
+    else:
+        run = _transposed if chosen == "transposed" else _shuffled
+    frames = fold_frames(x_BTIHW)
+    return unfold_frames(run(frames, weight_OhwI, _cast(bias_O, frames.dtype)), x_BTIHW.shape[1])
+
+
+def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
+    projected = F.conv2d(x_NIHW, conv2d_weight(weight_OhwI.to(x_NIHW.dtype)), bias_O)
+    return F.interpolate(projected, scale_factor=2.0, mode="nearest")
+
+
+def _transposed(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
+    kernel_IOhw = upsampling_kernel(weight_OhwI).to(x_NIHW.dtype).permute(3, 0, 1, 2)
+    return F.conv_transpose2d(x_NIHW, kernel_IOhw, bias_O, stride=2, padding=1)
+
+
+def _shuffled(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
+    kernel = phase_kernels(weight_OhwI).to(x_NIHW.dtype)
+    biases = None if bias_O is None else bias_O.repeat(4)
+    y: Tensor = _Interleave.apply(F.conv2d(x_NIHW, conv2d_weight(kernel), biases, padding=1))
+    return y
+
+
+class _Interleave(torch.autograd.Function):
+    """Phases [N, 2*2*O, H+1, W+1] → [N, O, 2H, 2W], y[2i+q, 2j+r] = phase(q, r)[i+q, j+r].
+
+    A copy that leaves out each phase's first or last row and column. By itself autograd would
+    make and add four gradients of the size of the phases.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, phases: Tensor) -> Tensor:
+        N, channels, height, width = phases.shape
+        y = phases.new_empty(N, height - 1, 2, width - 1, 2, channels // 4)
+        for target, source in _phases(y, phases):
+            target.copy_(source)
+        return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Deinterleave.apply(*grads)
+
+
+class _Deinterleave(torch.autograd.Function):
+    """The adjoint: [N, O, 2H, 2W] → phases [N, 2*2*O, H+1, W+1], 0 where a phase has no pixel."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        N, channels, height, width = y.shape
+        height, width = height // 2, width // 2
+        phases = y.new_zeros(N, height + 1, width + 1, 4 * channels).permute(0, 3, 1, 2)
+        y_NHqWrO = y.permute(0, 2, 3, 1).unflatten(2, (width, 2)).unflatten(1, (height, 2))
+        for source, target in _phases(y_NHqWrO, phases):
+            target.copy_(source)
+        return phases
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Interleave.apply(*grads)
+
+
+def _phases(y_NHqWrO: Tensor, phases: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Views of the same pixels in both: each phase's part of y and of the convolution's output."""
+    height, width = y_NHqWrO.shape[1], y_NHqWrO.shape[3]
+    phases_NHWqrO = phases.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
+    return [
+        (y_NHqWrO[:, :, q, :, r], phases_NHWqrO[:, q : q + height, r : r + width, q, r])
+        for q in (0, 1)
+        for r in (0, 1)
+    ]
+
+
+def _cast(bias_O: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias_O is None else bias_O.to(dtype)

@@ -17,9 +17,12 @@ from engine.models.norms import FrameNorm
 Temporal = Literal["conv_gru", "separable_conv"]
 LOW_CHANNELS = 3  # x_l is RGB
 
+# Decided: volumetric blocks pool space only, so that windows of three frames reach the scores.
+VOLUMETRIC_POOLING: kernels.Pooling = (1, 2, 2)
+
 
 class Injection(nn.Module):
-    """The 1x1 convolution that adds x_l to a block's output (SSW-GAN, section 3.3)."""
+    """The 1x1 convolution that adds x_l to a block's output (SSW-GAN, upsampling stages)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -64,10 +67,12 @@ class GeneratorBlock2D(nn.Module):
     def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
         """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
         dtype = x_BTCHW.dtype
+        # What upsamples folds the weight in the precision it is kept in, and only then rounds it.
+        kept = None if self.upsample else dtype
         first = kernels.upsample_conv if self.upsample else kernels.conv2d
-        h = first(self.norm1(x_BTCHW, cond_BK), *self.conv1(dtype))
+        h = first(self.norm1(x_BTCHW, cond_BK), *self.conv1(kept))
         h = self.norm2(h, cond_BK)
-        residual = x_BTCHW if self.shortcut is None else first(x_BTCHW, *self.shortcut(dtype))
+        residual = x_BTCHW if self.shortcut is None else first(x_BTCHW, *self.shortcut(kept))
         skip = _skip(self.injection, low, dtype)
         return kernels.conv2d(h, *self.conv2(dtype), residual_BTOHW=residual, skip=skip)
 
@@ -183,11 +188,15 @@ class DiscriminatorBlock(nn.Module):
         """Returns [B, T, channels, H, W], or H/2 x W/2 when pooling."""
         dtype = x_BTCHW.dtype
         conv = kernels.conv3d if self.volumetric else kernels.conv2d
-        residual = kernels.average_pool(x_BTCHW) if self.pool else x_BTCHW
+        pooling = VOLUMETRIC_POOLING if self.volumetric else (1, 2, 2)
+        residual = kernels.average_pool(x_BTCHW, pooling) if self.pool else x_BTCHW
         residual = kernels.conv2d(residual, *self.shortcut(dtype))
         h = F.relu(x_BTCHW) if self.leading_relu else x_BTCHW
         h = F.relu(conv(h, *self.conv1(dtype)))
         if not self.pool:
             return conv(h, *self.conv2(dtype), residual_BTOHW=residual)
-        conv_pool = kernels.conv_pool3d if self.volumetric else kernels.conv_pool2d
-        return conv_pool(h, *self.conv2(dtype), residual_BTOHW=residual)
+        # The weight as it is kept, in fp32: pooling is folded into it, and only then it is rounded.
+        weight, bias = self.conv2(None)
+        if not self.volumetric:
+            return kernels.conv_pool2d(h, weight, bias, residual_BTOHW=residual)
+        return kernels.conv_pool3d(h, weight, bias, residual_BTOHW=residual, pooling=pooling)

@@ -111,9 +111,12 @@ class Convolution(nn.Module):
         self.normalized = SpectralWeight(out_channels, *kernel_size, in_channels)
         self.bias = _zero_bias(out_channels)
 
-    def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(normalised weight, bias), both in `dtype`."""
-        return self.normalized(dtype), self.bias.to(dtype)
+    def forward(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """(normalised weight, bias), both in `dtype`.
+
+        None leaves them as they are kept: for operators that fold a weight before they round it.
+        """
+        return self.normalized(dtype), self.bias.to(dtype or self.bias.dtype)
 
 
 class SeparableConvolution(nn.Module):

@@ -54,21 +54,23 @@ def test_conv3d_adds_the_residual() -> None:
     torch.testing.assert_close(got, expected + residual)
 
 
+@pytest.mark.parametrize("impl", ["reference", "transposed", "shuffled"])
 @pytest.mark.parametrize("size", [1, 3])
-def test_upsample_conv(size: int) -> None:
+def test_upsample_conv(size: int, impl: str) -> None:
     x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, size, size, 5), randn(7)
     expected = naive_conv(naive_up(x), weight[:, None], bias)
-    torch.testing.assert_close(kernels.upsample_conv(x, weight, bias), expected)
+    torch.testing.assert_close(kernels.upsample_conv(x, weight, bias, impl=impl), expected)
 
 
-def test_conv_pool_2d_and_3d_keep_every_frame() -> None:
+@pytest.mark.parametrize("impl", ["reference", "folded"])
+def test_conv_pool_2d_and_3d_keep_every_frame(impl: str) -> None:
     x, bias, residual = randn(2, 3, 5, 4, 6), randn(7), randn(2, 3, 7, 2, 3)
     flat, deep = randn(7, 3, 3, 5), randn(7, 3, 3, 3, 5)
     expected = naive_pool(naive_conv(x, flat[:, None], bias)) + residual
-    got = kernels.conv_pool2d(x, flat, bias, residual_BTOHW=residual)
+    got = kernels.conv_pool2d(x, flat, bias, residual_BTOHW=residual, impl=impl)
     torch.testing.assert_close(got, expected)
     expected = naive_pool(naive_conv(x, deep, bias)) + residual
-    got = kernels.conv_pool3d(x, deep, bias, residual_BTOHW=residual)
+    got = kernels.conv_pool3d(x, deep, bias, residual_BTOHW=residual, impl=impl)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(kernels.average_pool(x), naive_pool(x))
 
@@ -139,6 +141,7 @@ def test_every_output_is_channels_last_in_memory() -> None:
         "conv2d": kernels.conv2d(x, flat),
         "conv3d": kernels.conv3d(x, deep),
         "upsample": kernels.upsample_conv(x, flat),
+        "upsample, shuffled": kernels.upsample_conv(x, flat, impl="shuffled"),
         "pool2d": kernels.conv_pool2d(x, flat),
         "pool3d": kernels.conv_pool3d(x, deep),
         "separable": kernels.separable_conv3d(x, taps, flat, skip=skip),
