@@ -17,11 +17,11 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 def num_ranks(group: str) -> int:
     """Ranks of a group, 1 without one."""
-    return _resolve(group).size() if group else 1
+    return dist.distributed_c10d._get_group_size_by_name(cast(Any, group)) if group else 1
 
 
 def sum_over(x: Tensor, group: str) -> Tensor:
-    """The sum over ranks; without a gradient, traceable by torch.compile."""
+    """The sum over ranks, without a gradient."""
     if not group:
         return x
     reduced = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
@@ -29,13 +29,18 @@ def sum_over(x: Tensor, group: str) -> Tensor:
 
 
 def mean_over(x: Tensor, group: str) -> Tensor:
-    """The mean over ranks, differentiable: every rank's gradient is the sum of all ranks'."""
-    if not group:
-        return x
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(x, group=_resolve(group)) / num_ranks(group)
+    """The mean over ranks, differentiable to any order."""
+    return _Sum.apply(x, group) / num_ranks(group) if group else x
 
 
-def _resolve(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(cast(Any, group))
+class _Sum(torch.autograd.Function):
+    """What every rank sees of x is what every rank's loss depends on: gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return sum_over(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grads[0], ctx.group), None

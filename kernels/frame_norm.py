@@ -3,7 +3,7 @@
 x̂[b,t,c] = (x[b,t,c] - mean[t,c]) / sqrt(var[t,c] + eps)
 y[b,t,c] = relu(gain[b,c] · x̂[b,t,c] + bias[b,c]) [+ residual[b,t,c]]
 
-SSW-GAN, section 3.2 (as DVD-GAN): every time step has its own mean and (biased) variance, taken
+SSW-GAN (as DVD-GAN): every time step has its own mean and (biased) variance, taken
 over batch and space; there is no running average. For inference the statistics are given.
 
 With g = dy where relu was open (else 0), n = B·H·W, and sums over one frame's pixels,
@@ -22,8 +22,7 @@ statistics, read again and written (three times; 6 bytes per element in bf16); b
 are read for the sums, read again and dx is written (five times; 10 bytes). 8 + 14 FLOPs.
 
 Implementations: "triton" (fp32, fp16, bf16), "pytorch" (the same passes in PyTorch operators, on
-any device), "reference". Derivatives of order two and higher are the reference's in all of them;
-through statistics of a process group they are refused.
+any device), "reference". Derivatives of order two and higher are the reference's in all of them.
 """
 
 from types import ModuleType
@@ -39,7 +38,6 @@ from kernels.frame_norm_pytorch import widened
 from kernels.implementation import (
     REFERENCE,
     Implementation,
-    ImplementationError,
     Operator,
     everywhere,
     triton_obstacle,
@@ -206,13 +204,9 @@ def _normalize_backward(ctx: Any, dy_BTSC: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiable_gradients(ctx: Any, dy_BTSC: Tensor) -> list[Tensor | None]:
     """The gradients of all but the residual as the reference's, which have derivatives."""
-    if ctx.group:
-        raise ImplementationError(
-            "frame_norm has no second derivative through a group's statistics"
-        )
     tensors = x_BTSC, gain, bias, mean_TC, var_TC = ctx.saved_tensors
     if ctx.own_statistics:
-        mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC)
+        mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC, ctx.group)
     y_BTSC = frame_norm_pytorch.normalize(
         x_BTSC, gain, bias, mean_TC, var_TC, None, ctx.eps, ctx.relu
     )
