@@ -37,7 +37,9 @@ def test_training_brings_samples_closer_to_the_data(
 ) -> None:
     """300 steps on four clips, one per class, of 8x8 pixels and four frames each.
 
-    THRESHOLDS
+    Measured, distances after training as parts of those before it (mean, variance, motion), for
+    seeds 0 to 5: .18 .20 .60, .11 .22 .60, .27 .21 .64, .13 .17 .67, .10 .17 .57, .15 .19 .65.
+    The thresholds lie half-way from the worst of them to no change at all, or closer.
     """
     config = tiny.config(
         f"data.path={tmp_path / 'four clips'}",
@@ -77,5 +79,5 @@ def test_training_brings_samples_closer_to_the_data(
     loader.close()
     mean, variance, motion = (distances() / before).tolist()
     assert mean < 0.4
-    assert variance < 0.5
-    assert motion < 0.85
+    assert variance < 0.4
+    assert motion < 0.83
