@@ -15,6 +15,7 @@ same inputs give the same bits. Splits depend on the shape only, never on the de
 arithmetic is fp32; offsets of frames are int64, within a frame int32 (checked).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.resources import Variant
+
 # A tile is TILE elements: with four warps 16 per thread, two 16-byte loads in bf16.
 TILE = 2048
-NUM_WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+MERGE_TILE = {"BLOCK_P": 16, "BLOCK_C": 32}
 # Enough programs to fill any GPU several times over, but four tiles each where x is that large.
 MIN_TILES, WANTED_PROGRAMS = 4, 4096
 
@@ -271,10 +275,7 @@ class Plan(NamedTuple):
     @property
     def tile(self) -> dict[str, int]:
         """The streaming kernels' configuration."""
-        return {"BLOCK_S": self.block_s, "BLOCK_C": self.block_c, "num_warps": NUM_WARPS}
-
-
-MERGE = {"BLOCK_P": 16, "BLOCK_C": 32, "num_warps": NUM_WARPS}
+        return {"BLOCK_S": self.block_s, "BLOCK_C": self.block_c, **OPTIONS}
 
 
 def plan(x_BTSC: Tensor) -> Plan:
@@ -295,7 +296,7 @@ def plan(x_BTSC: Tensor) -> Plan:
         split_rows=split_rows,
         num_splits=num_splits,
         streaming_grid=(B * T * num_splits, channel_blocks),
-        merging_grid=(T, triton.cdiv(C, MERGE["BLOCK_C"])),
+        merging_grid=(T, triton.cdiv(C, MERGE_TILE["BLOCK_C"])),
     )
 
 
@@ -317,7 +318,7 @@ def moments(x_BTSC: Tensor) -> tuple[Tensor, Tensor]:
     )
     merge_moments_kernel[cut.merging_grid](
         split_mean, split_square, mean_TC, var_TC,
-        B, T, S, C, cut.num_splits, cut.split_rows, float(B * S), **MERGE,
+        B, T, S, C, cut.num_splits, cut.split_rows, float(B * S), **MERGE_TILE, **OPTIONS,
     )  # fmt: skip
     return mean_TC, var_TC
 
@@ -365,7 +366,7 @@ def sums(
     )  # fmt: skip
     merge_sums_kernel[cut.merging_grid](
         split_dy, split_dyx, gain_BtC, sums_2BTC, weighted_2TC,
-        B, T, C, cut.num_splits, gain_BtC.shape[1], **MERGE,
+        B, T, C, cut.num_splits, gain_BtC.shape[1], **MERGE_TILE, **OPTIONS,
     )  # fmt: skip
     return sums_2BTC, weighted_2TC
 
@@ -390,3 +391,28 @@ def dx(
         RELU=relu, TERMS=terms_2TC is not None, **cut.tile,
     )  # fmt: skip
     return dx_BTSC
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel at every tile, for `kernels.resources`."""
+    for dtype, block_c in (("bf16", 128), ("bf16", 64), ("bf16", 32), ("fp32", 128)):
+        tile = {"BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
+        label = f"{dtype} {tile['BLOCK_S']}x{block_c}"
+        yield _variant(moments_kernel, label, dtype, tile)
+        yield _variant(normalize_kernel, label, dtype, tile | {"RELU": True, "RESIDUAL": True})
+        yield _variant(sums_kernel, label, dtype, tile | {"RELU": True})
+        yield _variant(dx_kernel, label, dtype, tile | {"RELU": True, "TERMS": True})
+    yield _variant(merge_moments_kernel, "fp32", "bf16", MERGE_TILE)
+    yield _variant(merge_sums_kernel, "bf16 gain", "bf16", MERGE_TILE)
+
+
+def _variant(kernel, label: str, dtype: str, constants: dict[str, int]) -> Variant:
+    videos = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "residual_ptr", "gain_ptr", "bias_ptr")
+
+    def type_of(name: str) -> str:
+        if name.endswith("_ptr"):
+            return f"*{dtype}" if name in videos else "*fp32"
+        return "fp32" if name in ("eps", "total") else "i32"
+
+    types = {name: type_of(name) for name in kernel.arg_names if name not in constants}
+    return Variant(kernel, label, types, constants, OPTIONS, divisible=frozenset({"C"}))

@@ -1,0 +1,123 @@
+"""Every Triton kernel compiles for every GPU it is meant for, and costs what the table says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels import resources
+from kernels.resources import SHARED_LIMIT, TABLE, Variant, faults
+
+GOOD = {
+    "registers": 64,
+    "stack_bytes": 0,
+    "spilled_bytes": 0,
+    "shared_bytes": 2048,
+    "matrix_instructions": 4,
+}
+
+
+def kernel() -> None:
+    """Stands for a Triton kernel where only its name is used."""
+
+
+kernel.__module__ = "kernels.op_triton"
+
+
+def run(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one may interpret kernels, and then cannot compile them."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_the_table_is_true(arch: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "kernels.resources", "--check", "--arch", arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_shipped_number_is_within_limits() -> None:
+    table = json.loads(TABLE.read_text())["kernels"]
+    assert table
+    for name, measured in table.items():
+        assert measured.keys() == SHARED_LIMIT.keys(), name
+        for arch, numbers in measured.items():
+            assert numbers.keys() == GOOD.keys()
+            assert numbers["spilled_bytes"] == numbers["stack_bytes"] == 0, (name, arch)
+            assert 0 < numbers["registers"] < 255, (name, arch)  # 255 is where spilling starts
+            assert numbers["shared_bytes"] <= SHARED_LIMIT[arch], (name, arch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spilled_bytes": 8}, "spills 8 bytes"),
+        ({"stack_bytes": 8}, "spills"),
+        ({"shared_bytes": 166913}, "166913 bytes of shared memory exceed the limit"),
+        ({"matrix_instructions": 0}, "without tensor cores"),
+    ],
+)
+def test_faults_are_found(change: dict[str, int], message: str) -> None:
+    product = Variant(kernel, "bf16", {}, {}, multiplies_matrices=True)
+    assert faults(product, "sm_80", GOOD) == []
+    [fault] = faults(product, "sm_80", GOOD | change)
+    assert fault.startswith("op.kernel bf16 on sm_80: ")
+    assert message in fault
+
+
+def test_a_kernel_that_spills_is_caught(tmp_path: Path) -> None:
+    """64 x 64 values in one warp are 128 registers per thread, for each of two accumulators."""
+    script = (
+        "from dataclasses import replace\n"
+        "from kernels.resources import faults, measure, variants\n"
+        "small = next(variants())\n"
+        "tile = {'BLOCK_S': 64, 'BLOCK_C': 64}\n"
+        "big = replace(small, constants=tile, options={'num_warps': 1})\n"
+        "print(*faults(big, 'sm_90', measure(big, 'sm_90')))\n"
+        "renamed = replace(small, types=small.types | {'no_such': 'i32'})\n"
+        "try: renamed.compile('sm_90')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    done = run(tmp_path, "-c", script)
+    spills, unknown = done.stdout.splitlines()
+    assert " on sm_90: spills " in spills
+    assert unknown.endswith("arguments do not match the kernel's: ['no_such']")
+
+
+def test_differences_from_the_table_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    listed = [Variant(kernel, "a", {}, {}), Variant(kernel, "b", {}, {})]
+    monkeypatch.setattr(resources, "variants", lambda: iter(listed))
+    monkeypatch.setattr(resources, "measure", lambda variant, arch: GOOD)
+    table = {
+        "triton": triton.__version__,
+        "kernels": {
+            "op.kernel a": {"sm_80": GOOD | {"registers": 65}},
+            "op.kernel c": {"sm_80": GOOD},
+        },
+    }
+    missing, gone, differs = resources.check(table, ["sm_80"])
+    assert missing == "op.kernel b is not in the table: run python -m kernels.resources"
+    assert gone == "op.kernel c is not in the code: run python -m kernels.resources"
+    assert differs.startswith("op.kernel a on sm_80: the table says {'registers': 65")
+    other = table | {"triton": "0.0"}
+    assert resources.check(other, ["sm_80"]) == [missing, gone]
+
+
+def test_what_cannot_compile_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resources.main([]) == 2
+    line = "TRITON_INTERPRET=1 is set: Triton interprets and cannot compile\n"
+    assert capsys.readouterr().err == line
+    with pytest.raises(SystemExit) as stop:
+        resources.main(["--arch", "sm_90"])
+    assert stop.value.code == 2
