@@ -40,7 +40,7 @@ def normalize(
     centred = wide - mean_TC[:, None]
     scale_BTC = gain_BtC.to(wide.dtype) * torch.rsqrt(var_TC + eps)
     y_BTSC = torch.addcmul(bias_BtC.to(wide.dtype)[:, :, None], centred, scale_BTC[:, :, None])
-    y_BTSC = F.relu(y_BTSC) if relu else y_BTSC
+    y_BTSC = F.relu(y_BTSC, inplace=True) if relu else y_BTSC
     y_BTSC = y_BTSC if residual_BTSC is None else y_BTSC + residual_BTSC
     return y_BTSC.to(x_BTSC.dtype)
 

@@ -58,7 +58,8 @@ def draw(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     *,
-    per_frame: bool = False,
+    gain_per_frame: bool = False,
+    bias_per_frame: bool = False,
     residual: bool = False,
     given_statistics: bool = False,
     relu: bool = True,
@@ -70,11 +71,10 @@ def draw(
         return torch.randn(*shape, generator=generator).to(DEVICE)
 
     B, T, C = shape[:3]
-    scales = (B, T, C) if per_frame else (B, C)
     return Case(
         x=(2 * randn(*shape) + 1).to(dtype),
-        gain=randn(*scales),
-        bias=randn(*scales),
+        gain=randn(*((B, T, C) if gain_per_frame else (B, C))),
+        bias=randn(*((B, T, C) if bias_per_frame else (B, C))),
         residual=randn(*shape).to(dtype) if residual else None,
         statistics=(randn(T, C), randn(T, C).square() + 0.5) if given_statistics else None,
         dy=randn(*shape).to(dtype),
@@ -149,14 +149,21 @@ def test_sizes(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_good_as_reference(draw(shape, dtype), impl)
 
 
+OPTIONS = ("gain_per_frame", "bias_per_frame", "residual", "given_statistics", "relu")
+
+
+@pytest.mark.parametrize("options", [dict.fromkeys([o], o != "relu") for o in OPTIONS], ids=str)
+@pytest.mark.parametrize("impl", FORMS)
+def test_each_option(impl: str, options: dict[str, bool]) -> None:
+    assert_as_good_as_reference(draw((2, 3, 5, 3, 4), torch.float32, **options), impl)
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 3, 70, 9, 9))),
     dtype=st.sampled_from(DTYPES),
     impl=st.sampled_from(FORMS),
-    options=st.fixed_dictionaries(
-        dict.fromkeys(("per_frame", "residual", "given_statistics", "relu"), st.booleans())
-    ),
+    options=st.fixed_dictionaries(dict.fromkeys(OPTIONS, st.booleans())),
     seed=st.integers(0, 1000),
 )
 def test_drawn(
