@@ -93,11 +93,11 @@ def write_checkpoint(
     barrier: Callable[[], None],
     keep: int,
 ) -> Path:
-    """Write `folder/step-…` aside, hash it, rename it, and delete all but the newest `keep`.
+    """Write `folder/step-…` aside, hash it, rename it, and keep the newest `keep - 1` others.
 
     Collective: `write_files(path)` is called on every rank, the rest is rank 0's.
     """
-    final = folder / f"step-{step:08d}"
+    final = folder / step_name(step)
     partial = final.with_name(final.name + PARTIAL)
     if is_main:
         for interrupted in folder.glob(f"*{PARTIAL}"):
@@ -118,7 +118,8 @@ def write_checkpoint(
         if final.exists():  # the same step again, after a resume from an earlier one
             shutil.rmtree(final)
         partial.rename(final)
-        for old in step_folders(folder)[:-keep]:
+        others = [path for path in step_folders(folder) if path != final]
+        for old in others[::-1][keep - 1 :]:
             shutil.rmtree(old)
     barrier()
     return final
@@ -150,7 +151,7 @@ def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoin
         stages = (
             [path / f"stage{stage_number}"]
             if stage_number
-            else sorted(path.glob("stage[0-9]*"), key=lambda p: int(p.name[5:]), reverse=True)
+            else reversed(_numbered_folders(path, "stage"))
         )
         newest = [p for stage in (path, *stages) for p in step_folders(stage / CHECKPOINTS)[-1:]]
         if not newest:
@@ -210,6 +211,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def step_name(step: int) -> str:
+    """What the folder of a step's checkpoint is called."""
+    return f"step-{step:08d}"
+
+
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints in `folder` that were written to the end, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.suffix != PARTIAL)
+    return _numbered_folders(folder, "step-")
+
+
+def _numbered_folders(folder: Path, prefix: str) -> list[Path]:
+    """By number; what a user put beside them (`stage2.bak`) is none of ours."""
+
+    def number(path: Path) -> str:
+        return path.name.removeprefix(prefix)
+
+    found = [p for p in folder.glob(f"{prefix}*") if p.is_dir() and number(p).isdecimal()]
+    return sorted(found, key=lambda path: int(number(path)))

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -111,7 +110,3 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
-
-    def __iter__(self) -> Iterator[int]:
-        """The steps that are still to do."""
-        return iter(range(self._start, self._total))

@@ -14,6 +14,7 @@ from engine.trainer.checkpoints import (
     find_checkpoint,
     open_checkpoint,
     step_folders,
+    step_name,
 )
 from engine.trainer.previous import check_same_networks
 from engine.trainer.ranks import Ranks
@@ -85,7 +86,14 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
                 "use --resume auto to go on, or another --out to start anew"
             )
     else:
-        plan.resume_from = [find_checkpoint(Path(options.resume), stage_number=number)]
+        chosen = find_checkpoint(Path(options.resume), stage_number=number)
+        if existing and existing[-1].name > step_name(chosen.step):
+            # Two lines of training in one folder: --resume auto would go on with the other one.
+            raise UserError(
+                f"{options.folder} holds checkpoints up to {existing[-1].name}, newer than "
+                f"{chosen.path}: resume it with another --out, or remove the newer ones"
+            )
+        plan.resume_from = [chosen]
     for checkpoint in plan.resume_from[:1]:
         check_same_networks(config, checkpoint, options.config_name, resuming=True)
         if checkpoint.world_size != ranks.world_size:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.trainer.checkpoints import PREVIOUS
+from engine.trainer.checkpoints import CHECKPOINTS, PREVIOUS, step_name
 from engine.trainer.console import Console
 from engine.trainer.interruption import Interruption
 from engine.trainer.logbook import Logbook, memory_megabytes
@@ -101,6 +101,7 @@ class _Run:
         self._stage = plan.config.stages[builder.number]
         self._training = self._stage.training
         self._folder = plan.options.folder
+        self._checkpoints = self._folder / CHECKPOINTS
         self._interruption = Interruption()
 
     def resume(self) -> None:
@@ -115,7 +116,7 @@ class _Run:
         """All steps that are still to do; the path of the last checkpoint."""
         trainer, training = self._trainer, self._training
         last_step = min(training.iterations, self._options.max_steps or training.iterations)
-        checkpoint = self._folder / "checkpoints" / f"step-{trainer.step:08d}"
+        checkpoint = self._checkpoints / step_name(trainer.step)
         if trainer.step >= last_step:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
             return checkpoint
@@ -140,7 +141,7 @@ class _Run:
                 checkpoint = save_run(
                     trainer,
                     self._builder,
-                    folder=self._folder / "checkpoints",
+                    folder=self._checkpoints,
                     keep=training.keep_checkpoints,
                 )
             if stopping:
@@ -165,7 +166,7 @@ class _Run:
                     raise
                 self._console.say(f"{error}; trying an older one")
         if self._resume_from:
-            raise UserError(f"no undamaged checkpoint in {self._folder / 'checkpoints'}")
+            raise UserError(f"no undamaged checkpoint in {self._checkpoints}")
         return 0
 
     def _speed(self, seconds_per_step: float) -> dict[str, float]:

@@ -321,3 +321,51 @@ def test_checkpoints_are_not_overwritten_by_a_fresh_start(tiny: Tiny, run: Path)
 def test_a_stage_is_resumed_from_its_own_checkpoint_only(tiny: Tiny, run: Path) -> None:
     error = tiny.train(2, run, "--resume", newest(run)).error
     assert f"{newest(run)} is of stage 1, not 2" in error
+
+
+# Going on from an older one
+
+
+def test_an_older_checkpoint_is_not_resumed_among_newer_ones(
+    tiny: Tiny, run: Path, tmp_path: Path
+) -> None:
+    """Its successors would stand among them, and --resume auto would go on from the newest."""
+    older = newest(run).with_name("step-00000001")
+    error = tiny.train(1, run, "--max-steps", "3", "--resume", older).error
+    assert f"{run / 'stage1'} holds checkpoints up to step-00000002, newer than {older}" in error
+    assert "another --out, or remove the newer ones" in error
+    # Both remedies work.
+    elsewhere = tiny.trained(1, tmp_path / "elsewhere", "--max-steps", "3", "--resume", older)
+    assert elsewhere.name == "step-00000003"
+    shutil.rmtree(newest(run))
+    assert tiny.trained(1, run, "--max-steps", "3", "--resume", older).name == "step-00000003"
+
+
+def test_the_checkpoint_just_written_is_never_deleted(tmp_path: Path) -> None:
+    def write(step: int) -> Path:
+        return write_checkpoint(
+            tmp_path,
+            step=step,
+            write_files=lambda path: torch.save({}, path / "state.pt"),
+            meta={"stage": 1, "world_size": 1},
+            is_main=True,
+            barrier=lambda: None,
+            keep=2,
+        )
+
+    for step in (100, 200, 300, 150):
+        assert write(step).is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000150", "step-00000300"]
+
+
+def test_folders_of_other_names_are_left_alone(tiny: Tiny, run: Path) -> None:
+    """A user's copies are neither found, nor in the way, nor deleted."""
+    copies = run / "stage2.bak", run / "stage1/checkpoints/step-00000009.bak"
+    shutil.copytree(run / "stage2", copies[0])
+    shutil.copytree(newest(run), copies[1])
+    assert find_checkpoint(run).path == newest(run, 2)
+    assert find_checkpoint(run, stage_number=1).path == newest(run)
+    keep_one = ("--set", "training.keep_checkpoints=1")
+    assert tiny.trained(1, run, "--max-steps", "3", *keep_one)
+    assert sorted(p.name for p in copies[1].parent.iterdir()) == ["step-00000003", copies[1].name]
+    assert copies[0].is_dir()
