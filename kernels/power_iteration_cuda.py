@@ -1,0 +1,50 @@
+"""The CUDA C++ form of `kernels.power_iteration_`: csrc/, where it has been built.
+
+The library needs nothing of Python and no particular torch: it is registered through libtorch's
+stable ABI. `setup.py` builds it into this folder where there is an nvcc.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.power_iteration_plan import COLUMN_TILE, ROW_TILE, addresses, cut
+
+LIBRARY = Path(__file__).parent / "_csrc.abi3.so"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the library is not there; None where it is, and then it is loaded."""
+    if not LIBRARY.exists():
+        return "csrc/ is not built (setup.py builds it where it finds nvcc)"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return None
+
+
+def power_iteration(
+    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], num_iterations: int
+) -> Tensor:
+    """σ [L]; u and v in place. Contiguous fp32 tensors on one CUDA device."""
+    shapes = tuple((weight.shape[0], weight[0].numel()) for weight in weights)
+    work = cut(shapes, weights[0].device)
+    sigma_L = weights[0].new_empty(len(weights))
+    torch.ops.sswgan_csrc.power_iteration(
+        addresses(weights, us, vs),
+        work.sizes,
+        work.column_sums,
+        work.merge_columns,
+        work.row_sums,
+        weights[0].new_empty(work.workspace_values),
+        sigma_L,
+        [*COLUMN_TILE, *ROW_TILE],
+        num_iterations,
+        torch.cuda.current_stream(weights[0].device).cuda_stream,
+    )
+    return sigma_L
