@@ -76,7 +76,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--max-steps",
         type=int,
         metavar="N",
-        help="stop when N generator updates are done in all (default: training.iterations)",
+        help="stop when N generator updates are done in all, fewer or more than the default, "
+        "training.iterations",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     options = parser.parse_args(arguments)
@@ -143,6 +144,8 @@ def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
         f"{training.precision}, ZeRO-{training.zero_stage}"
     )
     console.say(f"writes: {options.folder}")
+    for note in plan.notes:
+        console.say(f"note: {note}")
 
 
 def train(plan: Plan, ranks: Ranks, console: Console) -> None:

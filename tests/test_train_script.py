@@ -171,6 +171,14 @@ def test_console_is_ours_and_chatter_goes_to_the_log(tiny: Tiny, tmp_path: Path)
     assert list((out / "stage1/tensorboard").iterdir())
 
 
+def test_options_without_effect_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    options = ("--max-steps", "1", "--condition-on", "data", "--previous", tmp_path)
+    finished = tiny.train(1, tmp_path / "out", *options)
+    assert finished.code == 0
+    assert "note: --previous is not used: no frozen stage is needed" in finished.out
+    assert "note: condition_on=data is not used: this stage upsamples no frozen" in finished.out
+
+
 def test_an_unexpected_error_keeps_its_traceback(tiny: Tiny, tmp_path: Path) -> None:
     """Not a mistake of the user's: exit code 1, one line on the console, all of it in the log."""
     out = tmp_path / "out"

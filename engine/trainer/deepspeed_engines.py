@@ -102,9 +102,14 @@ def renew_spectral_norm(network: nn.Module, *, zero_stage: int) -> None:
         update_spectral_norm(network)
 
 
-def whole_state(network: nn.Module, *, zero_stage: int) -> dict[str, torch.Tensor]:
-    """The network's parameters and buffers on the CPU, unsharded. Collective."""
+def whole_state(network: nn.Module, *, zero_stage: int, keep: bool) -> dict[str, torch.Tensor]:
+    """The network's parameters and buffers on the CPU, unsharded. Collective.
+
+    Ranks that do not `keep` them help to gather and get an empty dict.
+    """
     with gathered(network, zero_stage=zero_stage):
+        if not keep:
+            return {}
         return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 

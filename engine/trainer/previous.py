@@ -4,6 +4,7 @@
 the norm statistics they run with. From then on stage N does not depend on their folders.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from engine.models.cascade import Cascade
 from engine.models.construction import build_generator
 from engine.models.norms import fix_norm_statistics, norm_statistics
 from engine.trainer.checkpoints import (
+    PARTIAL,
     Checkpoint,
     read_generators,
     read_tensors,
@@ -97,6 +99,13 @@ def freeze_previous(
     )
     statistics = {n: norm_statistics(g) for n, g in enumerate(cascade.generators, start=1)}
     write_tensors(path, {"generators": generators, "statistics": statistics})
+
+
+def copy_previous(source: Path, path: Path) -> None:
+    """Copy the file from the run that is resumed, aside and renamed."""
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.copyfile(source, partial)
+    partial.replace(path)
 
 
 def load_previous(path: Path, config: Config, device: torch.device) -> PreviousStages:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from engine.configuration import Training
 from engine.errors import UserError
 from engine.models.cascade import JointGenerator
 from engine.trainer.checkpoints import GENERATOR, Checkpoint, write_checkpoint
@@ -27,7 +28,7 @@ def save_run(trainer: Trainer, builder: StageBuilder, *, folder: Path, keep: int
             if ranks.is_main:
                 for script in (path / name).glob("*.py"):
                     script.unlink()  # recovery scripts, which would unpickle without checks
-        weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage)
+        weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage, keep=ranks.is_main)
         torch.save(_rank_state(trainer), path / _rank_file(ranks.rank))
         if ranks.is_main:
             average = trainer.average.state_dict() if trainer.average else None
@@ -69,6 +70,22 @@ def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
         if average is None:
             raise UserError(f"{checkpoint.path} was written without ema_decay; resume without it")
         trainer.average.load_state_dict(average)
+
+
+def apply_optimizer_settings(trainer: Trainer, training: Training) -> list[str]:
+    """Set both Adams' learning rate and betas as configured; what that changed, for the user.
+
+    Due after `load_run`, which restores the checkpoint's with the optimizers' moments.
+    """
+    rates = {"generator": training.generator_lr, "discriminators": training.discriminator_lr}
+    changes: dict[str, None] = {}  # a set that keeps the order
+    for name, engine in _engines(trainer):
+        settings = {"lr": rates[name], "betas": training.adam_betas}
+        for group in engine.optimizer.param_groups:
+            changed = {k: v for k, v in settings.items() if group[k] != v}
+            changes |= {f"{name} {k} {group[k]} -> {v}": None for k, v in changed.items()}
+            group |= changed
+    return list(changes)
 
 
 def _engines(trainer: Trainer) -> tuple[tuple[str, Any], ...]:

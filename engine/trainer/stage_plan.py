@@ -51,6 +51,10 @@ class Plan:
     """What is wrong with newer or older checkpoints that are no candidates."""
     previous: Checkpoint | None = None
     """The earlier stage to freeze; None where previous.pt is there already or not needed."""
+    previous_file: Path | None = None
+    """The resumed run's previous.pt, to be copied; None where that run's folder goes on."""
+    notes: list[str] = field(default_factory=list)
+    """What the user asked for and this run does not need."""
 
 
 def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
@@ -65,6 +69,7 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
         )
     config = share_among(config, number, ranks.world_size)
     stage = config.stages[number]
+    condition_on = stage.training.condition_on
     accumulation_steps(stage.training, ranks.world_size)
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
@@ -107,10 +112,19 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
                 f"resume with --set stages.{number}.training.zero_stage="
                 f"{checkpoint.meta['zero_stage']}"
             )
-    if needs_previous(config, number) and not (
-        plan.resume_from and (options.folder / PREVIOUS).exists()
-    ):
-        plan.previous = _previous_checkpoint(config, options)
+        if number > 1 and not stage.joint and _was_conditioned_on(checkpoint) != condition_on:
+            raise UserError(
+                f"{checkpoint.path} was trained with condition_on="
+                f"{_was_conditioned_on(checkpoint)}; resume with --condition-on "
+                f"{_was_conditioned_on(checkpoint)}"
+            )
+    if needs_previous(config, number):
+        _settle_previous(plan)
+    if options.previous and plan.previous is None:
+        reason = "a resumed run keeps its own" if plan.resume_from else "no frozen stage is needed"
+        plan.notes.append(f"--previous is not used: {reason}")
+    if condition_on == "data" and (number == 1 or stage.joint):
+        plan.notes.append("condition_on=data is not used: this stage upsamples no frozen one")
     return plan
 
 
@@ -118,6 +132,22 @@ def needs_previous(config: Config, number: int) -> bool:
     """Whether this stage's windows come from frozen earlier stages."""
     stage = config.stages[number]
     return number > 1 and not stage.joint and stage.training.condition_on == "generated"
+
+
+def _settle_previous(plan: Plan) -> None:
+    """previous.pt stands in the folder, or beside the resumed checkpoint, or must be made."""
+    if plan.resume_from:
+        if (plan.options.folder / PREVIOUS).exists():
+            return
+        beside = plan.resume_from[0].path.parent.parent / PREVIOUS
+        if beside.exists():
+            plan.previous_file = beside
+            return
+    plan.previous = _previous_checkpoint(plan.config, plan.options)
+
+
+def _was_conditioned_on(checkpoint: Checkpoint) -> str:
+    return "generated" if checkpoint.meta["previous"] else "data"
 
 
 def _previous_checkpoint(config: Config, options: RunOptions) -> Checkpoint:

@@ -10,10 +10,10 @@ from engine.trainer.console import Console
 from engine.trainer.interruption import Interruption
 from engine.trainer.logbook import Logbook, memory_megabytes
 from engine.trainer.networks import SAMPLES, STATISTICS, StageBuilder
-from engine.trainer.previous import freeze_previous, load_previous
+from engine.trainer.previous import copy_previous, freeze_previous, load_previous
 from engine.trainer.ranks import Ranks
 from engine.trainer.reals import Reals
-from engine.trainer.run_state import load_run, save_run
+from engine.trainer.run_state import apply_optimizer_settings, load_run, save_run
 from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
@@ -42,6 +42,9 @@ def _freeze_previous(plan: Plan, builder: StageBuilder, console: Console) -> Non
         return
     path = plan.options.folder / PREVIOUS
     training = plan.config.stages[builder.number].training
+    if plan.previous_file is not None and builder.ranks.is_main:
+        plan.resume_from[0].verify_previous(plan.previous_file)
+        copy_previous(plan.previous_file, path)
     if plan.previous is not None and builder.ranks.is_main:
         console.say(
             f"previous: {plan.previous.path}, frozen; {training.norm_statistics_passes} passes "
@@ -111,11 +114,14 @@ class _Run:
             checkpoint = self._resume_from[chosen]
             load_run(self._trainer, checkpoint, self._ranks)
             self._console.say(f"resumed: {checkpoint.path}, step {checkpoint.step}")
+            changes = apply_optimizer_settings(self._trainer, self._training)
+            if changes:
+                self._console.say(f"changed since: {', '.join(changes)}")
 
     def train(self) -> Path:
         """All steps that are still to do; the path of the last checkpoint."""
         trainer, training = self._trainer, self._training
-        last_step = min(training.iterations, self._options.max_steps or training.iterations)
+        last_step = self._options.max_steps or training.iterations
         checkpoint = self._checkpoints / step_name(trainer.step)
         if trainer.step >= last_step:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")

@@ -303,6 +303,15 @@ def test_another_configuration_is_not_resumed(
     assert differences(before, contents(newest(run))) == []
 
 
+def test_windows_of_another_origin_are_not_resumed(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    error = tiny.train(2, run, "--max-steps", "3", "--condition-on", "data").error
+    assert "was trained with condition_on=generated; resume with --condition-on generated" in error
+    out = tmp_path / "data"
+    tiny.trained(2, out, "--max-steps", "1", "--condition-on", "data")
+    error = tiny.train(2, out, "--previous", run).error
+    assert "was trained with condition_on=data; resume with --condition-on data" in error
+
+
 def test_another_number_of_ranks_is_not_resumed(
     tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import REPOSITORY, Tiny, contents, differences, environment, logged
+from small_runs import REPOSITORY, Tiny, contents, differences, environment, flat, logged
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -102,6 +102,60 @@ def test_log_is_cut_back_to_the_step_that_is_resumed(
     whole = tmp_path / "whole"
     tiny.trained(1, whole, "--max-steps", "3")
     assert logged(out / "stage1") == logged(whole / "stage1")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_changed_learning_rate_and_betas_are_used(
+    tiny: Tiny, tmp_path: Path, zero_stage: int
+) -> None:
+    """DeepSpeed restores the checkpoint's with the optimizers' moments."""
+    zero = ("--set", f"training.zero_stage={zero_stage}")
+    before = contents(tiny.trained(1, tmp_path, "--max-steps", "1", *zero))
+    settings = ("generator_lr=1e-12", "discriminator_lr=2e-12", "adam_betas=[0.25, 0.5]")
+    changes = [part for s in settings for part in ("--set", f"training.{s}")]
+    finished = tiny.train(1, tmp_path, "--max-steps", "2", *zero, *changes)
+    assert finished.code == 0, finished.err
+    assert (
+        "changed since: generator lr 0.0001 -> 1e-12, generator betas (0.0, 0.999) -> "
+        "(0.25, 0.5), discriminators lr 0.0005 -> 2e-12, discriminators betas"
+    ) in finished.out
+    after = contents(tmp_path / "stage1/checkpoints/step-00000002")
+    for name in ("generator", "discriminators"):
+        file = f"{name}/state/mp_rank_00_model_states.pt"
+        weights = {k: v for k, v in after[file]["module"].items() if not k.endswith((".u", ".v"))}
+        moved = max((v - before[file]["module"][k]).abs().max() for k, v in weights.items())
+        assert moved < 1e-9
+    kept = flat({file: state for file, state in after.items() if file.startswith("generator/")})
+    assert [v for k, v in kept.items() if k.endswith("/betas/0")] == [0.25]
+    # Said only when there is something to say.
+    again = tiny.train(1, tmp_path, "--max-steps", "3", *zero, *changes)
+    assert "resumed: " in again.out
+    assert "changed since" not in again.out
+
+
+def test_stage_2_goes_on_elsewhere_with_its_own_frozen_stages(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path
+) -> None:
+    """Neither stage 1 nor any passes are needed: previous.pt comes along."""
+    old, out = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(cascade_run / "stage2", old / "stage2")
+    options = ("--max-steps", "3", "--resume", old / "stage2")
+    finished = tiny.train(2, out, *options, "--previous", tmp_path / "any")
+    assert finished.code == 0, finished.err
+    assert "previous: " not in finished.out
+    assert "note: --previous is not used: a resumed run keeps its own" in finished.out
+    frozen = [folder / "stage2/previous.pt" for folder in (old, out)]
+    assert frozen[0].read_bytes() == frozen[1].read_bytes()
+
+    frozen[0].write_bytes(frozen[0].read_bytes()[:-1])
+    refused = tiny.train(2, tmp_path / "third", *options)
+    assert f"{frozen[0]} is damaged, or not what" in refused.error
+    assert not (tmp_path / "third/stage2/previous.pt").exists()
+
+
+def test_max_steps_wins_over_the_configured_iterations(tiny: Tiny, tmp_path: Path) -> None:
+    more = ("--set", "training.iterations=1")
+    assert tiny.trained(1, tmp_path, "--max-steps", "2", *more).name == "step-00000002"
 
 
 @pytest.mark.slow
