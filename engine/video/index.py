@@ -15,28 +15,20 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from engine.errors import UserError
+from engine.video.inspection import VideoFacts
 
-FORMAT, VERSION = "ssw-gan video index", 1
+FORMAT, VERSION = "ssw-gan video index", 2
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True, slots=True)
-class VideoEntry:
-    """One video, decoded to its end when the index was made."""
+class VideoEntry(VideoFacts):
+    """One video of a data set: what a full decode found when the index was made, and where."""
 
     path: str
     """Relative to the index's root, with forward slashes."""
     label: int | None
     """Position in the index's classes; None without classes."""
-    num_frames: int
-    fps: float
-    width: int
-    height: int
-    codec: str
-    """libav's name: h264, vp9, mjpeg, ..."""
-    pixel_format: str
-    """libav's name: yuv420p, yuvj420p, ..."""
-    sha256: str
     size_bytes: int
     modified_ns: int
 
@@ -174,6 +166,8 @@ def _checked(entry: VideoEntry, num_classes: int) -> VideoEntry:
         raise ValueError(f"label {entry.label}, but there are {num_classes} classes")
     if min(entry.num_frames, entry.width, entry.height) < 1:
         raise ValueError("num_frames, width and height must be positive")
+    if entry.rotation not in (0, 90, 180, 270):
+        raise ValueError(f"rotation {entry.rotation} is no quarter turn")
     return entry
 
 

@@ -6,12 +6,14 @@ file's content can make libav read anything but that one local file.
 
 import hashlib
 import stat
+import struct
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 from av.container import InputContainer
+from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 # Without the whitelists a text file that begins with "ffconcat" opens the files it lists, and a
@@ -20,10 +22,21 @@ _CONTAINER_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
 }
+MAX_FRAME_PIXELS = 8192 * 4320
+"""8K, the largest common format: 100 MB as RGB. A larger frame is a mistake or an attack."""
+_LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}
 # By default libav conceals damage: it would hand us invented pixels.
-_STRICT = {"err_detect": "crccheck+explode"}
+_STRICT = {"err_detect": "crccheck+explode", **_LIMIT}
 # A stream may end this much before its header says: encoders round the last frame's duration.
 _DURATION_TOLERANCE = 0.1
+# The linear part of a display matrix, 16.16 fixed point, row by row -> degrees counterclockwise.
+_ONE = 1 << 16
+_ROTATIONS = {
+    (_ONE, 0, 0, _ONE): 0,
+    (0, -_ONE, _ONE, 0): 90,
+    (-_ONE, 0, 0, -_ONE): 180,
+    (0, _ONE, -_ONE, 0): 270,
+}
 
 
 class RejectedError(Exception):
@@ -37,7 +50,11 @@ class VideoFacts:
     num_frames: int
     fps: float
     width: int
+    """As displayed, after the rotation."""
     height: int
+    rotation: int
+    """Degrees counterclockwise from the coded frames, which decoders give, to the displayed ones:
+    0, 90, 180 or 270. Phones and dashboard cameras (BDD100K) turn the frame by metadata only."""
     codec: str
     """libav's name: h264, vp9, mjpeg, ..."""
     pixel_format: str
@@ -52,7 +69,7 @@ def open_video(path: Path) -> InputContainer:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise RejectedError("not a regular file")
-        return av.open(str(path), options=_CONTAINER_OPTIONS, metadata_errors="replace")
+        return av.open(str(path), options=_CONTAINER_OPTIONS | _LIMIT, metadata_errors="replace")
     except av.error.FFmpegError as error:
         if isinstance(error, OSError) and not isinstance(error, av.error.InvalidDataError):
             raise RejectedError(f"cannot be read: {error.strerror}") from None
@@ -68,6 +85,10 @@ def video_stream(container: InputContainer, *, num_threads: int = 1) -> VideoStr
         raise RejectedError("has no video stream")
     if stream.codec_context is None:
         raise RejectedError("has a codec that cannot be decoded")
+    if stream.width * stream.height > MAX_FRAME_PIXELS:
+        raise RejectedError(
+            f"frames of {stream.width} x {stream.height} pixels: more than {MAX_FRAME_PIXELS}"
+        )
     stream.codec_context.options = _STRICT
     stream.codec_context.thread_count = num_threads
     return stream
@@ -85,7 +106,7 @@ def inspect_video(path: Path) -> VideoFacts:
 
 def _decode_all(container: InputContainer, stream: VideoStream) -> dict:
     num_frames = 0
-    size, pixel_format = None, ""
+    size, pixel_format, rotation = None, "", None
     end_seconds = Fraction(0)
     try:
         for packet in container.demux(stream):
@@ -99,12 +120,17 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> dict:
                     raise RejectedError(f"damaged at frame {num_frames}")
                 if size not in (None, (frame.width, frame.height)):
                     raise RejectedError(f"frame size changes at frame {num_frames}")
+                if rotation not in (None, _rotation(frame)):
+                    raise RejectedError(f"orientation changes at frame {num_frames}")
                 size, pixel_format = (frame.width, frame.height), frame.format.name
+                rotation = _rotation(frame)
                 num_frames += 1
     except av.error.FFmpegError as error:
         reason = (error.strerror or "undecodable").lower()
+        if isinstance(error, av.error.ArgumentError):  # also what libav says of a frame past _LIMIT
+            reason += f", or a frame of more than {MAX_FRAME_PIXELS} pixels"
         raise RejectedError(f"damaged after {num_frames} frames: {reason}") from None
-    if size is None:
+    if size is None or rotation is None:
         raise RejectedError("holds no frames")
     # Durations, not the header's frame count: an edit list rightly hides some frames of a clip that
     # was cut without re-encoding.
@@ -114,14 +140,25 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> dict:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise RejectedError("has no frame rate")
+    width, height = size if rotation in (0, 180) else reversed(size)
     return {
         "num_frames": num_frames,
         "fps": round(float(rate), 6),
-        "width": size[0],
-        "height": size[1],
+        "width": width,
+        "height": height,
+        "rotation": rotation,
         "codec": stream.codec_context.codec.canonical_name,
         "pixel_format": pixel_format,
     }
+
+
+def _rotation(frame: VideoFrame) -> int:
+    if "DISPLAYMATRIX" not in frame.side_data:
+        return 0
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(frame.side_data["DISPLAYMATRIX"]))
+    if (a, b, c, d) not in _ROTATIONS:
+        raise RejectedError("is displayed mirrored, scaled or turned by other than quarter turns")
+    return _ROTATIONS[a, b, c, d]
 
 
 def _header_duration(container: InputContainer, stream: VideoStream) -> Fraction | None:

@@ -1,7 +1,10 @@
 """The DALI pipeline: clip requests in, uint8 clips of one size out. One definition for CPU and GPU.
 
-    requests -> read file -> decode the window -> shorter-side resize -> square crop -> flip
+    requests -> read file -> decode the window -> resize -> rotate -> crop -> flip
              or (PyAV) decoded windows ---^
+
+Every decoder gives frames as coded: what a file asks a player to rotate is rotated here. The
+shorter side is resized to the resolution, and the crop is square.
 
 The requests come from our sampler through `external_source`, so the pipeline has no state that a
 checkpoint would have to hold, and DALI's readers, which skip damaged files without a word, are
@@ -42,8 +45,8 @@ def _clip_pipeline(
     resolution: int,
 ) -> Any:
     frames: Any  # DALI's graph nodes; its type stubs do not know all that it has
-    number, crop_x, crop_y, flip, *video = fn.external_source(
-        source, num_outputs=5 if decoder == "pyav" else 6, batch=True
+    number, rotation, crop_x, crop_y, flip, *video = fn.external_source(
+        source, num_outputs=6 if decoder == "pyav" else 7, batch=True
     )
     if decoder == "pyav":
         frames = fn.reshape(video[0], layout="FHWC")  # only names the axes
@@ -65,6 +68,8 @@ def _clip_pipeline(
         interp_type=types.DALIInterpType.INTERP_LINEAR,
         antialias=True,
     )
+    # By quarter turns, 0 included, the nearest pixel is the pixel itself.
+    frames = fn.rotate(frames, angle=rotation, interp_type=types.DALIInterpType.INTERP_NN)
     frames = fn.crop(frames, crop=(resolution, resolution), crop_pos_x=crop_x, crop_pos_y=crop_y)
     return number, fn.flip(frames, horizontal=flip)
 
@@ -137,7 +142,7 @@ class ClipStream:
         requests = self._next_requests()
         paths = [str(self._index.path(request.video)) for request in requests]
         return (
-            *_choices(requests),
+            *self._choices(requests),
             [np.frombuffer(path.encode(), dtype=np.uint8) for path in paths],
             [np.int32(request.start_frame) for request in requests],
         )
@@ -150,7 +155,16 @@ class ClipStream:
             self._decoding.append([self._threads.submit(self._decode, r) for r in requests])
         futures = self._decoding.popleft()
         requests = self._in_flight[-1 - len(self._decoding)]
-        return (*_choices(requests), [future.result() for future in futures])
+        return (*self._choices(requests), [future.result() for future in futures])
+
+    def _choices(self, requests: Sequence[ClipRequest]) -> tuple[list, list, list, list, list]:
+        return (
+            [np.array([request.number], dtype=np.int64) for request in requests],
+            [np.float32(self._index.entries[request.video].rotation) for request in requests],
+            [np.float32(request.crop_x) for request in requests],
+            [np.float32(request.crop_y) for request in requests],
+            [np.int32(request.flip) for request in requests],
+        )
 
     def _next_requests(self) -> list[ClipRequest]:
         requests = next(self._batches)
@@ -216,12 +230,3 @@ class ClipStream:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reasons = [line for line in lines if "ssert" in line or "rror" in line]
         return f"DALI cannot decode one of {names}: {(reasons or lines)[-1]}"
-
-
-def _choices(requests: Sequence[ClipRequest]) -> tuple[list, list, list, list]:
-    return (
-        [np.array([request.number], dtype=np.int64) for request in requests],
-        [np.float32(request.crop_x) for request in requests],
-        [np.float32(request.crop_y) for request in requests],
-        [np.int32(request.flip) for request in requests],
-    )

@@ -46,9 +46,15 @@ def read_number(frame_HWC: NDArray[np.uint8]) -> int:
 
 
 def write_numbered(
-    folder: Path, codec: str, *, num_frames: int = 80, width: int = 96, height: int = 64
+    folder: Path,
+    codec: str,
+    *,
+    num_frames: int = 80,
+    width: int = 96,
+    height: int = 64,
+    rotation: int = 0,
 ) -> Path:
-    """A numbered video in `folder`, named after its codec."""
+    """A numbered video in `folder`, named after its codec, to be displayed turned by `rotation`."""
     suffix, encoder, pixel_format, options = CODECS[codec]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{codec}.{suffix}"
@@ -56,6 +62,8 @@ def write_numbered(
         stream = container.add_stream(encoder, rate=25, options=options)
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        if rotation:
+            stream.set_display_rotation(rotation)
         for number in range(num_frames):
             frame = numbered_frame(number, width, height)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

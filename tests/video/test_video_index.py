@@ -25,6 +25,31 @@ def test_facts_are_what_was_encoded(codec: str, tmp_path: Path) -> None:
     assert facts.codec == codec.partition("-")[0].removesuffix("444")
 
 
+@pytest.mark.parametrize(
+    ("rotation", "size"), [(0, (80, 48)), (90, (48, 80)), (180, (80, 48)), (270, (48, 80))]
+)
+@pytest.mark.parametrize("codec", ["mjpeg", "h264"])  # in mkv and mp4
+def test_turned_videos_have_the_displayed_size(
+    codec: str, rotation: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    path = write_numbered(tmp_path, codec, num_frames=5, width=80, height=48, rotation=rotation)
+    facts = inspect_video(path)
+    assert (facts.rotation, (facts.width, facts.height)) == (rotation, size)
+
+
+def test_other_orientations_are_rejected(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path, "h264", num_frames=5, rotation=30)
+    with pytest.raises(RejectedError, match="quarter turns"):
+        inspect_video(path)
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "vp8"])  # size in the frames, in the header too
+def test_huge_frames_are_rejected(codec: str, tmp_path: Path) -> None:
+    path = write_numbered(tmp_path, codec, num_frames=1, width=8208, height=4320)
+    with pytest.raises(RejectedError, match="more than 35389440"):
+        inspect_video(path)
+
+
 def test_facts_of_a_real_clip() -> None:
     facts = inspect_video(real_clip("bikes"))
     assert (facts.num_frames, facts.width, facts.height, facts.codec) == (250, 640, 272, "h264")
@@ -253,6 +278,7 @@ def test_fingerprint_sees_content_labels_and_paths_but_not_the_root(tmp_path: Pa
         ({"path": "/etc/passwd"}, "leads out of the data set"),
         ({"num_frames": "5"}, "num_frames"),
         ({"num_frames": 0}, "must be positive"),
+        ({"rotation": 45}, "rotation 45 is no quarter turn"),
         ({"extra": 1}, "extra"),
     ],
 )
