@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 from av.container import InputContainer
@@ -153,9 +154,10 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> dict:
 
 
 def _rotation(frame: VideoFrame) -> int:
-    if "DISPLAYMATRIX" not in frame.side_data:
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")  # PyAV's stub does not know this kind
+    if matrix is None:
         return 0
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(frame.side_data["DISPLAYMATRIX"]))
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
     if (a, b, c, d) not in _ROTATIONS:
         raise RejectedError("is displayed mirrored, scaled or turned by other than quarter turns")
     return _ROTATIONS[a, b, c, d]

@@ -304,13 +304,33 @@ def test_a_copied_data_set_is_recognised_by_content(numbered: VideoIndex, tmp_pa
 
 def test_decoder_choice(numbered: VideoIndex, real: VideoIndex) -> None:
     assert "via DALI (CPU)" in loader(numbered).description
-    assert "H264 via PyAV (CPU)" in loader(real).description
-    with pytest.raises(UserError, match=r"dali-cpu cannot decode .*clip é\.mp4 \(h264\)"):
+    text = loader(real).description
+    assert "H264 via PyAV (CPU), because DALI (CPU) cannot decode 2 of 2 (2 h264; e.g. bik" in text
+    assert "because" not in loader(real, decoder="pyav").description
+    with pytest.raises(UserError, match=r"cannot decode 2 of 2 \(2 h264; e\.g\. .*clip é\.mp4\)"):
         loader(real, decoder="dali-cpu")
     with pytest.raises(UserError, match="dali-gpu needs a GPU"):
         loader(real, decoder="dali-gpu")
     with pytest.raises(UserError, match="decoder 'dali'"):
         loader(real, decoder="dali")
+
+
+def test_what_keeps_a_data_set_off_the_gpu_is_named(numbered: VideoIndex) -> None:
+    text = loader(numbered, device=torch.device("cuda")).description
+    problem = "3 of 12 (3 mjpeg in yuvj444p; e.g. mjpeg444/brief.avi)"
+    assert f"via DALI (CPU), because DALI (GPU) cannot decode {problem}" in text
+    fit = tuple(entry for entry in numbered.entries if entry.pixel_format != "yuvj444p")
+    index = VideoIndex(numbered.root, numbered.classes, fit)
+    assert loader(index, device=torch.device("cuda")).description.endswith("via DALI (GPU)")
+
+
+def test_another_decoder_is_not_taken_unasked(numbered: VideoIndex) -> None:
+    state = loader(numbered, decoder="pyav").state_dict()
+    with pytest.raises(UserError, match=r"decoded by pyav, .* --set data\.decoder=dali-cpu"):
+        loader(numbered).load_state_dict(state)
+    asked = loader(numbered, decoder="dali-cpu")
+    asked.load_state_dict({**state, "position": 6})
+    assert asked.state_dict()["position"] == 6
 
 
 def test_description_counts_what_is_left_out(numbered: VideoIndex) -> None:
@@ -326,7 +346,7 @@ def test_unlabelled_videos_have_label_zero(tmp_path: Path) -> None:
     write_numbered(tmp_path, "mjpeg", num_frames=20)
     clips = loader(index_of(tmp_path))
     assert next(clips).labels_B.tolist() == [0, 0, 0]
-    assert clips.description == "1 videos, MJPEG via DALI (CPU)"
+    assert clips.description == "1 video, MJPEG via DALI (CPU)"
     clips.close()
 
 
