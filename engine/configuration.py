@@ -95,6 +95,9 @@ class Training(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """What activations are computed in; weights and optimiser state are always fp32."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    synchronized_norms: bool = True
+    """Per-frame norm statistics over all ranks' micro-batches; else over each rank's own. Decided:
+    the paper does not say. Accumulated micro-batches never share them."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Average of the generator's weights; the paper uses none."""
     condition_on: Literal["generated", "data"] = "generated"

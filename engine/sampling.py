@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -20,7 +22,8 @@ from engine.trainer.standing_statistics import fix_standing_statistics
 from engine.video.writing import contact_sheet, grid, to_uint8, write_mp4
 
 STATISTICS = "norm-statistics.pt"
-_PASSES, _CLIPS = range(2)  # streams of random numbers
+SAMPLES = "samples.json"
+_PASSES, _CLIPS = "sampling passes", "sampled clip"  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,16 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
     return [labels[i % len(labels)] for i in range(num)]
 
 
+def make_writable(out: Path) -> None:
+    """Make the folder; UserError when nothing can be written there. Due before the long passes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {out}: permission denied")
+
+
 def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
     """Fix the norms at the plan's length and keep the statistics in `out`, for the next time.
 
@@ -75,12 +88,13 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
     }
     if path.exists():
         kept = read_tensors(path)
+        if not (isinstance(kept, dict) and kept.keys() == {"key", "stages"}):
+            raise UserError(f"{path} is not a file of sample.py's: move it, or use another --out")
         if kept["key"] == key:
             for generator, statistics in zip(cascade.generators, kept["stages"], strict=True):
                 fix_norm_statistics(generator, statistics)
             return
     _run_passes(cascade, plan)
-    out.mkdir(parents=True, exist_ok=True)
     statistics = [norm_statistics(generator) for generator in cascade.generators]
     write_tensors(path, {"key": key, "stages": statistics})
 
@@ -96,7 +110,7 @@ def generate(cascade: Cascade, plan: SamplePlan) -> Tensor:
     videos = []
     for label in tqdm(plan.labels, desc="generating", unit="clip"):
         class_part = 0 if label is None else label + 1
-        seed = derived_seed(plan.seed, _CLIPS, class_part, counts[label])
+        seed = derived_seed(_CLIPS, plan.seed, class_part, counts[label])
         counts[label] += 1
         latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
         labels_B = None if label is None else torch.tensor([label], device=device)
@@ -106,8 +120,11 @@ def generate(cascade: Cascade, plan: SamplePlan) -> Tensor:
 
 
 def write(out: Path, videos_BTCHW: Tensor, plan: SamplePlan) -> None:
-    """An mp4 per clip, all of them in one, the contact sheet, and what was asked for."""
-    out.mkdir(parents=True, exist_ok=True)
+    """An mp4 per clip, all of them in one, the contact sheet, and what was asked for.
+
+    Clips that an earlier run left in `out` and this one does not write are removed.
+    """
+    old_clips = _listed_clips(out)
     names = [_name(label, plan.checkpoint.meta["classes"]) for label in plan.labels]
     fps = plan.checkpoint.meta["frames_per_second"]
     scale = max(1, 128 // videos_BTCHW.shape[-1])
@@ -130,7 +147,19 @@ def write(out: Path, videos_BTCHW: Tensor, plan: SamplePlan) -> None:
         "frames_per_second": fps,
         "clips": clips,
     }
-    (out / "samples.json").write_text(json.dumps(asked, indent=1) + "\n")
+    (out / SAMPLES).write_text(json.dumps(asked, indent=1) + "\n")
+    for file in old_clips - _listed_clips(out):
+        (out / file).unlink(missing_ok=True)
+
+
+def _listed_clips(out: Path) -> set[str]:
+    """The clips that samples.json in `out` lists; nothing when it is missing or not ours."""
+    try:
+        files = [clip["file"] for clip in json.loads((out / SAMPLES).read_text())["clips"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    # Never beyond what `write` could have made.
+    return {file for file in files if fnmatch(str(file), "clip-*.mp4") and "/" not in file}
 
 
 def _run_passes(cascade: Cascade, plan: SamplePlan) -> None:
@@ -139,7 +168,7 @@ def _run_passes(cascade: Cascade, plan: SamplePlan) -> None:
     latents = LatentSource(
         config,
         [1] * (config.data.num_classes or 0),
-        derived_seed(plan.seed, _PASSES),
+        derived_seed(_PASSES, plan.seed),
         next(cascade.parameters()).device,
         sigma=plan.sigma,
     )

@@ -108,6 +108,7 @@ def main(arguments: list[str]) -> None:
     try:
         plan = settle(parse(arguments), ranks)
         console = Console(is_main=ranks.is_main)
+        console.capture(plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log")
         announce(plan, ranks, console)
         train(plan, ranks, console)
     except UserError:
@@ -143,6 +144,8 @@ def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
         f"{training.global_batch} in micro-batches of {training.micro_batch}, "
         f"{training.precision}, ZeRO-{training.zero_stage}"
     )
+    sharing = ranks.world_size if training.synchronized_norms else 1
+    console.say(f"norm statistics: over {training.micro_batch * sharing} samples")
     console.say(f"writes: {options.folder}")
     for note in plan.notes:
         console.say(f"note: {note}")
@@ -150,8 +153,6 @@ def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
 
 def train(plan: Plan, ranks: Ranks, console: Console) -> None:
     """Connect the ranks and train; whatever libraries print goes to the rank's log file."""
-    log = plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log"
-    console.capture(log)
     try:
         # Imported late: these pull in DeepSpeed and DALI, which talk while they are imported.
         from engine.trainer.stage_run import run_stage

@@ -21,8 +21,3 @@ def nearest_view(video_BTCHW: Tensor, *, resolution: int, frame_step: int = 1) -
         raise ValueError(f"no nearest view of {height}x{width} at {resolution}x{resolution}")
     factor = height // resolution
     return video_BTCHW[:, ::frame_step, :, ::factor, ::factor]
-
-
-def repeat_frames(video_BTCHW: Tensor, frame_step: int) -> Tensor:
-    """Repeat each frame `frame_step` times: the inverse of f in time, [B, T * frame_step, ...]."""
-    return video_BTCHW.repeat_interleave(frame_step, dim=1) if frame_step > 1 else video_BTCHW

@@ -7,6 +7,9 @@ channels last, [O, kh, kw, I] and [O, kt, kh, kw, I]. FLOPs: 2·k·I·O per outp
 Bytes: x, y and the residual once each.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,8 +47,31 @@ def conv3d(
     """Convolve in time and space at once; returns [B, T, O, H, W]."""
     padding = [size // 2 for size in weight_OthwI.shape[1:4]]
     x_BITHW = channels_last(x_BTIHW).transpose(1, 2)
-    y_BOTHW = F.conv3d(x_BITHW, conv3d_weight(weight_OthwI), bias_O, padding=padding)
+    y_BOTHW = convolve_volume(x_BITHW, conv3d_weight(weight_OthwI), bias_O, padding=padding)
     return add_terms(y_BOTHW.transpose(1, 2), residual_BTOHW, None)
+
+
+def convolve_volume(
+    x_BITHW: Tensor,
+    weight_OIthw: Tensor,
+    bias_O: Tensor | None,
+    *,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int],
+) -> Tensor:
+    """`F.conv3d`, but on a CPU in fp32 whatever the dtype.
+
+    oneDNN's bf16 weight gradient is uninitialised memory for some shapes, such as the matching
+    discriminator's 6 channels and 2 frames (torch 2.13; see tests/kernels/test_convolutions.py).
+    """
+    narrow = x_BITHW.device.type == "cpu" and x_BITHW.dtype in (torch.bfloat16, torch.float16)
+    if not narrow:
+        return F.conv3d(x_BITHW, weight_OIthw, bias_O, stride=stride, padding=padding)
+    bias_O = None if bias_O is None else bias_O.float()
+    y_BOTHW = F.conv3d(
+        x_BITHW.float(), weight_OIthw.float(), bias_O, stride=stride, padding=padding
+    )
+    return y_BOTHW.to(x_BITHW.dtype)
 
 
 def add_terms(y_BTOHW: Tensor, residual_BTOHW: Tensor | None, skip: LowSkip | None) -> Tensor:

@@ -21,7 +21,7 @@ Both are the same function; derivatives of any order are autograd's.
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.conv import add_terms, conv2d, conv3d
+from kernels.conv import add_terms, conv2d, conv3d, convolve_volume
 from kernels.folding import pooling_kernel
 from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
 from kernels.layout import (
@@ -114,7 +114,7 @@ def conv_pool3d_folded(
     kernel, bias = _cast(x_BTIHW, pooling_kernel(weight_OthwI, pooling), bias_O)
     padding = [size // 2 for size in weight_OthwI.shape[1:4]]
     x_BITHW = channels_last(x_BTIHW).transpose(1, 2)
-    y_BOTHW = F.conv3d(x_BITHW, conv3d_weight(kernel), bias, stride=pooling, padding=padding)
+    y_BOTHW = convolve_volume(x_BITHW, conv3d_weight(kernel), bias, stride=pooling, padding=padding)
     return y_BOTHW.transpose(1, 2)
 
 

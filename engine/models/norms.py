@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import kernels
@@ -32,6 +33,8 @@ class FrameNorm(nn.Module):
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("var", None, persistent=False)
         self._accumulated: _Moments | None = None
+        self.group: dist.ProcessGroup | None = None
+        """The ranks whose samples share the batch's statistics; None for this rank alone."""
 
     def forward(self, x_BTCHW: Tensor, condition_BK: Tensor) -> Tensor:
         """Returns the shape and dtype of x. Raises UserError at a length other than the fixed."""
@@ -48,7 +51,10 @@ class FrameNorm(nn.Module):
             self._accumulated.add(*statistics)
         gain_BC = 1 + self.gain(condition_BK)
         bias_BC = self.bias(condition_BK)
-        return kernels.frame_norm(x_BTCHW, gain_BC, bias_BC, relu=True, statistics=statistics)
+        group = self.group if statistics is None else None
+        return kernels.frame_norm(
+            x_BTCHW, gain_BC, bias_BC, relu=True, statistics=statistics, group=group
+        )
 
     def start_accumulating(self) -> None:
         """Use the batch's statistics again and remember them from now on."""
@@ -99,6 +105,15 @@ class _Moments:
 def frame_norms(module: nn.Module) -> dict[str, FrameNorm]:
     """Every norm of a generator (or of a cascade of them) by its module path."""
     return {name: norm for name, norm in module.named_modules() if isinstance(norm, FrameNorm)}
+
+
+def synchronize_norms(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Take the batch's statistics over all ranks of `group`; None returns to each rank's own.
+
+    From then on every pass on the batch's statistics is collective.
+    """
+    for norm in frame_norms(module).values():
+        norm.group = group
 
 
 @torch.no_grad()

@@ -3,11 +3,14 @@
 import torch
 from torch import nn
 
+import kernels
 from engine.trainer.deepspeed_engines import gathered
+
+_ITERATIONS = 10  # from the live weights' vectors, which are close
 
 
 class WeightAverage:
-    """w̄ ← decay·w̄ + (1 − decay)·w after each generator update; buffers are copied.
+    """w̄ ← decay·w̄ + (1 − decay)·w after each generator update; u and v are copied.
 
     Under ZeRO-3 the weights are gathered to be read: the average is whole on every rank.
     """
@@ -28,6 +31,22 @@ class WeightAverage:
                     self._average[name].lerp_(value, 1 - self._decay)
                 else:
                     self._average[name].copy_(value)
+
+    def generator_state(self) -> dict[str, torch.Tensor]:
+        """The averaged weights for inference, with singular vectors of their own.
+
+        The live weights' u and v would give the average too small a σ, so too large weights.
+        """
+        state = self.state_dict()
+        layers = [name.removesuffix("u") for name in state if name.endswith(".u")]
+        vectors = {n: state[n].clone() for layer in layers for n in (f"{layer}u", f"{layer}v")}
+        kernels.power_iteration_(
+            [state[f"{layer}weight"] for layer in layers],
+            [vectors[f"{layer}u"] for layer in layers],
+            [vectors[f"{layer}v"] for layer in layers],
+            _ITERATIONS,
+        )
+        return state | vectors
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged weights, under the network's own names."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from engine.configuration import Config, accumulation_steps
 from engine.models.construction import (
@@ -10,6 +11,7 @@ from engine.models.construction import (
     build_generator,
     build_joint_generator,
 )
+from engine.models.norms import synchronize_norms
 from engine.trainer.averaging import WeightAverage
 from engine.trainer.deepspeed_engines import make_engine
 from engine.trainer.fakes import (
@@ -29,8 +31,9 @@ from engine.video.dataset import DataFacts
 from engine.video.index import VideoIndex
 from engine.video.loader import ClipLoader
 
-# Which stream of random numbers a seed is for: (run's seed, stage, rank, stream).
-WEIGHTS, LATENTS, SAMPLES, CLIPS, STATISTICS = range(5)
+# The streams of random numbers of a stage's run.
+WEIGHTS, LATENTS, SAMPLES, CLIPS = "weights", "latents", "samples", "clips"
+STATISTICS = "statistics"
 
 
 @dataclass
@@ -44,11 +47,10 @@ class StageBuilder:
     previous: PreviousStages | None = None
     """The frozen earlier stages; set before `trainer` where `fakes` needs them."""
 
-    def seed(self, stream: int, rank: int = 0) -> int:
+    def seed(self, stream: str, rank: int = 0) -> int:
         """The seed of one stream."""
-        return derived_seed(
-            self.config.stages[self.number].training.seed, self.number, rank, stream
-        )
+        run_seed = self.config.stages[self.number].training.seed
+        return derived_seed(stream, run_seed, self.number, rank)
 
     @property
     def frames_per_second(self) -> float:
@@ -62,6 +64,10 @@ class StageBuilder:
         build = build_joint_generator if stage.joint else build_generator
         generator = build(self.config, self.number).to(self.ranks.device)
         discriminators = build_discriminators(self.config, self.number).to(self.ranks.device)
+        if training.synchronized_norms and self.ranks.world_size > 1:
+            synchronize_norms(generator, dist.group.WORLD)
+        # "fp32" shall mean it: cuDNN's convolutions would use TF32.
+        torch.backends.cudnn.allow_tf32 = False
         average = (
             WeightAverage(generator, decay=training.ema_decay, zero_stage=training.zero_stage)
             if training.ema_decay is not None

@@ -89,6 +89,8 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def derived_seed(*path: int) -> int:
-    """A seed for one purpose, independent of the seeds of all others."""
-    return int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def derived_seed(purpose: str, *path: int) -> int:
+    """A seed for one purpose, independent of the seeds of all other purposes and paths."""
+    # The length is hashed too: SeedSequence itself takes (1, 0) for (1,).
+    entropy = [int.from_bytes(purpose.encode()), len(path), *path]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))

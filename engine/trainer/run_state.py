@@ -109,7 +109,7 @@ def _generator_file(
     trainer: Trainer, weights: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None
 ) -> dict[str, Any]:
     """State dicts by stage, as sampling and later stages read them; averaged where kept."""
-    used = average if average is not None else weights
+    used = trainer.average.generator_state() if trainer.average else weights
     generators = {trainer.stage_number: used}
     if isinstance(trainer.g_engine.module, JointGenerator):
         generators = {

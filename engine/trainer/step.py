@@ -59,11 +59,16 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One iteration (paper): `discriminator_steps` D updates and one G update.
 
-        Returns the measures of the last D update and of the G update, averaged over all ranks.
+        Returns measures averaged over the D updates, the micro-batches and all ranks.
         Raises NonFiniteError, on every rank, when one of them is not a number.
         """
-        for _ in range(self._training.discriminator_steps):
-            measures = self.d_step()
+        # All of them are kept, not the last one's: ZeRO skips an update whose gradient is not
+        # finite, and nothing else would tell.
+        d_updates = [self.d_step() for _ in range(self._training.discriminator_steps)]
+        measures = {
+            name: torch.stack([update[name] for update in d_updates]).mean()
+            for name in d_updates[0]
+        }
         measures |= self.g_step()
         if self.average is not None:
             self.average.update(self.g_engine.module)

@@ -46,8 +46,8 @@ def test_two_steps_of_both_stages_and_samples(
     assert meta["classes"] == sorted(CLIPS)
 
     samples = tmp_path / "samples"
-    options = ("--frames", "9", "--classes", "bikes,carphone_pristine")
-    finished = sample("--checkpoint", out, "--out", samples, *options)
+    clips = ("--frames", "9", "--classes", "bikes,carphone_pristine")
+    finished = sample("--checkpoint", out, "--out", samples, *clips)
     assert finished.code == 0, finished.err
     videos = sorted(samples.glob("clip-*.mp4"))
     assert [video.stem.split("-", 2)[2] for video in videos] == ["bikes", "carphone_pristine"]

@@ -254,6 +254,24 @@ def test_a_gradient_that_overflows_stops_the_run(tiny: Tiny, ranks: Ranks) -> No
         trainer.train_step()
 
 
+def test_a_skipped_first_d_update_stops_the_run(tiny: Tiny, ranks: Ranks) -> None:
+    """ZeRO skips an update whose gradient overflows; the second D update is in order again."""
+    trainer = make(ranks, tiny.config("training.zero_stage=1"))
+    D = trainer.d_engine.module
+    hooks = [p.register_hook(lambda grad: grad * float("inf")) for p in D.parameters()]
+    first_d_step = trainer.d_step
+
+    def then_no_hooks() -> dict[str, Tensor]:
+        measures = first_d_step()
+        for hook in hooks:
+            hook.remove()
+        return measures
+
+    trainer.d_step = then_no_hooks  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError, match="grad_norm_D"):
+        trainer.train_step()
+
+
 def test_joint_training_updates_every_stage(tiny: Tiny, ranks: Ranks) -> None:
     trainer = make(ranks, tiny.config("stages.2.joint=true"), 2)
     G = trainer.g_engine.module
