@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 
 from engine.command_line import ArgumentParser, run
-from engine.sampling import SamplePlan, choose_labels, fix_statistics, generate, write
+from engine.sampling import (
+    SamplePlan,
+    choose_labels,
+    fix_statistics,
+    generate,
+    make_writable,
+    write,
+)
 from engine.trainer.checkpoints import find_checkpoint, read_generators
 from engine.trainer.previous import load_cascade
 
@@ -79,6 +86,7 @@ def main(arguments: list[str]) -> None:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
+    make_writable(options.out)
     cascade = load_cascade(config, read_generators(checkpoint), device)
     fix_statistics(cascade, plan, options.out)
     write(options.out, generate(cascade, plan), plan)

@@ -180,6 +180,45 @@ def test_mistake_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_passes(
+    cascade_run: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below", Path("/proc/nothing")):
+        finished = sample("--checkpoint", cascade_run, "--out", out)
+        assert f"cannot write to {out}" in finished.error  # a single line: no bar of passes
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("foreign", [{"mean": torch.zeros(3)}, torch.zeros(3)], ids=["dict", "it"])
+def test_a_foreign_file_of_statistics(cascade_run: Path, tmp_path: Path, foreign: Any) -> None:
+    file = tmp_path / "norm-statistics.pt"
+    torch.save(foreign, file)
+    before = file.read_bytes()
+    error = sample("--checkpoint", cascade_run, "--out", tmp_path).error
+    assert f"{file} is not a file of sample.py's: move it, or use another --out" in error
+    assert file.read_bytes() == before
+
+
+def test_clips_of_an_earlier_run_are_not_mixed_in(cascade_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sampled(cascade_run, out, "--num", "4")
+    listed = json.loads((out / "samples.json").read_text())
+    mine, beyond = out / "clip-of-mine.mp4", tmp_path / "clip-x.mp4"
+    for file in (mine, beyond):
+        file.touch()
+    listed["clips"].append({"file": "../clip-x.mp4"})
+    (out / "samples.json").write_text(json.dumps(listed))
+
+    sampled(cascade_run, out, "--num", "2")
+    files = {clip["file"] for clip in clips(out)}
+    assert {file.name for file in out.glob("*.mp4")} == {*files, "grid.mp4", mine.name}
+    assert beyond.exists()
+    (out / "samples.json").write_text("[]")  # somebody else's
+    sampled(cascade_run, out, "--num", "2")
+
+
 def test_stage_2_without_its_previous_stages(cascade_run: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "alone/checkpoints/step"
     shutil.copytree(cascade_run / "stage2/checkpoints/step-00000002", checkpoint)

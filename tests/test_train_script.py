@@ -82,6 +82,16 @@ def test_mistakes_are_found_without_loading_deepspeed(tiny: Tiny, tmp_path: Path
     assert done.stderr == f"error: --stage 9: {tiny.config_file} has stages 1 to 2\n"
 
 
+def test_a_place_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below", Path("/proc/nothing")):
+        finished = tiny.train(1, out)
+        assert f"cannot write to {out / 'stage1'}" in finished.error
+        assert finished.out == ""
+    assert file.read_text() == "mine"
+
+
 # Mistakes in the data, which only opening it shows.
 
 
@@ -159,10 +169,11 @@ def test_console_is_ours_and_chatter_goes_to_the_log(tiny: Tiny, tmp_path: Path)
     lines = [line for line in done.out.splitlines() if "sample clips in" not in line]
     checkpoint = out / "stage1/checkpoints/step-00000002"
     assert lines[0].startswith("stage 1 of tiny: 8x8, 3 frames; 1 x ")
-    assert lines[1] == f"writes: {out / 'stage1'}"
-    assert lines[2].startswith("data: 8 videos, 2 classes, MJPEG via DALI")
-    assert lines[3].startswith("stage 1: step 2/2, loss_D ")
-    assert lines[4:] == [f"done: {checkpoint}"]
+    assert lines[1] == "norm statistics: over 4 samples"
+    assert lines[2] == f"writes: {out / 'stage1'}"
+    assert lines[3].startswith("data: 8 videos, 2 classes, MJPEG via DALI")
+    assert lines[4].startswith("stage 1: step 2/2, loss_D ")
+    assert lines[5:] == [f"done: {checkpoint}"]
     assert checkpoint.is_dir()
     assert "real_accelerator" in (out / "stage1/logs/rank-00000.log").read_text()
     assert [line["step"] for line in logged(out / "stage1")] == [1, 2]

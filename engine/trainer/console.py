@@ -13,6 +13,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from engine.errors import UserError
+
 
 class Console:
     """Lines and a progress bar on the real terminal, from rank 0 only."""
@@ -24,11 +26,17 @@ class Console:
         self._log: Path | None = None
 
     def capture(self, log: Path) -> None:
-        """From here on, descriptors 1 and 2 of this process write to `log` (appended)."""
-        log.parent.mkdir(parents=True, exist_ok=True)
+        """From here on, descriptors 1 and 2 of this process write to `log` (appended).
+
+        Raises UserError when that file cannot be written.
+        """
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot write to {log}: {error.strerror}") from None
         sys.stdout.flush()
         sys.stderr.flush()
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
