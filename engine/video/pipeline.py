@@ -12,6 +12,7 @@ not used. Clips are [B, T, H, W, C], C = 3 (RGB), H = W = resolution.
 """
 
 import hashlib
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from engine.video.inspection import RejectedError
 from engine.video.sampler import ClipRequest
 
 Decoder = Literal["dali-cpu", "dali-gpu", "pyav"]
+_DECODE, _READ = "nvidia.dali.fn.decoders.video", "nvidia.dali.fn.io.file.read"
 # Batches in preparation ahead of the one in use.
 PREFETCHED_BATCHES = 2
 
@@ -78,7 +80,8 @@ class ClipStream:
     """Decoded batches for a stream of request batches, in order; `next` gives (numbers, clips).
 
     numbers: int64 [B], the clip numbers as they came through the pipeline; clips: uint8
-    [B, T, H, W, C] on `device`. Raises UserError that names the file when one cannot be decoded.
+    [B, T, H, W, C] on `device`. Raises UserError that names the file when one cannot be decoded;
+    whatever else fails, memory included, is DALI's RuntimeError.
     """
 
     def __init__(
@@ -125,10 +128,12 @@ class ClipStream:
         try:
             batch = next(self._iterator)[0]
         except RuntimeError as error:
-            raise UserError(self._blame(error)) from error
+            if not _is_about_a_file(error):
+                raise
+            raise UserError(self._blame(_reason(error))) from error
         numbers, clips = batch["number"], batch["clips"]
         if clips.shape[1] != self._num_frames:
-            raise UserError(self._blame(None))
+            raise UserError(self._blame("it gave too few frames"))
         self._in_flight.popleft()
         return numbers.view(-1).cpu(), clips
 
@@ -211,7 +216,7 @@ class ClipStream:
                 f"cannot decode {path}: {rejected}; run engine/prepare.py again"
             ) from None
 
-    def _blame(self, error: RuntimeError | None) -> str:
+    def _blame(self, reason: str) -> str:
         """Name the file: DALI's message tells the operator and the reason, but not the clip."""
         suspects = sorted({r.video for requests in self._in_flight for r in requests})
         for video in suspects:
@@ -227,6 +232,16 @@ class ClipStream:
             except RejectedError as rejected:
                 return f"cannot decode {path}: {rejected}; run engine/prepare.py again"
         names = ", ".join(str(self._index.path(video)) for video in suspects)
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reasons = [line for line in lines if "ssert" in line or "rror" in line]
-        return f"DALI cannot decode one of {names}: {(reasons or lines)[-1]}"
+        return f"DALI cannot decode one of {names}: {reason}"
+
+
+def _is_about_a_file(error: RuntimeError) -> bool:
+    """DALI raises RuntimeError for all that goes wrong; only some of it can be a video's fault."""
+    text = str(error)
+    raised_by_decoder = f"operator `{_DECODE}`" in text or f"operator `{_READ}`" in text
+    return raised_by_decoder and not re.search("out.of.memory|alloc", text, re.IGNORECASE)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first line of what DALI encountered, without the operator and its traceback."""
+    return str(error).partition("encountered:")[2].strip().partition("\n")[0]

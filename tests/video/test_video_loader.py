@@ -2,6 +2,7 @@ import functools
 import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,50 @@ def test_a_file_that_fails_in_mid_run_is_named(
         list(itertools.islice(clips, 8))  # more than were prefetched
     assert str(bad) in str(caught.value)
     assert "\n" not in str(caught.value)
+    clips.close()
+
+
+def dali_error(operator: str, reason: str) -> RuntimeError:
+    """In DALI's words, observed."""
+    return RuntimeError(
+        f"Critical error in pipeline:\nError in mixed operator `nvidia.dali.fn.{operator}`,\nwhich "
+        "was used in the pipeline definition with the following traceback:\n\n  File ...\n\n"
+        f"encountered:\n\n{reason}\nCurrent pipeline object is no longer valid."
+    )
+
+
+def test_memory_is_no_files_fault(numbered: VideoIndex) -> None:
+    clips = loader(numbered, resolution=10_000_000, view_resolution=10_000_000)
+    with pytest.raises(RuntimeError, match="bad_alloc"):
+        next(clips)
+    clips.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (dali_error("decoders.video", "CUDA allocation failed: out of memory"), RuntimeError),
+        (dali_error("resize", "CUDA error 700: an illegal memory access"), RuntimeError),
+        (RuntimeError("CUDA driver error"), RuntimeError),
+        (dali_error("decoders.video", "Codec not supported"), UserError),
+    ],
+)
+def test_only_a_decoders_error_is_blamed_on_files(
+    error: RuntimeError, shown: type[Exception], numbered: VideoIndex
+) -> None:
+    clips = loader(numbered)
+    next(clips)
+    assert clips._stream is not None
+
+    def failing() -> Iterator:
+        raise error
+        yield
+
+    clips._stream._iterator = failing()  # type: ignore[assignment]
+    message = r"cannot decode one of .*: Codec not supported$" if shown is UserError else None
+    with pytest.raises(shown, match=message) as caught:
+        next(clips)
+    assert error in (caught.value, caught.value.__cause__)
     clips.close()
 
 
