@@ -5,8 +5,9 @@ DeepSpeed's own build imports torch, so torch must be there first and build isol
     pip install -c constraints.txt setuptools wheel torch
     pip install -c constraints.txt --no-build-isolation -e '.[test,dev]'
 
-csrc/ becomes kernels/_csrc.abi3.so where there is an nvcc (CUDA_HOME, PATH, or a PyPI package);
-elsewhere, and where nvcc fails, the kernels run as Triton or PyTorch.
+csrc/ becomes kernels/_csrc.abi3.so where there is an nvcc (in CUDA_HOME or, without it, on the
+PATH, in a PyPI package or /usr/local/cuda); elsewhere, and where nvcc fails, the kernels run as
+Triton or PyTorch.
 """
 
 import os
@@ -63,10 +64,12 @@ NVCC_FLAGS = (
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, wherever one is installed."""
-    home = [Path(os.environ["CUDA_HOME"], "bin")] if "CUDA_HOME" in os.environ else []
-    packages = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")
-    search = [*home, *os.get_exec_path(), *packages, "/usr/local/cuda/bin"]
+    """The CUDA compiler: CUDA_HOME's if that is set, otherwise wherever one is installed."""
+    if "CUDA_HOME" in os.environ:
+        search = [Path(os.environ["CUDA_HOME"], "bin")]
+    else:
+        packages = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")
+        search = [*map(Path, os.get_exec_path()), *packages, Path("/usr/local/cuda/bin")]
     return shutil.which("nvcc", path=os.pathsep.join(map(str, search)))
 
 

@@ -4,15 +4,16 @@
 All arithmetic is fp32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.power_iteration_plan import ADDRESSES, COLUMN_TILE, ROW_TILE, SIZES, addresses, cut
+from kernels.resources import Variant
 
-NUM_WARPS = 4
+OPTIONS = {"num_warps": 4}
 # Tiles of 2048 values: 16 per thread, four loads of 16 bytes under way.
 COLUMN_SUMS = {"ROWS": COLUMN_TILE[0], "BLOCK_R": 8, "BLOCK_K": COLUMN_TILE[1]}
 ROW_SUMS = {"COLUMNS": ROW_TILE[1], "BLOCK_R": ROW_TILE[0], "BLOCK_K": 128}
@@ -200,13 +201,27 @@ def power_iteration(
     shared = table, work.sizes
     for _ in range(num_iterations):
         column_sums_kernel[(len(work.column_sums),)](
-            *shared, work.column_sums, workspace, **COLUMN_SUMS, num_warps=NUM_WARPS
+            *shared, work.column_sums, workspace, **COLUMN_SUMS, **OPTIONS
         )
         merge_columns_kernel[(len(work.merge_columns),)](
-            *shared, work.merge_columns, workspace, **MERGE_COLUMNS, num_warps=NUM_WARPS
+            *shared, work.merge_columns, workspace, **MERGE_COLUMNS, **OPTIONS
         )
         row_sums_kernel[(len(work.row_sums),)](
-            *shared, work.row_sums, workspace, **ROW_SUMS, num_warps=NUM_WARPS
+            *shared, work.row_sums, workspace, **ROW_SUMS, **OPTIONS
         )
-        finish_kernel[(len(weights),)](*shared, workspace, sigma_L, **FINISH, num_warps=NUM_WARPS)
+        finish_kernel[(len(weights),)](*shared, workspace, sigma_L, **FINISH, **OPTIONS)
     return sigma_L
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel, for `kernels.resources`."""
+    for kernel, tile in (
+        (column_sums_kernel, COLUMN_SUMS),
+        (merge_columns_kernel, MERGE_COLUMNS),
+        (row_sums_kernel, ROW_SUMS),
+        (finish_kernel, FINISH),
+    ):
+        types = {"table_ptr": "*i64", "sizes_ptr": "*i64", "work_ptr": "*i32"}
+        types |= {"workspace_ptr": "*fp32", "sigma_ptr": "*fp32"}
+        own = {name: types[name] for name in kernel.arg_names if name in types}
+        yield Variant(kernel, "fp32", own, tile, OPTIONS)

@@ -27,7 +27,11 @@ from typing import Any
 from kernels.implementation import interpreting
 
 TABLE = Path(__file__).with_name("resources.json")
-MODULES = ("kernels.frame_norm_triton",)
+MODULES = (
+    "kernels.frame_norm_triton",
+    "kernels.power_iteration_triton",
+    "kernels.spectral_norm_triton",
+)
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 """Bytes of shared memory that one block may have."""

@@ -7,6 +7,7 @@ up all partial sums, in one and the same order, and finishes its own rows. A wei
 L2 cache comes from memory once. All arithmetic is fp32.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUM_WARPS = 4
+from kernels.resources import Variant
+
+OPTIONS = {"num_warps": 4}
 # 16 values per thread: four loads of 16 bytes under way.
 TILE = 2048
 # Rereading all partial sums must be little beside a program's own tiles.
@@ -139,7 +142,7 @@ def plan(R: int, K: int) -> Plan:
     return Plan(
         grid=(column_blocks * triton.cdiv(R, rows_each),),
         arguments=(R, K, rows_each, column_blocks),
-        tile={"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": NUM_WARPS},
+        tile={"BLOCK_R": block_r, "BLOCK_K": block_k} | OPTIONS,
     )
 
 
@@ -164,3 +167,27 @@ def gradient(dy: Tensor, weight: Tensor, u_R: Tensor, v_K: Tensor, sigma: Tensor
     inner_kernel[grid](dy, weight, partial, *arguments, **tile)
     dw_kernel[grid](dy, u_R, v_K, sigma, partial, dw, *arguments, *grid, **pieces.all_partial)
     return dw
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel at a wide and a narrow tile, for `kernels.resources`."""
+    sums = {"BLOCK_P": MOST_PROGRAMS}
+    for K in (256, 32):
+        block = {"BLOCK_R": TILE // K, "BLOCK_K": K}
+        for dtype in ("bf16", "fp32"):
+            label = f"{dtype} {TILE // K}x{K}"
+            if dtype == "fp32":  # Ŵ and dŴ take no part in it
+                yield _variant(sigma_kernel, label, dtype, block)
+            yield _variant(normalize_kernel, label, dtype, block | sums)
+            yield _variant(inner_kernel, label, dtype, block)
+            yield _variant(dw_kernel, label, dtype, block | sums)
+
+
+def _variant(kernel, label: str, dtype: str, constants: dict[str, int]) -> Variant:
+    def type_of(name: str) -> str:
+        if name.endswith("_ptr"):
+            return f"*{dtype}" if name in ("y_ptr", "dy_ptr") else "*fp32"
+        return "i32"
+
+    types = {name: type_of(name) for name in kernel.arg_names if name not in constants}
+    return Variant(kernel, label, types, constants, OPTIONS, divisible=frozenset({"K"}))
