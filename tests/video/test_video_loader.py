@@ -315,6 +315,7 @@ def test_memory_is_no_files_fault(numbered: VideoIndex) -> None:
         (dali_error("resize", "CUDA error 700: an illegal memory access"), RuntimeError),
         (RuntimeError("CUDA driver error"), RuntimeError),
         (dali_error("decoders.video", "Codec not supported"), UserError),
+        (RuntimeError('Assert on "IsDenseTensor()" failed: Codec not supported'), UserError),
     ],
 )
 def test_only_a_decoders_error_is_blamed_on_files(
