@@ -32,14 +32,14 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        _fail(str(error))
+        report(error)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells report it
     sys.exit(0)
 
 
-def _fail(message: str) -> NoReturn:
-    # A message may quote a library's, which may have several lines.
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+def report(error: UserError) -> None:
+    """Print the one line. A message may quote a library's, which may have several."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

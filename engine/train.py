@@ -6,8 +6,9 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
-from engine.command_line import ArgumentParser, run
+from engine.command_line import ArgumentParser, report, run
 from engine.configuration import Config, load_config
 from engine.errors import UserError
 from engine.trainer.console import Console
@@ -109,14 +110,12 @@ def main(arguments: list[str]) -> None:
         plan = settle(parse(arguments), ranks)
         console = Console(is_main=ranks.is_main)
         console.capture(plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log")
-        announce(plan, ranks, console)
-        train(plan, ranks, console)
     except UserError:
         if not ranks.is_main:
-            # Rank 0 nearly always has the same to say; the launcher then ends this rank meanwhile.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
+            wait_for_the_end()  # rank 0 nearly always has the same to say
         raise
+    announce(plan, ranks, console)
+    train(plan, ranks, console)
 
 
 def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
@@ -165,14 +164,33 @@ def train(plan: Plan, ranks: Ranks, console: Console) -> None:
             ranks.connect()
         checkpoint = run_stage(plan, index, ranks, console)
         console.say(f"done: {checkpoint}")
-    except UserError:
-        raise
     except Exception as error:
-        console.crash(error)
-        os._exit(1)  # other threads (gloo, DALI) may hang an orderly exit of a broken rank
+        give_up(error, ranks, console)
     finally:
         ranks.disconnect()
         console.release()
+
+
+def give_up(error: Exception, ranks: Ranks, console: Console) -> NoReturn:
+    """End this rank; of several, the first one to fail says why, while it is still connected."""
+    exit_code = 2 if isinstance(error, UserError) else 1
+    first = ranks.first_failure(exit_code)
+    if first is not None:
+        console.log(f"another rank failed before; here: {type(error).__name__}: {error}")
+        wait_for_the_end()
+    elif isinstance(error, UserError):
+        console.release()
+        report(error)
+    else:
+        console.crash(error)
+    # Other threads (gloo, DALI) may hang an orderly exit of a broken rank.
+    os._exit(exit_code if first is None else first)
+
+
+def wait_for_the_end() -> None:
+    """Let the launcher end this rank when it sees the first one gone, and take that one's code."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(5)
 
 
 if __name__ == "__main__":

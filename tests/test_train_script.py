@@ -226,6 +226,25 @@ def test_two_ranks_say_a_mistake_once(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_mistake_that_one_rank_meets_is_said_by_that_rank_alone(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """The other one's broken connection is no news; it goes to its log."""
+    monkeypatch.setenv("FAILING_RANK", str(failing))
+    options = ("--set", "training.micro_batch=2")
+    done = two_ranks(
+        "tests/trainer/one_rank_fails.py", *tiny.options(1, tmp_path / "out", *options)
+    )
+    assert done.code == 2
+    assert done.err.splitlines().count("error: a clip is spoiled; replace it") == 1
+    for noise in ("onnection", "Traceback", "traceback:"):
+        assert noise not in done.out + done.err
+    other = tmp_path / f"out/stage1/logs/rank-0000{1 - failing}.log"
+    assert other.read_text().count("another rank failed before; here: ") == 1
+
+
+@pytest.mark.slow
 def test_two_ranks_train_through_the_launcher(tiny: Tiny, tmp_path: Path) -> None:
     """`deepspeed --num_gpus 2 engine/train.py`, on the sample data set that rank 0 makes."""
     fresh = write_tiny(tmp_path / "fresh")

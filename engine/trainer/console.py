@@ -65,6 +65,10 @@ class Console:
         if self._log is not None:
             self.complain(f"{type(error).__name__}: {error} (traceback: {self._log})")
 
+    def log(self, line: str) -> None:
+        """A line for the log file only."""
+        print(line, file=sys.stderr, flush=True)
+
     def progress(self, start: int, total: int, label: str) -> "Progress":
         """A bar from `start` to `total`."""
         return Progress(self._out, start, total, label, enabled=self._is_main)

@@ -83,6 +83,21 @@ class Ranks:
         dist.all_reduce(cell)
         return bool(cell.item())
 
+    def first_failure(self, exit_code: int) -> int | None:
+        """None when no rank failed before this one; else the exit code of the first that did.
+
+        A rank that leaves makes the others' collectives fail: what they meet is only its echo.
+        """
+        if self.world_size == 1 or not dist.is_initialized():
+            return None
+        mine = f"{self.rank} {exit_code}"
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            first = store.compare_set("first failure", "", mine).decode()
+        except dist.DistError:  # rank 0, which may hold the store, has left already
+            return exit_code
+        return None if first == mine else int(first.split()[1])
+
     def disconnect(self) -> None:
         """Leave the group; without this gloo's threads can abort the process at exit."""
         if dist.is_initialized():
