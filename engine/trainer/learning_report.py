@@ -35,7 +35,8 @@ def stage_distances(run: Path, number: int) -> tuple[Distances, Distances]:
     checkpoint = find_checkpoint(run, stage_number=number)
     config = checkpoint.config()
     index = open_dataset(config.data, make=False, say=print)
-    builder = StageBuilder(config, number, Ranks.from_environment(), describe(index, config.data))
+    facts = describe(index, config.data, config.stages[number].num_source_frames)
+    builder = StageBuilder(config, number, Ranks.from_environment(), facts)
     if number > 1:
         builder.previous = load_previous(
             run / f"stage{number}" / PREVIOUS, config, builder.ranks.device

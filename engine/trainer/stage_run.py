@@ -23,7 +23,8 @@ from engine.video.index import VideoIndex
 
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
     """Train to the last step; returns the last checkpoint's path. Ranks must be connected."""
-    facts = describe(index, plan.config.data)
+    stage = plan.config.stages[plan.options.stage_number]
+    facts = describe(index, plan.config.data, stage.num_source_frames)
     builder = StageBuilder(plan.config, plan.options.stage_number, ranks, facts)
     loader = builder.loader(index)
     console.say(f"data: {loader.description}")

@@ -8,8 +8,8 @@ from statistics import median
 
 from engine.configuration import Data
 from engine.errors import UserError
-from engine.video.index import VideoIndex
-from engine.video.indexing import build_index
+from engine.video.index import VideoIndex, load_rejects
+from engine.video.indexing import build_index, files_below
 from engine.video.procedural import ensure_procedural
 
 INDEX_NAME = "index.jsonl"
@@ -20,8 +20,9 @@ MAX_FILES_INDEXED_HERE = 2000
 def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> VideoIndex:
     """The index of `data.path`: a file, `index.jsonl` in a folder, or one made now.
 
-    Only the rank with `make` writes anything (the sample data set, the index of a small folder);
-    the others call this once it has. Raises UserError with one line.
+    Only the rank with `make` writes anything (the sample data set, the index of a small folder)
+    and says what has changed in a small folder since; the others call this once it has. Raises
+    UserError with one line.
     """
     if data.path is None:
         raise UserError("no data: name an index or a folder of videos with --data PATH")
@@ -36,12 +37,16 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
         return VideoIndex.load(path)
     if not path.is_dir():
         raise UserError(f"no data at {path}: neither an index nor a folder of videos")
-    index = path / INDEX_NAME
-    if not index.exists() and make:
-        _check_small(path, index)
+    index_path = path / INDEX_NAME
+    if make and not index_path.exists():
+        _check_small(path, index_path)
         say(f"indexing the videos in {path}")
-        build_index(path, index, num_workers=data.num_threads, progress=False)
-    return VideoIndex.load(index)
+        build_index(path, index_path, num_workers=data.num_threads, progress=False)
+        return VideoIndex.load(index_path)
+    index = VideoIndex.load(index_path)
+    if make and data.procedural is None and len(index.entries) <= MAX_FILES_INDEXED_HERE:
+        _say_changes(index, index_path, say)
+    return index
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,16 @@ class DataFacts:
 
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]
-    """Videos per class, for drawing labels as often as the data has them; empty without classes."""
+    """Usable videos per class, to draw labels as often as D sees them; empty without classes."""
     frames_per_second: float
     """The median video's."""
 
 
-def describe(index: VideoIndex, data: Data) -> DataFacts:
-    """Raises UserError when the data set's classes are not those of the configuration."""
+def describe(index: VideoIndex, data: Data, num_source_frames: int = 1) -> DataFacts:
+    """What a stage whose clips span `num_source_frames` finds: shorter videos do not count.
+
+    Raises UserError when the data set's classes are not those of the configuration.
+    """
     fps = median(entry.fps for entry in index.entries)
     if data.num_classes is None:
         return DataFacts((), (), fps)
@@ -70,7 +78,7 @@ def describe(index: VideoIndex, data: Data) -> DataFacts:
             f"data.num_classes is {data.num_classes}, but the data set has no class folders; "
             "use --set data.num_classes=null to train without classes"
         )
-    counts = Counter(entry.label for entry in index.entries)
+    counts = Counter(e.label for e in index.entries if e.num_frames >= num_source_frames)
     return DataFacts(index.classes, tuple(counts[n] for n in range(data.num_classes)), fps)
 
 
@@ -78,6 +86,30 @@ def _check_small(folder: Path, index: Path) -> None:
     num_files = sum(1 for file in folder.rglob("*") if file.is_file())
     if num_files > MAX_FILES_INDEXED_HERE:
         raise UserError(
-            f"{folder} holds {num_files} files; index them once with: "
-            f"python engine/prepare.py {folder} --out {index}"
+            f"{folder} holds {num_files} files; index them once with: {_prepare(folder, index)}"
         )
+
+
+def _say_changes(index: VideoIndex, index_path: Path, say: Callable[[str], None]) -> None:
+    """Which files are new or gone since the index was made.
+
+    Said, not done: a run on another data set cannot be continued exactly.
+    """
+    found = set(files_below(index.root, index_path))
+    used = {entry.path for entry in index.entries}
+    new = sorted(found - used - {reject.path for reject in load_rejects(index_path)})
+    gone = sorted(used - found)
+    changes = [
+        f"{len(files)} {what} (e.g. {files[0]})"
+        for files, what in ((new, "not in its index"), (gone, "gone from it"))
+        if files
+    ]
+    if changes:
+        say(
+            f"files in {index.root}: {', '.join(changes)}; to index it again, with the same "
+            f"--annotations if any: {_prepare(index.root, index_path)}"
+        )
+
+
+def _prepare(folder: Path, index: Path) -> str:
+    return f"python engine/prepare.py {folder} --out {index}"

@@ -70,8 +70,8 @@ def build_index(
             f"{out} is a folder; --out names the index file, e.g. {out / 'index.jsonl'}"
         )
     root = root.resolve()
-    partial = out.with_name(f"{out.stem}.partial.jsonl")
-    files = _files_below(root, skip={out.resolve(), rejects_path(out).resolve(), partial.resolve()})
+    partial = _partial_path(out)
+    files = files_below(root, out)
     if not files:
         raise UserError(f"{root} is empty")
     if annotations is not None:
@@ -104,8 +104,10 @@ def build_index(
     return index, rejects
 
 
-def _files_below(root: Path, skip: set[Path]) -> list[str]:
-    """All files below root, sorted, but hidden ones and the index's own."""
+def files_below(root: Path, index_path: Path) -> list[str]:
+    """All files below root, sorted, relative to it, but hidden ones and the index's own."""
+    own = (index_path, rejects_path(index_path), _partial_path(index_path))
+    skip = {path.resolve() for path in own}
     found, seen = [], set()
     skip_names = {path.name for path in skip}
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -123,6 +125,10 @@ def _files_below(root: Path, skip: set[Path]) -> list[str]:
     return sorted(found)
 
 
+def _partial_path(index_path: Path) -> Path:
+    return index_path.with_name(f"{index_path.stem}.partial.jsonl")
+
+
 def _from_folders(files: list[str]) -> tuple[list[_Candidate], list[Reject]]:
     in_folders = [path for path in files if "/" in path]
     if not in_folders:
@@ -132,12 +138,12 @@ def _from_folders(files: list[str]) -> tuple[list[_Candidate], list[Reject]]:
 
 
 def _from_annotations(table: Path, files: list[str]) -> tuple[list[_Candidate], list[Reject]]:
-    """Candidates by the rows of a Kinetics CSV; rows without a file become rejects."""
+    """Candidates by a Kinetics CSV; rows without a file and files without a row become rejects."""
     by_stem: dict[str, list[str]] = {}
     for path in files:
         by_stem.setdefault(Path(path).stem, []).append(path)
     labels: dict[str, str] = {}
-    rejects = []
+    rejects, matched = [], set()
     for number, row in _rows(table):
         try:
             start, end = (int(float(row[column])) for column in ("time_start", "time_end"))
@@ -147,6 +153,7 @@ def _from_annotations(table: Path, files: list[str]) -> tuple[list[_Candidate], 
             ) from None
         stem = f"{row['youtube_id']}_{start:06d}_{end:06d}"
         paths = by_stem.get(stem) or by_stem.get(row["youtube_id"]) or []
+        matched.update(paths)
         if not paths:
             rejects.append(Reject(stem, f"missing (line {number} of the annotations)"))
         elif len(paths) > 1:
@@ -155,6 +162,7 @@ def _from_annotations(table: Path, files: list[str]) -> tuple[list[_Candidate], 
             raise UserError(
                 f"{table}, line {number}: {paths[0]} is already labelled {labels[paths[0]]!r}"
             )
+    rejects += [Reject(path, "not in the annotations") for path in files if path not in matched]
     return [_Candidate(path, labels[path]) for path in sorted(labels)], rejects
 
 

@@ -131,6 +131,8 @@ class ClipLoader:
         text = f"{len(self._used)} video{'s' if len(self._used) > 1 else ''}"
         if self._index.classes:
             text += f", {len(self._index.classes)} classes"
+            if num_unseen := len(self._index.classes) - len({e.label for e in self._used}):
+                text += f" ({num_unseen} without a usable video)"
         text += f", {names} via {_NAMES[self._decoder]}"
         fastest = self._preferred()[0]
         if not self._decoder_is_asked_for and (obstacle := self._undecodable(fastest)):

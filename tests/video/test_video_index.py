@@ -164,7 +164,8 @@ def test_kinetics_annotations(tmp_path: Path) -> None:
     found = {entry.path: entry.label for entry in index.entries}
     assert found == {"x/-a_b_000010_000020.mkv": 1, "cd.mkv": 0}
     assert [(r.path, r.reason) for r in load_rejects(out)] == [
-        ("gone_000003_000013", "missing (line 4 of the annotations)")
+        ("gone_000003_000013", "missing (line 4 of the annotations)"),
+        ("unlisted.mkv", "not in the annotations"),
     ]
 
 

@@ -379,6 +379,13 @@ def test_another_decoder_is_not_taken_unasked(numbered: VideoIndex) -> None:
     assert asked.state_dict()["position"] == 6
 
 
+def test_a_class_of_short_videos_is_counted_as_unseen(numbered: VideoIndex) -> None:
+    entries = tuple(e for e in numbered.entries if e.label != 3 or e.num_frames == 20)
+    index = VideoIndex(numbered.root, numbered.classes, entries)
+    text = loader(index, num_frames=10).description  # windows of 28 frames
+    assert text.startswith("6 videos, 4 classes (1 without a usable video), ")
+
+
 def test_description_counts_what_is_left_out(numbered: VideoIndex) -> None:
     text = loader(numbered, num_frames=10, resolution=128).description  # windows of 28 frames
     assert text.startswith("8 videos, 4 classes, ")

@@ -1,0 +1,65 @@
+"""From what a user names as data to an index and its facts."""
+
+from pathlib import Path
+
+import pytest
+from numbered_videos import write_numbered
+
+from engine.configuration import Data, ProceduralClips
+from engine.errors import UserError
+from engine.video import dataset
+from engine.video.dataset import describe, open_dataset
+
+
+def opened(path: Path, *, make: bool = True) -> list[str]:
+    """What a rank says while it opens the data set."""
+    said: list[str] = []
+    open_dataset(Data(path=str(path), num_threads=1), make=make, say=said.append)
+    return said
+
+
+def test_videos_too_short_for_a_clip_count_for_no_class(tmp_path: Path) -> None:
+    """Or G would be trained on labels that D never sees with a real video."""
+    for folder, lengths in (("a", (20, 40)), ("b", (20,)), ("c", (40,))):
+        for length in lengths:
+            path = write_numbered(tmp_path / folder, "mjpeg", num_frames=length)
+            path.rename(path.with_stem(str(length)))
+    data = Data(path=str(tmp_path), num_classes=4, num_threads=1)
+    index = open_dataset(data, make=True, say=lambda line: None)
+    assert describe(index, data).class_counts == (2, 1, 1, 0)
+    assert describe(index, data, num_source_frames=20).class_counts == (2, 1, 1, 0)
+    assert describe(index, data, num_source_frames=21).class_counts == (1, 0, 1, 0)
+    with pytest.raises(UserError, match=r"has 3 classes, but data\.num_classes is 2"):
+        describe(index, data.model_copy(update={"num_classes": 2}))
+
+
+def test_files_that_came_or_went_since_the_index_was_made_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("1", "2"):
+        path = write_numbered(tmp_path, "mjpeg", num_frames=5)
+        path.rename(path.with_stem(name))
+    (tmp_path / "notes.txt").write_text("no video")
+    assert opened(tmp_path) == [f"indexing the videos in {tmp_path}"]
+    assert opened(tmp_path) == []  # rejects are known too
+    for name in ("3", "4"):
+        (tmp_path / "1.mkv").with_stem(name).write_bytes((tmp_path / "1.mkv").read_bytes())
+    (tmp_path / "2.mkv").unlink()
+    assert opened(tmp_path) == [
+        f"files in {tmp_path}: 2 not in its index (e.g. 3.mkv), 1 gone from it (e.g. 2.mkv); to "
+        "index it again, with the same --annotations if any: "
+        f"python engine/prepare.py {tmp_path} --out {tmp_path / 'index.jsonl'}"
+    ]
+    assert opened(tmp_path, make=False) == []
+    monkeypatch.setattr(dataset, "MAX_FILES_INDEXED_HERE", 1)  # a walk over many files is not free
+    assert opened(tmp_path) == []
+
+
+def test_the_sample_data_set_is_quiet_once_made(tmp_path: Path) -> None:
+    """Its settings lie beside its videos, and are no video that came later."""
+    clips = ProceduralClips(num_clips=2, num_frames=3, resolution=16, codec="mjpeg", seed=0)
+    data = Data(path=str(tmp_path / "clips"), procedural=clips, num_classes=2, num_threads=1)
+    said: list[str] = []
+    open_dataset(data, make=True, say=said.append)
+    open_dataset(data, make=True, say=said.append)
+    assert said == [f"making 2 sample clips in {tmp_path / 'clips'}"]
