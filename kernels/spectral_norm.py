@@ -20,7 +20,7 @@ cache, else 10·N and 12·N. FLOPs 4·N, 4·N and 6·N.
 
 Implementations of the power iteration: "cuda" (csrc/, where built), "triton", both four launches
 for all weights together, and "reference"; of W / σ and its gradient: "triton" (two launches each),
-"pytorch", "reference". The GPU ones are for fp32 weights.
+"pytorch", "reference", the last being the default on a CPU. The GPU ones are for fp32 weights.
 """
 
 from collections.abc import Sequence
@@ -51,6 +51,12 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return triton_obstacle(device, dtype) or _not_fp32(dtype)
 
 
+def _pytorch_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return None
+    return "on a CPU an operator's overhead is more than it saves on all but large weights"
+
+
 def _not_fp32(dtype: torch.dtype) -> str | None:
     return None if dtype == torch.float32 else f"weights are {dtype}, not fp32"
 
@@ -63,7 +69,7 @@ POWER_ITERATION = Operator(
 SPECTRAL_NORMALIZE = Operator(
     "spectral_normalize",
     Implementation("triton", _triton_obstacle, triton_reluctance),
-    Implementation("pytorch", everywhere),
+    Implementation("pytorch", everywhere, _pytorch_reluctance),
 )
 
 # ------------------------------------------------------------------------------- references

@@ -221,7 +221,8 @@ def test_what_runs_and_why() -> None:
     choices = kernels.implementations("cpu")
     assert choices["power_iteration_"].implementation == "reference"
     assert choices["power_iteration_"].reason.startswith("not cuda: tensors are on cpu")
-    assert choices["spectral_normalize"].implementation == "pytorch"
+    assert choices["spectral_normalize"].implementation == "reference"
+    assert kernels.implementations("meta")["spectral_normalize"].implementation == "pytorch"
     double = kernels.implementations("cuda", torch.float64)["power_iteration_"]
     assert "not cuda: weights are torch.float64, not fp32" in double.reason
     weights, us, vs = draw([(3, 4)])
