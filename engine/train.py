@@ -12,6 +12,7 @@ from engine.command_line import ArgumentParser, report, run
 from engine.configuration import Config, load_config
 from engine.errors import UserError
 from engine.trainer.console import Console
+from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
 from engine.trainer.stage_plan import Plan, RunOptions, plan_run
 
@@ -106,6 +107,7 @@ def find_config(name: str) -> Path:
 def main(arguments: list[str]) -> None:
     """Parse, check, then build and run."""
     ranks = Ranks.from_environment()
+    follow_launcher()
     try:
         plan = settle(parse(arguments), ranks)
         console = Console(is_main=ranks.is_main)

@@ -130,6 +130,7 @@ def call(main: Any, *arguments: str | Path) -> Finished:
     with pytest.MonkeyPatch.context() as patch, _Descriptors() as descriptors:
         patch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
         patch.setattr(Ranks, "disconnect", lambda self: None)  # the next call goes on with it
+        patch.setattr(engine.train, "follow_launcher", lambda: None)  # connecting sets LOCAL_RANK
         patch.setattr(os, "_exit", sys.exit)  # this process has tests left to run
         try:
             run(main)
@@ -199,10 +200,15 @@ def python(script: str, *arguments: str | Path, seconds: float = 120) -> Finishe
 
 def two_ranks(script: str | Path, *arguments: str | Path, seconds: float = 240) -> Finished:
     """`deepspeed --num_gpus 2 SCRIPT ARGUMENTS`."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_gpus", "2", "--master_port", str(free_port()), "--log_level", "error"]
-    command = [sys.executable, str(launcher), *options, str(REPOSITORY / script)]
-    return _process([*command, *map(str, arguments)], seconds)
+    return _process(launcher(2, script, *arguments), seconds)
+
+
+def launcher(num_ranks: int, script: str | Path, *arguments: str | Path) -> list[str]:
+    """The command `deepspeed --num_gpus NUM_RANKS SCRIPT ARGUMENTS`."""
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    options = ["--num_gpus", str(num_ranks), "--master_port", str(free_port())]
+    command = [sys.executable, str(deepspeed), *options, "--log_level", "error"]
+    return [*command, str(REPOSITORY / script), *map(str, arguments)]
 
 
 def _process(command: list[str], seconds: float) -> Finished:

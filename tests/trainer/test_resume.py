@@ -1,5 +1,7 @@
 """A run that stops and goes on is the run that did not stop, bit for bit (CPU, fp32)."""
 
+import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import REPOSITORY, Tiny, contents, differences, environment, flat, logged
+from small_runs import (
+    REPOSITORY,
+    Tiny,
+    contents,
+    differences,
+    environment,
+    flat,
+    launcher,
+    logged,
+)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -164,6 +175,43 @@ def test_max_steps_wins_over_the_configured_iterations(tiny: Tiny, tmp_path: Pat
     assert tiny.trained(1, tmp_path, "--max-steps", "2", *more).name == "step-00000002"
 
 
+def started(command: list[str], out: Path) -> subprocess.Popen[str]:
+    """A process that has trained two steps of stage 1."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,  # a process group, to be killed as one
+    )
+    log = out / "stage1/log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.slow
+def test_ranks_stop_when_the_launcher_is_killed(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path
+) -> None:
+    """`deepspeed` itself, whose helper lives on."""
+    options = tiny.options(1, tmp_path, "--set", "training.iterations=100000")
+    process = started(launcher(1, "engine/train.py", *options), tmp_path)
+    try:
+        process.kill()
+        # The pipe ends when the helper and its ranks, who hold it too, have ended.
+        stdout, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    (saved,) = (tmp_path / "stage1/checkpoints").iterdir()
+    assert f"interrupted: saved {saved}; --resume auto goes on" in stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_and_another_process_goes_on_exactly(
@@ -172,15 +220,7 @@ def test_a_signal_saves_and_another_process_goes_on_exactly(
     out = tmp_path / "interrupted"
     options = tiny.options(1, out, "--set", "training.iterations=100000")
     command = [sys.executable, str(REPOSITORY / "engine/train.py"), *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    )
-    log = out / "stage1/log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = started(command, out)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
