@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from engine.video.inspection import RejectedError, VideoFacts, inspect_video
 
 # Verdicts come in path order within a pool, give or take what each worker holds.
 _IN_FLIGHT_PER_WORKER = 4
+_FACTS = {field.name for field in fields(VideoFacts)}
 # A future takes a kilobyte or two: half a million of them would be a gigabyte.
 _FILES_QUEUED = 4096
 
@@ -237,8 +238,9 @@ def _known_verdicts(out: Path, partial: Path) -> dict[str, dict[str, Any]]:
         for line in partial.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 verdict = json.loads(line)
-                known[verdict["path"]] = verdict
-            except (ValueError, KeyError, TypeError):
+                if "reason" in verdict or verdict.keys() >= _FACTS:  # else an older version's
+                    known[verdict["path"]] = verdict
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # the line that the interruption cut
     return known
 

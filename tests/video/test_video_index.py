@@ -43,7 +43,7 @@ def test_other_orientations_are_rejected(tmp_path: Path) -> None:
         inspect_video(path)
 
 
-@pytest.mark.parametrize("codec", ["mjpeg", "vp8"])  # size in the frames, in the header too
+@pytest.mark.parametrize("codec", ["mjpeg", "h264"])  # size in the frames, in the header too
 def test_huge_frames_are_rejected(codec: str, tmp_path: Path) -> None:
     path = write_numbered(tmp_path, codec, num_frames=1, width=8208, height=4320)
     with pytest.raises(RejectedError, match="more than 35389440"):
@@ -226,6 +226,16 @@ def test_an_interrupted_run_goes_on_and_judges_nothing_twice(
     assert later == ["b/mjpeg.mkv"]
     assert [entry.num_frames for entry in again.entries] == [5, 9, 5, 5]
     assert [reject.path for reject in load_rejects(out)] == ["a/bad.mp4"]
+
+
+def test_verdicts_of_an_older_version_are_judged_again(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path / "v", "mjpeg", num_frames=5)
+    status = path.stat()
+    stamp = {"size_bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+    older = {"path": path.name, "num_frames": 7, **stamp}  # it knew no rotation
+    (tmp_path / "index.partial.jsonl").write_text(json.dumps(older) + "\n")
+    index = index_of(tmp_path / "v", tmp_path / "index.jsonl")
+    assert [(entry.num_frames, entry.rotation) for entry in index.entries] == [(5, 0)]
 
 
 def _crash_on_bad(root: Path, path: str) -> dict:

@@ -431,3 +431,19 @@ def test_the_gpu_pipeline_gives_the_same_clips(numbered: VideoIndex, decoder: st
         assert difference.mean() < 4
     cpu.close()
     gpu.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("codec", ["mjpeg", "h264"])
+def test_turned_videos_are_upright_on_the_gpu(codec: str, tmp_path: Path) -> None:
+    for rotation in (0, 90, 180, 270):
+        path = write_numbered(tmp_path, codec, num_frames=40, rotation=rotation)
+        path.rename(path.with_stem(str(rotation)))
+    index = index_of(tmp_path)
+    cpu = loader(index, decoder="pyav", batch_size=4)
+    gpu = loader(index, decoder="dali-gpu", batch_size=4, device=torch.device("cuda", 0))
+    difference = (next(cpu).video_BTCHW - next(gpu).video_BTCHW.cpu()).abs() * 127.5
+    assert difference.mean() < 4  # a wrong turn moves whole bars: tens of levels
+    cpu.close()
+    gpu.close()
