@@ -35,7 +35,7 @@ help:
 
 clean:
 	rm -rf .venv build dist *.egg-info runs/demo data/sample
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf kernels/_csrc*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and the rest is built without isolation, because DeepSpeed's build imports it.
