@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -123,15 +124,27 @@ def main(arguments: list[str]) -> None:
 def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
     """Everything that can be checked before devices, data or other ranks are touched."""
     config = configure(options)
+    out = options.out or Path("runs") / config.name
     run_options = RunOptions(
         config_name=options.config,
         stage_number=options.stage,
-        out=options.out or Path("runs") / config.name,
+        out=out,
+        repeated=repeated_options(options, out),
         resume=options.resume,
         previous=options.previous,
         max_steps=options.max_steps,
     )
     return plan_run(config, run_options, ranks)
+
+
+def repeated_options(options: argparse.Namespace, out: Path) -> str:
+    """What a command for another stage of the same run has to repeat, ready for a shell."""
+    words = ["--config", options.config, "--out", str(out)]
+    if options.data:
+        words += ["--data", options.data]
+    for override in options.overrides:
+        words += ["--set", override]
+    return " " + shlex.join(words)
 
 
 def announce(plan: Plan, ranks: Ranks, console: Console) -> None:

@@ -39,7 +39,12 @@ MISTAKES = [
     (
         ["--stage", "2"],
         "stage 2 needs stage 1 first (no checkpoint of stage 1 at {out}: no such folder); make it "
-        "with: deepspeed engine/train.py --config {config} --stage 1 --out {out}",
+        "with: deepspeed engine/train.py --stage 1 --config {config} --out {out}",
+    ),
+    (
+        ["--stage", "2", "--data", "{tmp}/my clips", "--set", "training.zero_stage=0"],
+        "--stage 1 --config {config} --out {out} --data '{tmp}/my clips' "
+        "--set training.zero_stage=0",
     ),
     (["--stage", "2", "--previous", "{tmp}"], "no checkpoint of stage 1 under {tmp}"),
 ]

@@ -27,6 +27,8 @@ class RunOptions:
     config_name: str
     stage_number: int
     out: Path
+    repeated: str = ""
+    """The options that a command for another stage of the same run repeats."""
     resume: str = "auto"
     """auto, none, or the path of a checkpoint."""
     previous: Path | None = None
@@ -156,11 +158,9 @@ def _previous_checkpoint(config: Config, options: RunOptions) -> Checkpoint:
     try:
         found = find_checkpoint(source, stage_number=before)
     except UserError as error:
-        where = "" if options.previous else f" --out {options.out}"
-        command = f"deepspeed engine/train.py --config {options.config_name} --stage {before}"
         raise UserError(
             f"stage {options.stage_number} needs stage {before} first ({error}); "
-            f"make it with: {command}{where}"
+            f"make it with: deepspeed engine/train.py --stage {before}{options.repeated}"
         ) from None
     check_same_networks(config, found, options.config_name)
     return found
