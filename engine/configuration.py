@@ -92,6 +92,8 @@ class Training(Section):
         0.0,
         0.999,
     )
+    max_gradient_norm: PositiveFloat | None = None
+    """Scale larger gradients down to this norm; the paper does not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What activations are computed in; weights and optimiser state are always fp32."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1

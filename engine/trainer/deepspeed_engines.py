@@ -48,13 +48,16 @@ def deepspeed_settings(
         "gradient_accumulation_steps": accumulation_steps,
         "zero_optimization": {
             "stage": training.zero_stage,
+            # DeepSpeed's half a billion values would be a buffer of 2 GB for each network.
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
             # The two networks take turns, so a prefetched trace of one is wrong for the other.
             "stage3_prefetch_bucket_size": 0,
             # Layers hand their biases to an operator outside themselves, where a gathered bias
             # would be gone again; so small parameters stay whole.
             "stage3_param_persistence_threshold": 10_000,
         },
-        "gradient_clipping": 0.0,  # the paper clips nothing; DeepSpeed's default is 1
+        "gradient_clipping": training.max_gradient_norm or 0.0,  # unsaid, it would be 1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,  # the console is ours

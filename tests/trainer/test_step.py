@@ -254,6 +254,26 @@ def test_a_gradient_that_overflows_stops_the_run(tiny: Tiny, ranks: Ranks) -> No
         trainer.train_step()
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("limit", [None, 0.01])
+def test_gradients_are_clipped_when_asked(
+    tiny: Tiny, ranks: Ranks, zero_stage: int, limit: float | None
+) -> None:
+    """Adam's first moment is the applied gradient itself, since its decay is 0."""
+    overrides = [f"training.zero_stage={zero_stage}"]
+    if limit is not None:
+        overrides.append(f"training.max_gradient_norm={limit}")
+    trainer = make(ranks, tiny.config(*overrides))
+    measures = trainer.g_step()
+    optimizer = trainer.g_engine.optimizer
+    adam = optimizer.optimizer if zero_stage else optimizer
+    moments = [state["exp_avg"].flatten() for state in adam.state.values()]
+    applied = torch.cat(moments).norm().item()
+    measured = measures["grad_norm_G"].item()
+    assert measured > 0.1  # of the gradient before it is clipped
+    assert applied == pytest.approx(measured if limit is None else limit, rel=1e-4)
+
+
 def test_a_skipped_first_d_update_stops_the_run(tiny: Tiny, ranks: Ranks) -> None:
     """ZeRO skips an update whose gradient overflows; the second D update is in order again."""
     trainer = make(ranks, tiny.config("training.zero_stage=1"))
