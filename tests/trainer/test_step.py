@@ -307,22 +307,20 @@ def test_joint_training_updates_every_stage(tiny: Tiny, ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("overrides", "scores"),
     [
-        ((), {"spatial", "temporal", "matching"}),
-        (("stages.2.discriminators.matching=false",), {"spatial", "temporal"}),
-        (("stages.2.generator.temporal=conv_gru",), {"spatial", "temporal", "matching"}),
-        (("data.num_classes=null",), {"spatial", "temporal", "matching"}),
-        (("training.precision=bf16",), {"spatial", "temporal", "matching"}),
+        ((), "spatial temporal matching"),
+        (("stages.2.discriminators.matching=false",), "spatial temporal"),
+        (("stages.2.generator.temporal=conv_gru",), "spatial temporal matching"),
+        (("data.num_classes=null",), "spatial temporal matching"),
+        (("training.precision=bf16",), "spatial temporal matching"),
     ],
     ids=str,
 )
-def test_variants_train(
-    tiny: Tiny, ranks: Ranks, overrides: tuple[str, ...], scores: set[str]
-) -> None:
+def test_variants_train(tiny: Tiny, ranks: Ranks, overrides: tuple[str, ...], scores: str) -> None:
     trainer = make(ranks, tiny.config(*overrides), 2)
     before = weights(trainer.g_engine.module)
     measures = trainer.train_step()
     judged = {key.split("/")[1] for key in measures if key.startswith("score_fake/")}
-    assert judged == scores
+    assert judged == set(scores.split())
     for kind in ("loss_D", "loss_G", "grad_norm_D", "grad_norm_G", "accuracy_D_real"):
         assert kind in measures
     assert measures["grad_norm_G"] > 0
