@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> None:
     _call(
         "engine/sample.py",
         *("--checkpoint", str(options.out), "--out", str(samples), "--frames", str(NUM_FRAMES)),
+        *("--sigma", "0.5"),  # the paper's for pictures
         *("--passes", "2" if options.quick else "12", "--batch", "4"),
     )
     # Imported late: they bring DeepSpeed and DALI.
