@@ -1,6 +1,6 @@
 """Discriminators: spatial, temporal and matching, and the set of them that a stage trains.
 
-SSW-GAN, sections 3.2 and 3.3, after DVD-GAN and BigGAN; the class enters by projection (Miyato and
+SSW-GAN, after DVD-GAN and BigGAN; the class enters by projection (Miyato and
 Koyama 2018). Every score is of one frame or one time step.
 
 Shapes: B batch, T frames, t frames of x_l, K frames drawn, C channels, H x W pixels, F features.
