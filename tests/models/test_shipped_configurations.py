@@ -10,9 +10,9 @@ from engine.models.construction import build_discriminators, build_generator
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# Parameters of G and of all of a stage's discriminators. 306, 211 and 312 million are published
-# sizes; the rest was counted when the networks met those, and is held so that no one changes
-# silently.
+# Parameters of G and of all of a stage's discriminators. 306, 211 and 312 million were
+# counted on an independent build of the paper's networks too; the rest was counted when ours met
+# those, and is held so that nothing changes silently.
 PARAMETERS = {
     ("bdd100k", 1): (300_401_155, 323_030_018),
     ("bdd100k", 2): (86_355_075, 59_672_643),

@@ -20,7 +20,7 @@ def config() -> Config:
 @pytest.fixture(params=["time kept", "time pooled"])
 def time_pooled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both readings of the paper's "average pooling": volumetric blocks that keep time, as ours
-    do, and those that halve it, which is what published step costs assume."""
+    do, and those that halve it, which an earlier, independent count assumed."""
     pooled = request.param == "time pooled"
     if pooled:
         monkeypatch.setattr(blocks, "VOLUMETRIC_POOLING", (2, 2, 2))
