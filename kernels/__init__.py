@@ -16,6 +16,7 @@ from kernels.conv_pool import (
     conv_pool3d,
     conv_pool3d_reference,
 )
+from kernels.convolution import Normalized
 from kernels.frame_norm import frame_norm, frame_statistics
 from kernels.implementation import ImplementationError, implementations, set_default, use
 from kernels.low_skip import LowSkip, add_low_skip
@@ -26,6 +27,7 @@ from kernels.upsample_conv import upsample_conv, upsample_conv_reference
 __all__ = [
     "ImplementationError",
     "LowSkip",
+    "Normalized",
     "Pooling",
     "add_low_skip",
     "average_pool",

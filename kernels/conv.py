@@ -13,28 +13,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.convolution import Layout, Normalized, convolve, source_of
 from kernels.layout import (
     channels_last,
-    conv2d_weight,
     conv3d_weight,
-    fold_frames,
-    unfold_frames,
 )
-from kernels.low_skip import LowSkip, add_low_skip
+from kernels.low_skip import LowSkip
 
 
 def conv2d(
-    x_BTIHW: Tensor,
+    x_BTIHW: Tensor | Normalized,
     weight_OhwI: Tensor,
     bias_O: Tensor | None = None,
     *,
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """Convolve every frame by itself; returns [B, T, O, H, W]."""
-    padding = weight_OhwI.shape[1] // 2
-    frames = F.conv2d(fold_frames(x_BTIHW), conv2d_weight(weight_OhwI), bias_O, padding=padding)
-    return add_terms(unfold_frames(frames, x_BTIHW.shape[1]), residual_BTOHW, skip)
+    """Convolve every frame by itself; returns [B, T, O, H, W].
+
+    `impl` as in `kernels.implementation`. Raises ValueError for an x_l that does not fit.
+    """
+    height, width = source_of(x_BTIHW).shape[-2:]
+    return convolve(
+        x_BTIHW,
+        weight_OhwI,
+        bias_O,
+        Layout((height, width)),
+        residual_BTOHW=residual_BTOHW,
+        skip=skip,
+        impl=impl,
+    )
 
 
 def conv3d(
@@ -48,7 +57,7 @@ def conv3d(
     padding = [size // 2 for size in weight_OthwI.shape[1:4]]
     x_BITHW = channels_last(x_BTIHW).transpose(1, 2)
     y_BOTHW = convolve_volume(x_BITHW, conv3d_weight(weight_OthwI), bias_O, padding=padding)
-    return add_terms(y_BOTHW.transpose(1, 2), residual_BTOHW, None)
+    return add(y_BOTHW.transpose(1, 2), residual_BTOHW)
 
 
 def convolve_volume(
@@ -74,8 +83,6 @@ def convolve_volume(
     return y_BOTHW.to(x_BITHW.dtype)
 
 
-def add_terms(y_BTOHW: Tensor, residual_BTOHW: Tensor | None, skip: LowSkip | None) -> Tensor:
-    """What every convolution may end with: a block's shortcut and the injection of x_l."""
-    if residual_BTOHW is not None:
-        y_BTOHW = y_BTOHW + residual_BTOHW
-    return y_BTOHW if skip is None else add_low_skip(y_BTOHW, skip)
+def add(y_BTOHW: Tensor, residual_BTOHW: Tensor | None) -> Tensor:
+    """What a convolution may end with: a block's shortcut."""
+    return y_BTOHW if residual_BTOHW is None else y_BTOHW + residual_BTOHW

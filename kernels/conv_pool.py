@@ -21,7 +21,7 @@ Both are the same function; derivatives of any order are autograd's.
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.conv import add_terms, conv2d, conv3d, convolve_volume
+from kernels.conv import add, conv2d, conv3d, convolve_volume
 from kernels.folding import pooling_kernel
 from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
 from kernels.layout import (
@@ -90,7 +90,7 @@ def conv_pool2d(
     """
     refers = _OPERATOR2D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
     run = conv_pool2d_reference if refers else conv_pool2d_folded
-    return add_terms(run(x_BTIHW, weight_OhwI, bias_O), residual_BTOHW, None)
+    return add(run(x_BTIHW, weight_OhwI, bias_O), residual_BTOHW)
 
 
 def conv_pool3d_reference(
@@ -134,7 +134,7 @@ def conv_pool3d(
     """
     refers = _OPERATOR3D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
     run = conv_pool3d_reference if refers else conv_pool3d_folded
-    return add_terms(run(x_BTIHW, weight_OthwI, bias_O, pooling), residual_BTOHW, None)
+    return add(run(x_BTIHW, weight_OthwI, bias_O, pooling), residual_BTOHW)
 
 
 def _check(x_BTCHW: Tensor, pooling: Pooling) -> None:

@@ -25,8 +25,9 @@ Implementations: "triton" (fp32, fp16, bf16), "pytorch" (the same passes in PyTo
 any device), "reference". Derivatives of order two and higher are the reference's in all of them.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,48 +175,59 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _normalize_backward(ctx: Any, dy_BTSC: Tensor) -> tuple[Tensor | None, ...]:
-    x, gain, bias, mean, var = ctx.saved_tensors
     dresidual = None if ctx.residual_dtype is None else dy_BTSC.to(ctx.residual_dtype)
     rest = dresidual, None, None, None, None, None
     if torch.is_grad_enabled():  # a graph of the backward pass is wanted
         return *_differentiable_gradients(ctx, dy_BTSC), *rest
+    form = Form(ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl)
+    return *gradients(dy_BTSC, ctx.saved_tensors, form, ctx.needs_input_grad[:5]), *rest
 
-    wants_x, wants_gain, wants_bias, wants_mean, wants_var = ctx.needs_input_grad[:5]
+
+def gradients(
+    dy_BTSC: Tensor, tensors: Sequence[Tensor], form: "Form", wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Those of `tensors` = (x, gain, bias, mean, var) that are wanted, in the closed form."""
+    x, gain, bias, mean, var = tensors
+    wants_x, wants_gain, wants_bias, wants_mean, wants_var = wanted
     dy_BTSC = dy_BTSC.contiguous()
     arguments = dy_BTSC, x, gain, bias, mean, var
     grads: dict[str, Tensor] = {}
     terms = None
-    if ctx.own_statistics or wants_gain or wants_bias or wants_mean or wants_var:
-        sums, weighted = frame_norm_sums(*arguments, ctx.eps, ctx.relu, ctx.impl)
+    if form.own_statistics or wants_gain or wants_bias or wants_mean or wants_var:
+        sums, weighted = frame_norm_sums(*arguments, form.eps, form.relu, form.impl)
         grads["bias"], grads["gain"] = (
             total.sum_to_size(scale.shape).to(scale.dtype)
             for total, scale in zip(sums, (bias, gain), strict=True)
         )
-        if ctx.own_statistics:
-            count = x.shape[0] * x.shape[2] * num_ranks(ctx.group)
-            terms = sum_over(weighted, ctx.group) / count
+        if form.own_statistics:
+            count = x.shape[0] * x.shape[2] * num_ranks(form.group)
+            terms = sum_over(weighted, form.group) / count
         else:
-            rstd = torch.rsqrt(var + ctx.eps)
+            rstd = torch.rsqrt(var + form.eps)
             grads["mean"], grads["var"] = -weighted[0] * rstd, -0.5 * weighted[1] * rstd.square()
     if wants_x:
-        grads["x"] = frame_norm_dx(*arguments, terms, ctx.eps, ctx.relu, ctx.impl)
-    return *(grads.get(name) for name in ("x", "gain", "bias", "mean", "var")), *rest
+        grads["x"] = frame_norm_dx(*arguments, terms, form.eps, form.relu, form.impl)
+    return [grads.get(name) for name in ("x", "gain", "bias", "mean", "var")]
 
 
 def _differentiable_gradients(ctx: Any, dy_BTSC: Tensor) -> list[Tensor | None]:
     """The gradients of all but the residual as the reference's, which have derivatives."""
-    tensors = x_BTSC, gain, bias, mean_TC, var_TC = ctx.saved_tensors
-    if ctx.own_statistics:
-        mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC, ctx.group)
-    y_BTSC = frame_norm_pytorch.normalize(
-        x_BTSC, gain, bias, mean_TC, var_TC, None, ctx.eps, ctx.relu
-    )
+    tensors = ctx.saved_tensors
+    form = Form(ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl)
+    y_BTSC = differentiable(with_own_statistics(tensors, form), form)
     wanted = [i for i, wants in enumerate(ctx.needs_input_grad[:5]) if wants]
     grads = torch.autograd.grad(
         y_BTSC, [tensors[i] for i in wanted], dy_BTSC, create_graph=True, allow_unused=True
     )
     found = dict(zip(wanted, grads, strict=True))
     return [found.get(i) for i in range(5)]
+
+
+def with_own_statistics(tensors: Sequence[Tensor], form: "Form") -> Sequence[Tensor]:
+    """(x, gain, bias, mean, var), the last two as functions of x where they are x's own."""
+    if not form.own_statistics:
+        return tensors
+    return *tensors[:3], *frame_norm_pytorch.moments(tensors[0], form.group)
 
 
 frame_normalize.register_autograd(_normalize_backward, setup_context=_save_inputs)
@@ -230,7 +242,7 @@ def frame_statistics(x_BTCHW: Tensor, *, impl: str | None = None) -> tuple[Tenso
     fp32, and fp64 for fp64. `impl` as in `kernels.implementation`. Raises ValueError for an empty
     video, ImplementationError for an implementation that cannot run.
     """
-    x_BTSC = _rows(x_BTCHW)
+    x_BTSC = rows(x_BTCHW)
     _require_values(x_BTCHW)
     impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
     return frame_norm_pytorch.moments(x_BTSC) if impl == REFERENCE else frame_moments(x_BTSC, impl)
@@ -261,33 +273,76 @@ def frame_norm(
     `statistics` together with `group`; ImplementationError for an implementation that cannot run.
     """
     _check(x_BTCHW, gain, bias, residual, statistics)
+    tensors, form = prepare(x_BTCHW, gain, bias, relu, eps, statistics, group, impl)
+    return apply(tensors, form, x_BTCHW.shape[3:], residual)
+
+
+def apply(
+    tensors: "Tensors", form: "Form", size: tuple[int, ...], residual: Tensor | None = None
+) -> Tensor:
+    """y of H x W = `size`, of what `prepare` made."""
+    residual_BTSC = None if residual is None else rows(residual)
+    if form.impl == REFERENCE:
+        y_BTSC = differentiable(tensors, form, residual_BTSC)
+    else:
+        y_BTSC = frame_normalize(*tensors, residual_BTSC, *form)
+    return y_BTSC.unflatten(2, size).permute(0, 1, 4, 2, 3)
+
+
+class Form(NamedTuple):
+    """How a norm is computed, as `frame_normalize` takes it."""
+
+    eps: float
+    relu: bool
+    own_statistics: bool
+    group: str
+    impl: str
+
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def prepare(
+    x_BTCHW: Tensor,
+    gain: Tensor,
+    bias: Tensor,
+    relu: bool,
+    eps: float,
+    statistics: tuple[Tensor, Tensor] | None,
+    group: dist.ProcessGroup | None,
+    impl: str | None,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensors, Form]:
+    """Arguments of `frame_normalize`: (x, gain, bias, mean, var) and the form. As `frame_norm`;
+    `moments`, mean and variance of x by whoever made x, saves taking them."""
     if statistics is None:
         _require_values(x_BTCHW)
     elif group is not None:
         raise ValueError("given statistics are not synchronised: pass either them or a group")
-    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
-    x_BTSC = _rows(x_BTCHW)
+    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype) if x_BTCHW.numel() else REFERENCE
+    form = Form(eps, relu, statistics is None, group_name(group), impl)
+    x_BTSC = rows(x_BTCHW)
     gain_BtC, bias_BtC = (v[:, None] if v.dim() == 2 else v for v in (gain, bias))
-    residual_BTSC = None if residual is None else _rows(residual)
-    ranks = group_name(group)
-    if impl == REFERENCE or x_BTCHW.numel() == 0:
-        mean_TC, var_TC = statistics or frame_norm_pytorch.moments(x_BTSC, ranks)
-        y_BTSC = frame_norm_pytorch.normalize(
-            x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, residual_BTSC, eps, relu
-        )
+    if statistics is not None:
+        dtype = torch.promote_types(x_BTCHW.dtype, torch.float32)
+        mean_TC, var_TC = (v.to(dtype).contiguous() for v in statistics)
+    elif impl == REFERENCE:
+        mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC, form.group)
     else:
-        if statistics is None:
-            with torch.no_grad():  # frame_normalize takes the gradient through them as well
-                mean_TC, var_TC = frame_moments(x_BTSC, impl)
-                mean_TC, var_TC = _synchronized(mean_TC, var_TC, ranks)
-        else:
-            dtype = torch.promote_types(x_BTCHW.dtype, torch.float32)
-            mean_TC, var_TC = (v.to(dtype).contiguous() for v in statistics)
-        y_BTSC = frame_normalize(
-            x_BTSC, gain_BtC.contiguous(), bias_BtC.contiguous(), mean_TC, var_TC, residual_BTSC,
-            eps, relu, statistics is None, ranks, impl,
-        )  # fmt: skip
-    return y_BTSC.unflatten(2, x_BTCHW.shape[3:]).permute(0, 1, 4, 2, 3)
+        with torch.no_grad():  # frame_normalize takes the gradient through them as well
+            mean_TC, var_TC = moments or frame_moments(x_BTSC, impl)
+            mean_TC, var_TC = _synchronized(mean_TC, var_TC, form.group)
+    return (x_BTSC, gain_BtC.contiguous(), bias_BtC.contiguous(), mean_TC, var_TC), form
+
+
+def differentiable(
+    tensors: Sequence[Tensor], form: Form, residual_BTSC: Tensor | None = None
+) -> Tensor:
+    """y in plain operators, with derivatives of any order, of what `prepare` made."""
+    x, gain, bias, mean, var = tensors
+    return frame_norm_pytorch.normalize(
+        x, gain, bias, mean, var, residual_BTSC, form.eps, form.relu
+    )
 
 
 def _synchronized(mean_TC: Tensor, var_TC: Tensor, group: str) -> tuple[Tensor, Tensor]:
@@ -303,7 +358,7 @@ def _synchronized(mean_TC: Tensor, var_TC: Tensor, group: str) -> tuple[Tensor, 
     return mean.to(mean_TC.dtype), (second - mean.square()).clamp_min(0).to(var_TC.dtype)
 
 
-def _rows(x_BTCHW: Tensor) -> Tensor:
+def rows(x_BTCHW: Tensor) -> Tensor:
     """[B, T, C, H, W] → contiguous [B, T, S, C]; copies only what is not channels last."""
     return channels_last(x_BTCHW).permute(0, 1, 3, 4, 2).flatten(2, 3)
 

@@ -10,31 +10,38 @@ Bytes: x once, y once, and the intermediate twice as long as the halves are sepa
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels.conv import conv2d
-from kernels.layout import channels_last, conv2d_weight
+from kernels.convolution import Layout, Normalized, convolve, source_of
 from kernels.low_skip import LowSkip
 
 
 def separable_conv3d(
-    x_BTIHW: Tensor,
+    x_BTIHW: Tensor | Normalized,
     temporal_weight_OtI: Tensor,
     spatial_weight_OhwO: Tensor,
     bias_O: Tensor | None = None,
     *,
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """Returns [B, T, O, H, W]; `residual` and `skip` are added after the spatial half."""
-    height, width = x_BTIHW.shape[-2:]
+    """Returns [B, T, O, H, W]; `residual` and `skip` are added after the spatial half.
+
+    Kept for backward: x, or what it is the norm of, and the intermediate. `impl` as in
+    `kernels.implementation`. Raises ValueError for an x_l that does not fit.
+    """
+    height, width = source_of(x_BTIHW).shape[-2:]
+    size = Layout((height, width))
     # With H and W as one axis the temporal half is a (3, 1) conv2d on a channels-last view, with
     # no copy: conv2d has the better kernels, and bf16 conv3d is wrong in some cuDNN versions.
-    x_BITS = channels_last(x_BTIHW).transpose(1, 2).flatten(3)
-    taps = conv2d_weight(temporal_weight_OtI.unsqueeze(2))
-    padding = (temporal_weight_OtI.shape[1] // 2, 0)
-    mixed_BOTS = F.conv2d(x_BITS, taps, padding=padding)
-    mixed_BTOHW = mixed_BOTS.unflatten(3, (height, width)).transpose(1, 2)
-    return conv2d(
-        mixed_BTOHW, spatial_weight_OhwO, bias_O, residual_BTOHW=residual_BTOHW, skip=skip
+    over_time = size._replace(columns=True)
+    mixed_BTOHW = convolve(x_BTIHW, temporal_weight_OtI.unsqueeze(2), None, over_time, impl=impl)
+    return convolve(
+        mixed_BTOHW,
+        spatial_weight_OhwO,
+        bias_O,
+        size,
+        residual_BTOHW=residual_BTOHW,
+        skip=skip,
+        impl=impl,
     )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.convolution import Layout, Normalized, convolve, source_of, value_of
 from kernels.folding import phase_kernels, upsampling_kernel
 from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
 from kernels.layout import conv2d_weight, fold_frames, unfold_frames
@@ -49,7 +50,7 @@ def upsample_conv_reference(
 
 
 def upsample_conv(
-    x_BTIHW: Tensor,
+    x_BTIHW: Tensor | Normalized,
     weight_OhwI: Tensor,
     bias_O: Tensor | None = None,
     *,
@@ -62,25 +63,23 @@ def upsample_conv(
     """
     if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3)):
         raise ValueError(f"the weight must be 1x1 or 3x3, not {tuple(weight_OhwI.shape[1:3])}")
-    chosen = _OPERATOR.choose(impl, x_BTIHW.device, x_BTIHW.dtype)
+    video = source_of(x_BTIHW)
+    chosen = _OPERATOR.choose(impl, video.device, video.dtype)
     if chosen == REFERENCE:
-        return upsample_conv_reference(x_BTIHW, weight_OhwI, bias_O)
-    if weight_OhwI.shape[1:3] == (1, 1):
-        run = _commuted
-    else:
-        run = _transposed if chosen == "transposed" else _shuffled
-    frames = fold_frames(x_BTIHW)
-    return unfold_frames(run(frames, weight_OhwI, _cast(bias_O, frames.dtype)), x_BTIHW.shape[1])
+        return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O)
+    if chosen == "transposed" and weight_OhwI.shape[1:3] == (3, 3):
+        height, width = video.shape[-2:]
+        kernel = upsampling_kernel(weight_OhwI).to(video.dtype)
+        layout = Layout((height, width), upsample=True)
+        return convolve(x_BTIHW, kernel, _cast(bias_O, video.dtype), layout)
+    run = _commuted if weight_OhwI.shape[1:3] == (1, 1) else _shuffled
+    frames = fold_frames(value_of(x_BTIHW))
+    return unfold_frames(run(frames, weight_OhwI, _cast(bias_O, frames.dtype)), video.shape[1])
 
 
 def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
     projected = F.conv2d(x_NIHW, conv2d_weight(weight_OhwI.to(x_NIHW.dtype)), bias_O)
     return F.interpolate(projected, scale_factor=2.0, mode="nearest")
-
-
-def _transposed(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
-    kernel_IOhw = upsampling_kernel(weight_OhwI).to(x_NIHW.dtype).permute(3, 0, 1, 2)
-    return F.conv_transpose2d(x_NIHW, kernel_IOhw, bias_O, stride=2, padding=1)
 
 
 def _shuffled(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:

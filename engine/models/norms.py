@@ -36,8 +36,11 @@ class FrameNorm(nn.Module):
         self.group: dist.ProcessGroup | None = None
         """The ranks whose samples share the batch's statistics; None for this rank alone."""
 
-    def forward(self, x_BTCHW: Tensor, condition_BK: Tensor) -> Tensor:
-        """Returns the shape and dtype of x. Raises UserError at a length other than the fixed."""
+    def forward(self, x_BTCHW: Tensor, condition_BK: Tensor) -> kernels.Normalized:
+        """What a convolution takes in place of the normalised x, so that it need not keep it.
+
+        Raises UserError at a length other than the fixed.
+        """
         statistics: tuple[Tensor, Tensor] | None = None
         if self.mean is not None and self.var is not None:
             if len(self.mean) != x_BTCHW.shape[1]:
@@ -52,9 +55,7 @@ class FrameNorm(nn.Module):
         gain_BC = 1 + self.gain(condition_BK)
         bias_BC = self.bias(condition_BK)
         group = self.group if statistics is None else None
-        return kernels.frame_norm(
-            x_BTCHW, gain_BC, bias_BC, relu=True, statistics=statistics, group=group
-        )
+        return kernels.Normalized(x_BTCHW, gain_BC, bias_BC, statistics, group)
 
     def start_accumulating(self) -> None:
         """Use the batch's statistics again and remember them from now on."""

@@ -127,11 +127,11 @@ def test_2d_block_is_what_the_paper_draws() -> None:
     for upsample, out in ((False, 6), (False, 4), (True, 6)):
         block = GeneratorBlock2D(6, out, 5, upsample=upsample, inject=False)
         _scramble_biases(block)
-        h = block.norm1(x, cond)
+        h = block.norm1(x, cond).value()
         h, shortcut = (
             v.repeat_interleave(2, 3).repeat_interleave(2, 4) if upsample else v for v in (h, x)
         )
-        h = block.norm2(kernels.conv2d(h, *block.conv1(torch.float32)), cond)
+        h = block.norm2(kernels.conv2d(h, *block.conv1(torch.float32)), cond).value()
         h = kernels.conv2d(h, *block.conv2(torch.float32))
         if upsample or out != 6:
             assert block.shortcut is not None
@@ -146,8 +146,8 @@ def test_3d_block_is_residual() -> None:
     x, cond = torch.randn(2, 3, 6, 4, 4), torch.randn(2, 5)
     block = GeneratorBlock3D(6, 5, inject=False)
     _scramble_biases(block)
-    h = kernels.separable_conv3d(block.norm1(x, cond), *block.conv1(torch.float32))
-    h = kernels.separable_conv3d(block.norm2(h, cond), *block.conv2(torch.float32))
+    h = kernels.separable_conv3d(block.norm1(x, cond).value(), *block.conv1(torch.float32))
+    h = kernels.separable_conv3d(block.norm2(h, cond).value(), *block.conv2(torch.float32))
     torch.testing.assert_close(block(x, cond, None), h + x, check_stride=False)
 
 

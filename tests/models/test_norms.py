@@ -22,8 +22,8 @@ def test_condition_makes_gain_and_bias() -> None:
     x, cond = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 3)
     gain = 1 + cond @ norm.gain.normalized().T
     bias = cond @ norm.bias.normalized().T
-    torch.testing.assert_close(norm(x, cond), kernels.frame_norm(x, gain, bias))
-    neutral = norm(x, torch.zeros(2, 3))
+    torch.testing.assert_close(norm(x, cond).value(), kernels.frame_norm(x, gain, bias))
+    neutral = norm(x, torch.zeros(2, 3)).value()
     torch.testing.assert_close(neutral, kernels.frame_norm(x, torch.ones(2, 4), torch.zeros(2, 4)))
 
 
@@ -44,8 +44,8 @@ def test_a_pass_that_collects_still_uses_its_own_batch() -> None:
     torch.manual_seed(0)
     norm = FrameNorm(4, 3)
     x, other, cond = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 3, 4, 5, 5) + 5, torch.randn(2, 3)
-    expected, outputs = norm(x, cond), []
-    collect_statistics(norm, lambda i: outputs.append(norm(x if i else other, cond)), 2)
+    expected, outputs = norm(x, cond).value(), []
+    collect_statistics(norm, lambda i: outputs.append(norm(x if i else other, cond).value()), 2)
     torch.testing.assert_close(outputs[1], expected)
     assert not outputs[1].requires_grad
 

@@ -1,0 +1,284 @@
+"""Convolutions with a norm before and terms after them: values, gradients, and what they keep."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+
+B, T, H, W = 2, 4, 4, 6
+IN, OUT = 5, 6
+Tensors = dict[str, Tensor]
+
+
+def draw(
+    names: list[str], taps: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Tensors:
+    """Everything that `names` asks for besides x, the weights and the bias."""
+    random = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (B, T, IN, H, W),
+        "weight": (OUT, *taps, IN),
+        "spatial": (OUT, 3, 3, OUT),
+        "bias": (OUT,),
+        "gain": (B, IN),
+        "shift": (B, IN),
+        "mean": (T, IN),
+        "var": (T, IN),
+        "residual": (B, T, OUT, H, W),
+        "low": (B, T // 2, 3, 2 * H, W),
+        "low_weight": (OUT, 1, 1, 3),
+        "low_bias": (OUT,),
+    }
+    drawn = {k: torch.randn(shapes[k], generator=random, dtype=torch.float64) for k in names}
+    if "var" in drawn:
+        drawn["var"] = drawn["var"].square() + 0.5
+    return {name: value.to(dtype) for name, value in drawn.items()}
+
+
+def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
+    """The operator `kind` on whatever of its inputs are there."""
+    x: Any = tensors["x"]
+    if "gain" in tensors:
+        statistics = (tensors["mean"], tensors["var"]) if "mean" in tensors else None
+        x = kernels.Normalized(x, tensors["gain"], tensors["shift"], statistics)
+    if kind == "upsample":
+        return kernels.upsample_conv(x, tensors["weight"], tensors["bias"], impl=impl)
+    skip = None
+    if "low" in tensors:
+        skip = kernels.LowSkip(*(tensors[k] for k in ("low", "low_weight", "low_bias")))
+    terms: dict[str, Any] = {"residual_BTOHW": tensors.get("residual"), "skip": skip}
+    if kind == "separable":
+        weights = tensors["weight"], tensors["spatial"]
+        return kernels.separable_conv3d(x, *weights, tensors["bias"], **terms, impl=impl)
+    return kernels.conv2d(x, tensors["weight"], tensors["bias"], **terms, impl=impl)
+
+
+NORM, GIVEN = ["gain", "shift"], ["gain", "shift", "mean", "var"]
+TERMS = ["residual", "low", "low_weight", "low_bias"]
+KINDS = {"conv 3x3": (3, 3), "conv 1x1": (1, 1), "separable": (3,), "upsample": (3, 3)}
+CASES = [
+    (kind, [*norm, *terms])
+    for kind in KINDS
+    for norm in ([], NORM, GIVEN)
+    for terms in ([], TERMS)
+    if kind != "upsample" or not terms
+]
+
+
+def case(kind: str, more: list[str], **options: Any) -> Tensors:
+    spatial = ["spatial"] if kind == "separable" else []
+    return draw(["x", "weight", *spatial, "bias", *more], KINDS[kind], **options)
+
+
+def gradients(function: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensors:
+    """y, and the gradient of everything from a random upstream."""
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    y = function(leaves)
+    upstream = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(y.dtype)
+    grads = torch.autograd.grad(y, list(leaves.values()), upstream)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def plain(kind: str, tensors: Tensors) -> Tensor:
+    """Operator by operator, through autograd."""
+    with kernels.use("reference"):
+        return run(kind, tensors)
+
+
+@pytest.mark.parametrize(("kind", "more"), CASES, ids=str)
+def test_equals_the_operators_one_by_one(kind: str, more: list[str]) -> None:
+    tensors = case(kind, more)
+    expected = gradients(partial(plain, kind), tensors)
+    got = gradients(partial(run, kind), tensors)
+    assert expected.keys() == got.keys() == {"y", *tensors}
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        assert scale > 0.01, name
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-13 * scale, msg=name)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    which=st.sampled_from(CASES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_as_close_to_the_truth_as_one_by_one(
+    which: tuple[str, list[str]], dtype: torch.dtype, seed: int
+) -> None:
+    """In the same dtype; statistics, gain and shift are fp32, as models give them."""
+    kind, more = which
+    tensors = case(kind, more, dtype=dtype, seed=seed)
+    kept = {k: v.float() for k, v in tensors.items() if k in GIVEN}
+    tensors |= kept
+    truth = gradients(partial(plain, kind), {k: v.double() for k, v in tensors.items()})
+    usual = gradients(partial(plain, kind), tensors)
+    got = gradients(partial(run, kind), tensors)
+    for name, exact in truth.items():
+        error, plain_error = ((v[name].double() - exact).norm().item() for v in (got, usual))
+        # Upsampling's folded kernel is rounded in place of the weight, and sums of four taps.
+        floor = 4 * torch.finfo(dtype).eps * exact.norm().item()
+        assert error <= 2 * plain_error + floor, name
+
+
+def test_any_layout_gives_the_same_result() -> None:
+    tensors = case("conv 3x3", [*NORM, *TERMS])
+    expected = gradients(partial(run, "conv 3x3"), tensors)
+    turned = {k: v.mT.contiguous().mT if v.dim() == 5 else v for k, v in tensors.items()}
+    assert turned["x"].stride() != tensors["x"].stride()
+    got = gradients(partial(run, "conv 3x3"), turned)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_given_by_the_maker_of_x_are_used_as_its_own(kind: str) -> None:
+    tensors = case(kind, NORM)
+
+    def told(leaves: Tensors) -> Tensor:
+        moments = kernels.frame_statistics(leaves["x"].detach())
+        x = kernels.Normalized(leaves["x"], leaves["gain"], leaves["shift"], moments=moments)
+        if kind == "separable":
+            return kernels.separable_conv3d(x, leaves["weight"], leaves["spatial"], leaves["bias"])
+        op = kernels.upsample_conv if kind == "upsample" else kernels.conv2d
+        return op(x, leaves["weight"], leaves["bias"])
+
+    expected = gradients(partial(plain, kind), tensors)
+    for name, value in gradients(told, tensors).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
+    # And they are used indeed: wrong ones give another y.
+    wrong = kernels.frame_statistics(tensors["x"] + 1)
+    x = kernels.Normalized(tensors["x"], tensors["gain"], tensors["shift"], moments=wrong)
+    own = kernels.Normalized(tensors["x"], tensors["gain"], tensors["shift"])
+    assert (x.value() - own.value()).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("kind", "more"), CASES, ids=str)
+def test_second_derivatives(kind: str, more: list[str]) -> None:
+    """Those of a nonlinear function of all gradients, against the composition's."""
+    tensors = case(kind, more)
+    seconds = []
+    for function in (run, plain):
+        leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+        y = function(kind, leaves)
+        grads = torch.autograd.grad(y.square().sum(), list(leaves.values()), create_graph=True)
+        total = torch.stack([g.square().sum() for g in grads]).sum()
+        seconds.append(torch.autograd.grad(total, list(leaves.values())))
+    for name, got, expected in zip(tensors, *seconds, strict=True):
+        scale = expected.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * scale, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str) -> None:
+    more = NORM if kind == "upsample" else [*NORM, *TERMS]
+    tensors = case(kind, more)
+    tensors["x"] = tensors["x"][:, :2, :, :2, :2]
+    if "low" in tensors:
+        tensors["residual"] = tensors["residual"][:, :2, :, :2, :2]
+        tensors["low"] = tensors["low"][:, :1, :, :4, :2]
+
+    def function(*values: Tensor) -> Tensor:
+        return run(kind, dict(zip(tensors, values, strict=True)))
+
+    assert torch.autograd.gradcheck(
+        function, [v.detach().requires_grad_() for v in tensors.values()]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("conv 3x3", GIVEN), ("separable", [*NORM, *TERMS]), ("upsample", NORM)],
+    ids=str,
+)
+def test_compiled_and_checkpointed_equal_eager(kind: str, more: list[str]) -> None:
+    tensors = case(kind, more, dtype=torch.float32)
+    function = partial(run, kind)
+    torch.compiler.reset()  # every case is a program of its own
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    def rerun(leaves: Tensors) -> Tensor:
+        y: Tensor = checkpoint(function, leaves, use_reentrant=False)
+        return y
+
+    expected = gradients(function, tensors)
+    for other in (compiled, rerun):
+        got = gradients(other, tensors)
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_two_runs_are_bit_equal_and_read_nothing_unwritten() -> None:
+    """The second finds NaN in all memory that it allocates."""
+    tensors = case("separable", [*NORM, *TERMS], dtype=torch.float32)
+    first = gradients(partial(run, "separable"), tensors)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        second = gradients(partial(run, "separable"), tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of distinct storages."""
+
+    x: int
+    rest: int
+
+
+def kept(kind: str, tensors: Tensors) -> Kept:
+    """What a call keeps for its backward pass, besides weights."""
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(v: Tensor) -> Tensor:
+        storages[v.untyped_storage()._cdata] = v.untyped_storage().nbytes()
+        alive.append(v)  # so that no storage takes another's place
+        return v
+
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    with saved_tensors_hooks(pack, lambda v: v):
+        run(kind, leaves)
+    own = {leaves[k].untyped_storage()._cdata for k in ("weight", "spatial") if k in leaves}
+    x = storages.pop(leaves["x"].untyped_storage()._cdata, 0)
+    return Kept(x, sum(size for key, size in storages.items() if key not in own))
+
+
+@pytest.mark.parametrize(
+    ("kind", "videos"), [("conv 3x3", 0), ("conv 1x1", 0), ("upsample", 0), ("separable", 1)]
+)
+def test_a_convolution_after_a_norm_keeps_x_alone(kind: str, videos: int) -> None:
+    """The separable one keeps what lies between its halves too; the residual is not kept."""
+    more = NORM if kind == "upsample" else [*NORM, *TERMS]
+    tensors = case(kind, more, dtype=torch.float32)
+    # Channels last, as videos are here: else x would be copied.
+    tensors["x"] = tensors["x"].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    got = kept(kind, tensors)
+    assert got.x == tensors["x"].nbytes
+    small = 2 * T * IN * 4 + 2 * B * IN * 4 + tensors["weight"].nbytes * 2
+    small += sum(tensors[k].nbytes for k in ("low", "low_weight") if k in tensors)
+    assert got.rest - videos * B * T * OUT * H * W * 4 <= small
+    with kernels.use("reference"):
+        assert kept(kind, tensors).rest > got.rest + tensors["x"].nbytes
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    tensors = case("conv 3x3", TERMS)
+    tensors["low"] = tensors["low"][..., :5]
+    with pytest.raises(ValueError, match="cannot be injected"):
+        run("conv 3x3", tensors)
