@@ -74,6 +74,8 @@ class Discriminators(Section):
     """Frames per clip that the spatial discriminator judges."""
     matching: bool = True
     """False is the ablation of Table 2; stage 1 has none in any case."""
+    pool_time: bool = False
+    """True: the 3x3x3 blocks of the temporal and matching ones halve time as well as space."""
 
 
 class Training(Section):
@@ -207,9 +209,21 @@ class Config(Section):
                     f"data.procedural.num_frames {made.num_frames} is too few: a clip of stage "
                     f"{number} spans {stage.num_source_frames} frames"
                 )
+            self._time_can_be_pooled(number)
         if self.data.procedural is not None and self.data.path is None:
             raise ValueError("data.procedural needs data.path, the folder to make videos in")
         return self
+
+    def _time_can_be_pooled(self, number: int) -> None:
+        """Two blocks that halve time need four frames; a matching discriminator sees x_l's."""
+        sizes, num_frames = self.stages[number].discriminators, self.stages[number].num_frames
+        if number > 1 and sizes.matching:
+            num_frames = self.upsampling(number).num_frames
+        if sizes.pool_time and num_frames < 4:
+            raise ValueError(
+                f"stage {number}: discriminators.pool_time needs at least 4 frames, and there are "
+                f"{num_frames}"
+            )
 
     @property
     def resolution(self) -> int:

@@ -276,6 +276,8 @@ MISTAKES_BETWEEN_KEYS = {
     "stages.2.num_frames=10":
         "stage 2 upsamples windows of 5 frames, but stage 1 generates only 4",
     "stages.1.joint=true": "stage 1: joint training starts with stage 2",
+    "stages.2.discriminators.pool_time=true":
+        "stage 2: discriminators.pool_time needs at least 4 frames, and there are 2",
     "stages={}": "stages must be numbered 1, 2, ...; found []",
     "data.procedural={}": "data.procedural needs data.path, the folder to make videos in",
     "data={path: a, procedural: {num_frames: 6}}":

@@ -17,9 +17,6 @@ from engine.models.norms import FrameNorm
 Temporal = Literal["conv_gru", "separable_conv"]
 LOW_CHANNELS = 3  # x_l is RGB
 
-# Decided: volumetric blocks pool space only, so that windows of three frames reach the scores.
-VOLUMETRIC_POOLING: kernels.Pooling = (1, 2, 2)
-
 
 class Injection(nn.Module):
     """The 1x1 convolution that adds x_l to a block's output (SSW-GAN, upsampling stages)."""
@@ -163,8 +160,9 @@ class GeneratorUnit(nn.Module):
 class DiscriminatorBlock(nn.Module):
     """(ReLU)-conv-ReLU-conv-(pool) plus a pooled 1x1 shortcut, without norm; 2D or 3x3x3.
 
-    The first block of a discriminator has no leading ReLU: it reads pixels. Pooling halves space
-    only. The shortcut pools before its 1x1 convolution, which commutes and costs a quarter.
+    The first block of a discriminator has no leading ReLU: it reads pixels. `pooling` is (1, 2, 2),
+    or (2, 2, 2) in a volumetric block, or None. The shortcut pools before its 1x1 convolution,
+    which commutes and costs a quarter.
     """
 
     def __init__(
@@ -174,10 +172,10 @@ class DiscriminatorBlock(nn.Module):
         *,
         volumetric: bool,
         leading_relu: bool,
-        pool: bool,
+        pooling: kernels.Pooling | None,
     ) -> None:
         super().__init__()
-        self.volumetric, self.leading_relu, self.pool = volumetric, leading_relu, pool
+        self.volumetric, self.leading_relu, self.pooling = volumetric, leading_relu, pooling
         kernel_size = (3, 3, 3) if volumetric else (3, 3)
         self.conv1 = Convolution(in_channels, channels, kernel_size)
         self.conv2 = Convolution(channels, channels, kernel_size)
@@ -185,15 +183,14 @@ class DiscriminatorBlock(nn.Module):
         self.shortcut = Convolution(in_channels, channels, (1, 1))
 
     def forward(self, x_BTCHW: Tensor) -> Tensor:
-        """Returns [B, T, channels, H, W], or H/2 x W/2 when pooling."""
-        dtype = x_BTCHW.dtype
+        """Returns [B, T, channels, H, W], or T, H and W halved as `pooling` says."""
+        dtype, pooling = x_BTCHW.dtype, self.pooling
         conv = kernels.conv3d if self.volumetric else kernels.conv2d
-        pooling = VOLUMETRIC_POOLING if self.volumetric else (1, 2, 2)
-        residual = kernels.average_pool(x_BTCHW, pooling) if self.pool else x_BTCHW
+        residual = x_BTCHW if pooling is None else kernels.average_pool(x_BTCHW, pooling)
         residual = kernels.conv2d(residual, *self.shortcut(dtype))
         h = F.relu(x_BTCHW) if self.leading_relu else x_BTCHW
         h = F.relu(conv(h, *self.conv1(dtype)))
-        if not self.pool:
+        if pooling is None:
             return conv(h, *self.conv2(dtype), residual_BTOHW=residual)
         # The weight as it is kept, in fp32: pooling is folded into it, and only then it is rounded.
         weight, bias = self.conv2(None)

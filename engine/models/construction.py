@@ -72,6 +72,7 @@ def build_discriminators(config: Config, stage_number: int) -> Discriminators:
         channels=sizes.channels,
         multipliers=sizes.multipliers,
         num_classes=num_classes,
+        pool_time=sizes.pool_time,
         compute_dtype=dtype,
     )
     if stage_number == 1 or not sizes.matching:
@@ -83,6 +84,7 @@ def build_discriminators(config: Config, stage_number: int) -> Discriminators:
         channels=sizes.channels,
         multipliers=sizes.multipliers,
         num_classes=num_classes,
+        pool_time=sizes.pool_time,
         compute_dtype=dtype,
     )
     return Discriminators(spatial, temporal, matching)

@@ -28,9 +28,9 @@ class Scores(NamedTuple):
     spatial: Tensor
     """[B, K], of the frames drawn."""
     temporal: Tensor
-    """[B, T]."""
+    """[B, T], fewer where time is pooled."""
     matching: Tensor | None
-    """[B, t], or None where the stage has no matching discriminator."""
+    """[B, t], likewise, or None where the stage has no matching discriminator."""
 
     @property
     def all(self) -> Tensor:
@@ -47,7 +47,9 @@ class ResidualTower(nn.Module):
 
     Every block but the last pools. Decided: pooling ends at 4x4 pixels, where the generator
     begins, so that stage 1's five blocks (32x32) keep two at 4x4. With `num_volumetric` blocks at
-    the input 3x3x3, the rest work on each time step by itself.
+    the input 3x3x3, the rest work on each time step by itself. Decided: the volumetric blocks
+    pool space only, so that windows of three frames reach the scores; with `pool_time` they halve
+    time as well.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ResidualTower(nn.Module):
         channels: int,
         multipliers: Sequence[int],
         num_volumetric: int,
+        pool_time: bool = False,
         num_classes: int | None,
         compute_dtype: torch.dtype,
     ) -> None:
@@ -65,14 +68,16 @@ class ResidualTower(nn.Module):
         self.compute_dtype = compute_dtype
         blocks, width = [], in_channels
         for number, multiplier in enumerate(multipliers):
+            volumetric = number < num_volumetric
             pool = number + 1 < len(multipliers) and resolution > SMALLEST_RESOLUTION
+            pooling: kernels.Pooling = (2 if volumetric and pool_time else 1, 2, 2)
             blocks.append(
                 DiscriminatorBlock(
                     width,
                     channels * multiplier,
-                    volumetric=number < num_volumetric,
+                    volumetric=volumetric,
                     leading_relu=number > 0,
-                    pool=pool,
+                    pooling=pooling if pool else None,
                 )
             )
             width = channels * multiplier
@@ -82,7 +87,7 @@ class ResidualTower(nn.Module):
         self.embedding = Embedding(num_classes, width) if num_classes else None
 
     def forward(self, x_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:
-        """Scores of every time step, [B, T], fp32."""
+        """Scores of every time step, [B, T] (pooled, T // 4), fp32."""
         if (labels_B is None) != (self.embedding is None):
             raise ValueError(
                 "a class-conditional discriminator needs labels"
@@ -142,6 +147,7 @@ class TemporalDiscriminator(nn.Module):
         channels: int,
         multipliers: Sequence[int],
         num_classes: int | None = None,
+        pool_time: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -151,6 +157,7 @@ class TemporalDiscriminator(nn.Module):
             channels=channels,
             multipliers=multipliers,
             num_volumetric=NUM_VOLUMETRIC_BLOCKS,
+            pool_time=pool_time,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )
@@ -172,6 +179,7 @@ class MatchingDiscriminator(nn.Module):
         channels: int,
         multipliers: Sequence[int],
         num_classes: int | None = None,
+        pool_time: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -182,6 +190,7 @@ class MatchingDiscriminator(nn.Module):
             channels=channels,
             multipliers=multipliers,
             num_volumetric=NUM_VOLUMETRIC_BLOCKS,
+            pool_time=pool_time,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )

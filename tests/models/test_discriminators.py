@@ -8,7 +8,11 @@ from torch.nn import functional as F
 
 import kernels
 from engine.models.blocks import DiscriminatorBlock
-from engine.models.discriminators import ResidualTower, draw_frame_indices
+from engine.models.discriminators import (
+    ResidualTower,
+    TemporalDiscriminator,
+    draw_frame_indices,
+)
 
 
 def clip(batch: int = 2, num_frames: int = 4, resolution: int = 16) -> Tensor:
@@ -122,10 +126,14 @@ def test_head_is_sum_pooling_and_projection() -> None:
 
 @pytest.mark.parametrize("volumetric", [False, True])
 @pytest.mark.parametrize("leading_relu", [False, True])
-@pytest.mark.parametrize("pool", [False, True])
-def test_block(volumetric: bool, leading_relu: bool, pool: bool) -> None:
+@pytest.mark.parametrize("pooling", [None, (1, 2, 2), (2, 2, 2)])
+def test_block(volumetric: bool, leading_relu: bool, pooling: kernels.Pooling | None) -> None:
+    if pooling == (2, 2, 2) and not volumetric:
+        return  # frames of a 2D block are judged alone
     torch.manual_seed(0)
-    block = DiscriminatorBlock(3, 5, volumetric=volumetric, leading_relu=leading_relu, pool=pool)
+    block = DiscriminatorBlock(
+        3, 5, volumetric=volumetric, leading_relu=leading_relu, pooling=pooling
+    )
     for convolution in (block.conv1, block.conv2, block.shortcut):
         torch.nn.init.normal_(convolution.bias)
     x = torch.randn(2, 3, 3, 8, 8)
@@ -133,8 +141,9 @@ def test_block(volumetric: bool, leading_relu: bool, pool: bool) -> None:
     h = conv(F.relu(x) if leading_relu else x, *block.conv1(torch.float32))
     h = conv(F.relu(h), *block.conv2(torch.float32))
     h = h + kernels.conv2d(x, *block.shortcut(torch.float32))
-    expected = F.avg_pool3d(h, (1, 2, 2)) if pool else h
-    torch.testing.assert_close(block(x), expected, check_stride=False)
+    if pooling is not None:  # avg_pool3d takes [B, C, T, H, W]
+        h = F.avg_pool3d(h.transpose(1, 2), pooling).transpose(1, 2)
+    torch.testing.assert_close(block(x), h, check_stride=False)
 
 
 def test_blocks_of_a_tower() -> None:
@@ -146,8 +155,8 @@ def test_blocks_of_a_tower() -> None:
     assert [b.leading_relu for b in temporal] == [False, True, True]
     assert [b.volumetric for b in temporal] == [True, True, False]
     assert [b.volumetric for b in spatial] == [False, False, False]
-    assert [b.pool for b in spatial] == [True, True, False]  # 16 → 8 → 4
-    assert [b.pool for b in temporal] == [True, False, False]  # 8 → 4
+    assert [b.pooling for b in spatial] == [(1, 2, 2), (1, 2, 2), None]  # 16 → 8 → 4
+    assert [b.pooling for b in temporal] == [(1, 2, 2), None, None]  # 8 → 4
     shallow = ResidualTower(
         in_channels=3,
         resolution=32,
@@ -157,7 +166,17 @@ def test_blocks_of_a_tower() -> None:
         num_classes=None,
         compute_dtype=torch.float32,
     )
-    assert [b.pool for b in shallow.blocks] == [True, False]  # the last never does
+    assert [b.pooling for b in shallow.blocks] == [(1, 2, 2), None]  # the last never does
+
+
+def test_time_is_pooled_where_asked_for_and_in_volumetric_blocks_only() -> None:
+    torch.manual_seed(0)
+    network = TemporalDiscriminator(
+        resolution=64, channels=4, multipliers=(1, 2, 2, 2), pool_time=True
+    )
+    pooling = [b.pooling for b in network.tower.blocks]
+    assert pooling == [(2, 2, 2), (2, 2, 2), (1, 2, 2), None]
+    assert network(torch.randn(2, 12, 3, 64, 64), None).shape == (2, 3)
 
 
 def test_bf16_scores_are_fp32_and_close() -> None:

@@ -6,25 +6,9 @@ import pytest
 from step_costs import count_forward
 
 import kernels
-from engine.configuration import Config, load_config
-from engine.models import blocks
+from engine.configuration import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-@pytest.fixture(scope="module")
-def config() -> Config:
-    return load_config(CONFIGS / "kinetics600.yaml")
-
-
-@pytest.fixture(params=["time kept", "time pooled"])
-def time_pooled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both readings of the paper's "average pooling": volumetric blocks that keep time, as ours
-    do, and those that halve it, which an earlier, independent count assumed."""
-    pooled = request.param == "time pooled"
-    if pooled:
-        monkeypatch.setattr(blocks, "VOLUMETRIC_POOLING", (2, 2, 2))
-    return pooled
 
 
 # (stage, time pooled): TFLOP per sample and step; G, spatial, temporal, matching D in GFLOP.
@@ -42,11 +26,15 @@ FOLDED = {
 }
 
 
+@pytest.mark.parametrize("time_pooled", [False, True], ids=["time kept", "time pooled"])
 @pytest.mark.parametrize("stage_number", [1, 2])
-def test_step(
-    config: Config, stage_number: int, time_pooled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stage 1 also gains what its ConvGRU leaves out: 55 of the 306 GFLOP in G."""
+def test_step(stage_number: int, time_pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both readings of the paper's "average pooling" in volumetric blocks.
+
+    Stage 1 also gains what its ConvGRU leaves out: 55 of the 306 GFLOP in G.
+    """
+    key = f"stages.{stage_number}.discriminators.pool_time={str(time_pooled).lower()}"
+    config = load_config(CONFIGS / "kinetics600.yaml", [key])
     folded = count_forward(config, stage_number)
     with kernels.use("reference"):
         monkeypatch.setattr(kernels, "conv_gru", kernels.conv_gru_reference)
