@@ -6,7 +6,7 @@ reference, a composition of differentiable PyTorch operators that works in fp64 
 `kernels.implementation` says how it is chosen among what else there is.
 """
 
-from kernels.conv import conv2d, conv3d
+from kernels.conv import conv2d, conv2d_with_moments, conv3d
 from kernels.conv_gru import conv_gru, conv_gru_reference
 from kernels.conv_pool import (
     Pooling,
@@ -16,22 +16,28 @@ from kernels.conv_pool import (
     conv_pool3d,
     conv_pool3d_reference,
 )
-from kernels.convolution import Normalized
+from kernels.convolution import Moments, Normalized
 from kernels.frame_norm import frame_norm, frame_statistics
 from kernels.implementation import ImplementationError, implementations, set_default, use
 from kernels.low_skip import LowSkip, add_low_skip
-from kernels.separable_conv3d import separable_conv3d
+from kernels.separable_conv3d import separable_conv3d, separable_conv3d_with_moments
 from kernels.spectral_norm import power_iteration_, spectral_normalize
-from kernels.upsample_conv import upsample_conv, upsample_conv_reference
+from kernels.upsample_conv import (
+    upsample_conv,
+    upsample_conv_reference,
+    upsample_conv_with_moments,
+)
 
 __all__ = [
     "ImplementationError",
     "LowSkip",
+    "Moments",
     "Normalized",
     "Pooling",
     "add_low_skip",
     "average_pool",
     "conv2d",
+    "conv2d_with_moments",
     "conv3d",
     "conv_gru",
     "conv_gru_reference",
@@ -44,9 +50,11 @@ __all__ = [
     "implementations",
     "power_iteration_",
     "separable_conv3d",
+    "separable_conv3d_with_moments",
     "set_default",
     "spectral_normalize",
     "upsample_conv",
     "upsample_conv_reference",
+    "upsample_conv_with_moments",
     "use",
 ]

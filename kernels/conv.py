@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.convolution import Layout, Normalized, convolve, source_of
+from kernels.convolution import Moments, Normalized, convolve, size_of
+from kernels.convolution_pytorch import Layout
 from kernels.layout import (
     channels_last,
     conv3d_weight,
@@ -34,16 +35,22 @@ def conv2d(
 
     `impl` as in `kernels.implementation`. Raises ValueError for an x_l that does not fit.
     """
-    height, width = source_of(x_BTIHW).shape[-2:]
-    return convolve(
-        x_BTIHW,
-        weight_OhwI,
-        bias_O,
-        Layout((height, width)),
-        residual_BTOHW=residual_BTOHW,
-        skip=skip,
-        impl=impl,
+    layout = Layout(size_of(x_BTIHW))
+    y_BTOHW, _ = convolve(
+        x_BTIHW, weight_OhwI, bias_O, layout, residual_BTOHW=residual_BTOHW, skip=skip, impl=impl
     )
+    return y_BTOHW
+
+
+def conv2d_with_moments(
+    x_BTIHW: Tensor | Normalized,
+    weight_OhwI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """As `conv2d`, and the moments of the result where they cost little (else None)."""
+    return convolve(x_BTIHW, weight_OhwI, bias_O, Layout(size_of(x_BTIHW)), moments=True, impl=impl)
 
 
 def conv3d(

@@ -9,39 +9,57 @@ would keep x and a. The residual and y are not kept at all.
 
 Shapes: B batch, T frames, S = H·W pixels, I input and O output channels; x is rows [B, T, S, I],
 contiguous. W is [O, a, b, I] over two axes, rows and columns of a frame or (`Layout.columns`) time
-and all pixels. Bytes per element in bf16, kept: 2 for x (shared with whatever else keeps x).
-Moved: x and y once each by the convolution, and by what surrounds it
+and all pixels. Kept: 2 bytes per value of x in bf16, shared with whatever else keeps x. Moved
+besides what the convolution itself reads and writes, bytes per value in bf16: 4 for `a`, and
 
-| implementation | prologue | bias, residual, x_l, moments of y             |
-|----------------|----------|-----------------------------------------------|
-| triton         | a: 4     | in the convolution's epilogue: residual once  |
-| epilogue       | a: 4     | one pass over y: 4, residual 2                |
-| pytorch        | a: 4     | a pass each                                   |
+| implementation | b, residual, x_l and the moments of y              |
+|----------------|----------------------------------------------------|
+| triton         | 2 for the residual: all in the product's epilogue  |
+| epilogue       | 4, and 2 for the residual: one pass over cuDNN's y |
+| pytorch        | a pass each                                        |
 
-Derivatives of order two and higher are those of the composition of differentiable operators.
+Moments are the mean and variance of y per (time step, channel), for a norm that comes next;
+"pytorch" and the reference leave them to that norm. Gradients are PyTorch's convolutions in every
+implementation. Derivatives of order two and higher are those of the composition of differentiable
+operators.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from kernels import convolution_pytorch
 from kernels import frame_norm as norms
+from kernels.convolution_pytorch import Layout, as_video
 from kernels.implementation import (
     REFERENCE,
     Implementation,
+    ImplementationError,
     Operator,
     everywhere,
+    triton_obstacle,
+    triton_reluctance,
 )
-from kernels.low_skip import LowSkip, add_low_skip, add_projected_, low_skip_gradients
+from kernels.low_skip import LowSkip, add_low_skip, low_skip_gradients
 
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance per (time step, channel), [T, C] each, without a gradient."""
 
-OPERATOR = Operator("convolution", Implementation("pytorch", everywhere))
+
+def _unmeasured(device: torch.device, dtype: torch.dtype) -> str | None:
+    return triton_reluctance(device, dtype) or "it has not been measured against cuDNN"
+
+
+OPERATOR = Operator(
+    "convolution",
+    Implementation("triton", triton_obstacle, _unmeasured),
+    Implementation("epilogue", triton_obstacle, triton_reluctance),
+    Implementation("pytorch", everywhere),
+)
 
 
 @dataclass(frozen=True)
@@ -77,25 +95,15 @@ class Normalized:
         )
 
 
-class Layout(NamedTuple):
-    """What a convolution slides over, and how; it pads with zeros to the same size."""
-
-    size: tuple[int, int]
-    """H, W of x."""
-    columns: bool = False
-    """Over time and [H·W] instead of over H and W."""
-    upsample: bool = False
-    """Transposed, 4x4 with stride 2: `folding.upsampling_kernel`'s."""
-
-    def out(self) -> "Layout":
-        """Of y."""
-        scale = 2 if self.upsample else 1
-        return self._replace(size=(scale * self.size[0], scale * self.size[1]))
-
-
 def source_of(x: Tensor | Normalized) -> Tensor:
     """The tensor that exists: x itself, or what is to be normalised."""
     return x.video if isinstance(x, Normalized) else x
+
+
+def size_of(x: Tensor | Normalized) -> tuple[int, int]:
+    """H, W."""
+    height, width = source_of(x).shape[-2:]
+    return height, width
 
 
 def value_of(x: Tensor | Normalized) -> Tensor:
@@ -111,14 +119,19 @@ def convolve(
     *,
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
+    moments: bool = False,
     impl: str | None = None,
-) -> Tensor:
-    """Returns [B, T, O, H', W'] in the dtype of x, channels last in memory.
+) -> tuple[Tensor, Moments | None]:
+    """Returns y, [B, T, O, H', W'] in the dtype of x, channels last in memory, and its moments.
 
-    Raises ValueError for an x_l that does not fit.
+    They are None unless `moments` asks for them and the implementation has them for little.
+    Raises ValueError for an x_l that does not fit, ImplementationError for an implementation that
+    cannot run.
     """
     video = source_of(x_BTIHW)
     impl = OPERATOR.choose(impl, video.device, video.dtype)
+    if impl == "triton" and layout.upsample:
+        raise ImplementationError("upsampling convolutions have no form in Triton")
     norm_tensors: Sequence[Tensor | None]
     form: norms.Form | None
     if isinstance(x_BTIHW, Normalized):
@@ -127,11 +140,102 @@ def convolve(
         norm_tensors, form = (norms.rows(video), None, None, None, None), None
     residual = None if residual_BTOHW is None else norms.rows(residual_BTOHW)
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
+    own_moments = None
     if impl == REFERENCE or (form is not None and form.impl == REFERENCE):
         y_BTSO = _compose(layout, form, tensors)
+    elif moments and impl != "pytorch":
+        y_BTSO, *own_moments = _Convolution.apply(layout, form, impl, True, *tensors)
     else:
-        y_BTSO = _Convolution.apply(layout, form, impl, *tensors)
-    return _as_video(y_BTSO, layout.out())
+        y_BTSO = _Convolution.apply(layout, form, impl, False, *tensors)
+    y_BTOHW = as_video(y_BTSO, layout.out_size)
+    return y_BTOHW, None if own_moments is None else (own_moments[0], own_moments[1])
+
+
+# -------------------------------------------------------------------- operators and fakes
+
+
+@torch.library.custom_op("sswgan::convolution", mutates_args=())
+def fused_convolution(
+    x_BTSI: Tensor,
+    weight_OabI: Tensor,
+    bias_O: Tensor | None,
+    residual_BTSO: Tensor | None,
+    video_BtIhw: Tensor | None,
+    low_weight: Tensor | None,
+    low_bias: Tensor | None,
+    size: Sequence[int],
+    columns: bool,
+    moments: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y with all its terms, mean and variance; the last two are empty if not asked for."""
+    from kernels import convolution_triton
+
+    y_BTHWO, own = convolution_triton.convolve(
+        x_BTSI.unflatten(2, size),
+        weight_OabI.unsqueeze(3 if columns else 1).contiguous(),
+        bias_O,
+        None if residual_BTSO is None else residual_BTSO.unflatten(2, size),
+        _low(video_BtIhw, low_weight, low_bias, x_BTSI.dtype),
+        moments,
+    )
+    return y_BTHWO.flatten(2, 3), *(own or _no_moments(x_BTSI))
+
+
+@fused_convolution.register_fake
+def _(x_BTSI: Tensor, weight_OabI: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_channels = weight_OabI.shape[0]
+    y_BTSO = x_BTSI.new_empty(*x_BTSI.shape[:3], num_channels)
+    return y_BTSO, *_fake_moments(y_BTSO, rest[-1])
+
+
+@torch.library.custom_op("sswgan::add_terms_", mutates_args=("y_BTSO",))
+def add_terms_(
+    y_BTSO: Tensor,
+    bias_O: Tensor | None,
+    residual_BTSO: Tensor | None,
+    video_BtIhw: Tensor | None,
+    low_weight: Tensor | None,
+    low_bias: Tensor | None,
+    size: Sequence[int],
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    """Adds all terms to y; its mean and variance, empty if not asked for."""
+    from kernels import convolution_triton
+
+    _, own = convolution_triton.add_terms(
+        y_BTSO.unflatten(2, size),
+        bias_O,
+        None if residual_BTSO is None else residual_BTSO.unflatten(2, size),
+        _low(video_BtIhw, low_weight, low_bias, y_BTSO.dtype),
+        moments,
+        in_place=True,
+    )
+    return own or _no_moments(y_BTSO)
+
+
+@add_terms_.register_fake
+def _(y_BTSO: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_moments(y_BTSO, rest[-1])
+
+
+def _low(
+    video: Tensor | None, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """x_l channels last, and its projection as a matrix."""
+    if video is None or weight is None or bias is None:
+        return None
+    return video.permute(0, 1, 3, 4, 2).to(dtype).contiguous(), weight.flatten(1), bias
+
+
+def _no_moments(like: Tensor) -> Moments:
+    return like.new_empty(0, dtype=torch.float32), like.new_empty(0, dtype=torch.float32)
+
+
+def _fake_moments(y_BTSO: Tensor, moments: bool) -> Moments:
+    if not moments:
+        return _no_moments(y_BTSO)
+    mean_TO = y_BTSO.new_empty(y_BTSO.shape[1], y_BTSO.shape[3], dtype=torch.float32)
+    return mean_TO, torch.empty_like(mean_TO)
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -140,51 +244,62 @@ def convolve(
 class _Convolution(torch.autograd.Function):
     """Composed of PyTorch's convolution and our operators, which counters and compilers see.
 
-    Arguments: layout, form and implementation; then x, the norm's four, W, b, residual, and x_l's
-    video, weight and bias, as many of them as there are, else None.
+    Arguments: layout, form, implementation and whether moments are wanted; then x, the norm's four,
+    W, b, residual, and x_l's video, weight and bias, as many of them as there are, else None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, layout: Layout, form: norms.Form | None, impl: str, *tensors: Any
-    ) -> Tensor:
+        ctx: Any, layout: Layout, form: norms.Form | None, impl: str, moments: bool, *tensors: Any
+    ) -> Any:
         *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
         ctx.layout, ctx.form = layout, form
         # Biases may be parameters, which ZeRO-3 empties before the backward pass: kept by size.
         ctx.bias_sizes = [None if v is None else v.shape for v in (bias, low_bias)]
         ctx.save_for_backward(*norm_tensors, weight, video, low_weight)
         a = _prologue(form, norm_tensors)
-        y_BTSO = _plain(layout, a, weight, bias)
-        if residual is not None:
-            y_BTSO += residual
-        if video is not None:
-            add_projected_(_as_video(y_BTSO, layout.out()), LowSkip(video, low_weight, low_bias))
-        return y_BTSO
+        size = layout.out_size
+        terms = residual, video, low_weight, low_bias
+        own: Sequence[Tensor] = ()
+        if impl == "triton":
+            y_BTSO, *own = fused_convolution(a, weight, bias, *terms, size, layout.columns, moments)
+        elif impl == "epilogue":
+            y_BTSO = convolution_pytorch.convolution(layout, a, weight, None)
+            if moments or bias is not None or residual is not None or video is not None:
+                own = add_terms_(y_BTSO, bias, *terms, size, moments)
+        else:
+            y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
+            skip = None if video is None else LowSkip(video, low_weight, low_bias)
+            convolution_pytorch.add_terms_(y_BTSO, residual, skip, size)
+        if not moments:
+            return y_BTSO
+        ctx.mark_non_differentiable(*own)
+        return y_BTSO, *own
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        [dy] = grads
-        layout, form, wants = ctx.layout, ctx.form, ctx.needs_input_grad[3:]
+        dy, layout, form, wants = grads[0], ctx.layout, ctx.form, ctx.needs_input_grad[4:]
         *norm_tensors, weight, video, low_weight = ctx.saved_tensors
+        none = None, None, None, None
         if torch.is_grad_enabled():  # a graph of the backward pass is wanted
             biases = [None if size is None else dy.new_zeros(size) for size in ctx.bias_sizes]
             tensors = *norm_tensors, weight, biases[0], None, video, low_weight, biases[1]
-            return None, None, None, *_differentiable_gradients(layout, form, tensors, dy, wants)
+            return *none, *_differentiable_gradients(layout, form, tensors, dy, wants)
         dy = dy.contiguous()
         found: list[Tensor | None] = [None] * 11
-        through_x = any(wants[:5])
-        da, found[5], found[6] = _plain_gradients(
-            layout, dy, _prologue(form, norm_tensors), weight, (through_x, wants[5], wants[6])
-        )
+        wanted = any(wants[:5]), wants[5], wants[6]
+        a = _prologue(form, norm_tensors)
+        da, found[5], found[6] = convolution_pytorch.gradients(layout, dy, a, weight, wanted)
+        del a
         if form is None:
             found[0] = da
         elif da is not None:
             found[:5] = norms.gradients(da, norm_tensors, form, wants[:5])
         found[7] = dy if wants[7] else None
         if any(wants[8:]):
-            dy_BTOHW = _as_video(dy, layout.out())
+            dy_BTOHW = as_video(dy, layout.out_size)
             found[8:] = low_skip_gradients(dy_BTOHW, video, low_weight, wants[8:])
-        return None, None, None, *found
+        return *none, *found
 
 
 def _prologue(form: norms.Form | None, norm_tensors: Sequence[Any]) -> Tensor:
@@ -217,69 +332,9 @@ def _compose(layout: Layout, form: norms.Form | None, tensors: Sequence[Any]) ->
     """The equation in differentiable operators, of what `_Convolution` takes."""
     *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
     a = norm_tensors[0] if form is None else norms.differentiable(norm_tensors, form)
-    y_BTSO = _plain(layout, a, weight, bias)
+    y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
     y_BTSO = y_BTSO if residual is None else y_BTSO + residual
     if video is None:
         return y_BTSO
-    y_BTOHW = _as_video(y_BTSO, layout.out())
+    y_BTOHW = as_video(y_BTSO, layout.out_size)
     return norms.rows(add_low_skip(y_BTOHW, LowSkip(video, low_weight, low_bias)))
-
-
-# --------------------------------------------------------------------- PyTorch's convolution
-
-
-def _plain(layout: Layout, a_BTSI: Tensor, weight_OabI: Tensor, bias_O: Tensor | None) -> Tensor:
-    y = torch.ops.aten.convolution.default(
-        _as_image(layout, a_BTSI), _as_kernel(layout, weight_OabI), bias_O,
-        *_numbers(layout, weight_OabI),
-    )  # fmt: skip
-    return _as_rows(layout, y, a_BTSI)
-
-
-def _plain_gradients(
-    layout: Layout,
-    dy_BTSO: Tensor,
-    a_BTSI: Tensor,
-    weight_OabI: Tensor,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of a, the weight and the bias."""
-    da, dkernel, dbias = torch.ops.aten.convolution_backward.default(
-        _as_image(layout.out(), dy_BTSO), _as_image(layout, a_BTSI),
-        _as_kernel(layout, weight_OabI), [weight_OabI.shape[0]],
-        *_numbers(layout, weight_OabI), list(wanted),
-    )  # fmt: skip
-    as_kept = (1, 2, 3, 0) if layout.upsample else (0, 2, 3, 1)
-    return (
-        None if da is None else _as_rows(layout, da, a_BTSI),
-        None if dkernel is None else dkernel.permute(as_kept),
-        dbias,
-    )
-
-
-def _numbers(layout: Layout, weight_OabI: Tensor) -> tuple[Any, ...]:
-    """Stride, padding, dilation, transposed, output padding and groups."""
-    if layout.upsample:
-        return [2, 2], [1, 1], [1, 1], True, [0, 0], 1
-    return [1, 1], [size // 2 for size in weight_OabI.shape[1:3]], [1, 1], False, [0, 0], 1
-
-
-def _as_image(layout: Layout, x_BTSC: Tensor) -> Tensor:
-    """A channels-last view: frames [B*T, C, H, W], or [B, C, T, S]."""
-    image = x_BTSC if layout.columns else x_BTSC.flatten(0, 1).unflatten(1, layout.size)
-    return image.permute(0, 3, 1, 2)
-
-
-def _as_rows(layout: Layout, y_NChw: Tensor, like_BTSC: Tensor) -> Tensor:
-    """[B, T, S', C], contiguous again."""
-    rows = y_NChw.permute(0, 2, 3, 1).contiguous()
-    return rows if layout.columns else rows.flatten(1, 2).unflatten(0, like_BTSC.shape[:2])
-
-
-def _as_kernel(layout: Layout, weight_OabI: Tensor) -> Tensor:
-    """PyTorch's [O, I, a, b], of a transposed convolution [I, O, a, b]."""
-    return weight_OabI.permute((3, 0, 1, 2) if layout.upsample else (0, 3, 1, 2))
-
-
-def _as_video(y_BTSC: Tensor, layout: Layout) -> Tensor:
-    return y_BTSC.unflatten(2, layout.size).permute(0, 1, 4, 2, 3)

@@ -11,7 +11,8 @@ Bytes: x once, y once, and the intermediate twice as long as the halves are sepa
 
 from torch import Tensor
 
-from kernels.convolution import Layout, Normalized, convolve, source_of
+from kernels.convolution import Moments, Normalized, convolve, size_of
+from kernels.convolution_pytorch import Layout
 from kernels.low_skip import LowSkip
 
 
@@ -30,18 +31,45 @@ def separable_conv3d(
     Kept for backward: x, or what it is the norm of, and the intermediate. `impl` as in
     `kernels.implementation`. Raises ValueError for an x_l that does not fit.
     """
-    height, width = source_of(x_BTIHW).shape[-2:]
-    size = Layout((height, width))
-    # With H and W as one axis the temporal half is a (3, 1) conv2d on a channels-last view, with
-    # no copy: conv2d has the better kernels, and bf16 conv3d is wrong in some cuDNN versions.
-    over_time = size._replace(columns=True)
-    mixed_BTOHW = convolve(x_BTIHW, temporal_weight_OtI.unsqueeze(2), None, over_time, impl=impl)
-    return convolve(
-        mixed_BTOHW,
+    y_BTOHW, _ = convolve(
+        _over_time(x_BTIHW, temporal_weight_OtI, impl),
         spatial_weight_OhwO,
         bias_O,
-        size,
+        Layout(size_of(x_BTIHW)),
         residual_BTOHW=residual_BTOHW,
         skip=skip,
         impl=impl,
     )
+    return y_BTOHW
+
+
+def separable_conv3d_with_moments(
+    x_BTIHW: Tensor | Normalized,
+    temporal_weight_OtI: Tensor,
+    spatial_weight_OhwO: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """As `separable_conv3d`, and the moments of the result where they cost little (else None)."""
+    return convolve(
+        _over_time(x_BTIHW, temporal_weight_OtI, impl),
+        spatial_weight_OhwO,
+        bias_O,
+        Layout(size_of(x_BTIHW)),
+        moments=True,
+        impl=impl,
+    )
+
+
+def _over_time(
+    x_BTIHW: Tensor | Normalized, temporal_weight_OtI: Tensor, impl: str | None
+) -> Tensor:
+    """The temporal half.
+
+    With H and W as one axis it is a (3, 1) conv2d on a channels-last view, with no copy: conv2d has
+    the better kernels, and bf16 conv3d is wrong in some cuDNN versions.
+    """
+    layout = Layout(size_of(x_BTIHW), columns=True)
+    mixed_BTOHW, _ = convolve(x_BTIHW, temporal_weight_OtI.unsqueeze(2), None, layout, impl=impl)
+    return mixed_BTOHW

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.convolution import Layout, Normalized, convolve, source_of, value_of
+from kernels.convolution import Moments, Normalized, convolve, size_of, source_of, value_of
+from kernels.convolution_pytorch import Layout
 from kernels.folding import phase_kernels, upsampling_kernel
 from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
 from kernels.layout import conv2d_weight, fold_frames, unfold_frames
@@ -61,20 +62,39 @@ def upsample_conv(
     `impl` is "transposed", "shuffled" or "reference". Raises ValueError for a weight that is
     neither 1x1 nor 3x3.
     """
+    y_BTOHW, _ = _upsample_conv(x_BTIHW, weight_OhwI, bias_O, moments=False, impl=impl)
+    return y_BTOHW
+
+
+def upsample_conv_with_moments(
+    x_BTIHW: Tensor | Normalized, weight_OhwI: Tensor, bias_O: Tensor | None = None
+) -> tuple[Tensor, Moments | None]:
+    """As `upsample_conv`, and the moments of the result where they cost little (else None)."""
+    return _upsample_conv(x_BTIHW, weight_OhwI, bias_O, moments=True, impl=None)
+
+
+def _upsample_conv(
+    x_BTIHW: Tensor | Normalized,
+    weight_OhwI: Tensor,
+    bias_O: Tensor | None,
+    *,
+    moments: bool,
+    impl: str | None,
+) -> tuple[Tensor, Moments | None]:
     if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3)):
         raise ValueError(f"the weight must be 1x1 or 3x3, not {tuple(weight_OhwI.shape[1:3])}")
     video = source_of(x_BTIHW)
     chosen = _OPERATOR.choose(impl, video.device, video.dtype)
     if chosen == REFERENCE:
-        return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O)
+        return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O), None
     if chosen == "transposed" and weight_OhwI.shape[1:3] == (3, 3):
-        height, width = video.shape[-2:]
         kernel = upsampling_kernel(weight_OhwI).to(video.dtype)
-        layout = Layout((height, width), upsample=True)
-        return convolve(x_BTIHW, kernel, _cast(bias_O, video.dtype), layout)
+        layout = Layout(size_of(x_BTIHW), upsample=True)
+        return convolve(x_BTIHW, kernel, _cast(bias_O, video.dtype), layout, moments=moments)
     run = _commuted if weight_OhwI.shape[1:3] == (1, 1) else _shuffled
     frames = fold_frames(value_of(x_BTIHW))
-    return unfold_frames(run(frames, weight_OhwI, _cast(bias_O, frames.dtype)), video.shape[1])
+    y = run(frames, weight_OhwI, _cast(bias_O, frames.dtype))
+    return unfold_frames(y, video.shape[1]), None
 
 
 def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:

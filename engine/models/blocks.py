@@ -66,12 +66,16 @@ class GeneratorBlock2D(nn.Module):
         dtype = x_BTCHW.dtype
         # What upsamples folds the weight in the precision it is kept in, and only then rounds it.
         kept = None if self.upsample else dtype
-        first = kernels.upsample_conv if self.upsample else kernels.conv2d
-        h = first(self.norm1(x_BTCHW, cond_BK), *self.conv1(kept))
-        h = self.norm2(h, cond_BK)
-        residual = x_BTCHW if self.shortcut is None else first(x_BTCHW, *self.shortcut(kept))
-        skip = _skip(self.injection, low, dtype)
-        return kernels.conv2d(h, *self.conv2(dtype), residual_BTOHW=residual, skip=skip)
+        project = kernels.upsample_conv if self.upsample else kernels.conv2d
+        residual = x_BTCHW if self.shortcut is None else project(x_BTCHW, *self.shortcut(kept))
+        first = kernels.upsample_conv_with_moments if self.upsample else kernels.conv2d_with_moments
+        h, moments = first(self.norm1(x_BTCHW, cond_BK), *self.conv1(kept))
+        return kernels.conv2d(
+            self.norm2(h, cond_BK, moments),
+            *self.conv2(dtype),
+            residual_BTOHW=residual,
+            skip=_skip(self.injection, low, dtype),
+        )
 
 
 class GeneratorBlock3D(nn.Module):
@@ -88,9 +92,11 @@ class GeneratorBlock3D(nn.Module):
     def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
         """Returns the shape of x."""
         dtype = x_BTCHW.dtype
-        h = kernels.separable_conv3d(self.norm1(x_BTCHW, cond_BK), *self.conv1(dtype))
+        h, moments = kernels.separable_conv3d_with_moments(
+            self.norm1(x_BTCHW, cond_BK), *self.conv1(dtype)
+        )
         return kernels.separable_conv3d(
-            self.norm2(h, cond_BK),
+            self.norm2(h, cond_BK, moments),
             *self.conv2(dtype),
             residual_BTOHW=x_BTCHW,
             skip=_skip(self.injection, low, dtype),

@@ -36,9 +36,12 @@ class FrameNorm(nn.Module):
         self.group: dist.ProcessGroup | None = None
         """The ranks whose samples share the batch's statistics; None for this rank alone."""
 
-    def forward(self, x_BTCHW: Tensor, condition_BK: Tensor) -> kernels.Normalized:
+    def forward(
+        self, x_BTCHW: Tensor, condition_BK: Tensor, moments: kernels.Moments | None = None
+    ) -> kernels.Normalized:
         """What a convolution takes in place of the normalised x, so that it need not keep it.
 
+        `moments` are x's own, where whoever made x knows them.
         Raises UserError at a length other than the fixed.
         """
         statistics: tuple[Tensor, Tensor] | None = None
@@ -55,7 +58,7 @@ class FrameNorm(nn.Module):
         gain_BC = 1 + self.gain(condition_BK)
         bias_BC = self.bias(condition_BK)
         group = self.group if statistics is None else None
-        return kernels.Normalized(x_BTCHW, gain_BC, bias_BC, statistics, group)
+        return kernels.Normalized(x_BTCHW, gain_BC, bias_BC, statistics, group, moments)
 
     def start_accumulating(self) -> None:
         """Use the batch's statistics again and remember them from now on."""

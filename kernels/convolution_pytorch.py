@@ -1,0 +1,99 @@
+"""PyTorch's convolution for `kernels.convolution`, its gradients, and the terms after it.
+
+Shapes as there: x is rows [B, T, S, I], contiguous, W [O, a, b, I] as it is kept.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.low_skip import LowSkip, add_projected_
+
+
+class Layout(NamedTuple):
+    """What a convolution slides over, and how; it pads with zeros to the same size."""
+
+    size: tuple[int, int]
+    """H, W of x."""
+    columns: bool = False
+    """Over time and [H·W] instead of over H and W."""
+    upsample: bool = False
+    """Transposed, 4x4 with stride 2: `folding.upsampling_kernel`'s."""
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """H, W of y."""
+        scale = 2 if self.upsample else 1
+        return scale * self.size[0], scale * self.size[1]
+
+
+def convolution(
+    layout: Layout, x_BTSI: Tensor, weight_OabI: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """W * x + b, [B, T, S', O]; differentiable."""
+    y = torch.ops.aten.convolution.default(
+        _as_image(layout, layout.size, x_BTSI), _as_kernel(layout, weight_OabI), bias_O,
+        *_numbers(layout, weight_OabI),
+    )  # fmt: skip
+    return _as_rows(layout, y, x_BTSI)
+
+
+def gradients(
+    layout: Layout,
+    dy_BTSO: Tensor,
+    x_BTSI: Tensor,
+    weight_OabI: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, the weight and the bias."""
+    dx, dkernel, dbias = torch.ops.aten.convolution_backward.default(
+        _as_image(layout, layout.out_size, dy_BTSO), _as_image(layout, layout.size, x_BTSI),
+        _as_kernel(layout, weight_OabI), [weight_OabI.shape[0]],
+        *_numbers(layout, weight_OabI), list(wanted),
+    )  # fmt: skip
+    as_kept = (1, 2, 3, 0) if layout.upsample else (0, 2, 3, 1)
+    return (
+        None if dx is None else _as_rows(layout, dx, x_BTSI),
+        None if dkernel is None else dkernel.permute(as_kept),
+        dbias,
+    )
+
+
+def add_terms_(
+    y_BTSO: Tensor, residual_BTSO: Tensor | None, skip: LowSkip | None, size: tuple[int, int]
+) -> None:
+    """In place and without derivatives."""
+    if residual_BTSO is not None:
+        y_BTSO += residual_BTSO
+    if skip is not None:
+        add_projected_(as_video(y_BTSO, size), skip)
+
+
+def as_video(y_BTSC: Tensor, size: tuple[int, int]) -> Tensor:
+    """Rows as [B, T, C, H, W], a view."""
+    return y_BTSC.unflatten(2, size).permute(0, 1, 4, 2, 3)
+
+
+def _numbers(layout: Layout, weight_OabI: Tensor) -> tuple[Any, ...]:
+    """Stride, padding, dilation, transposed, output padding and groups."""
+    if layout.upsample:
+        return [2, 2], [1, 1], [1, 1], True, [0, 0], 1
+    return [1, 1], [size // 2 for size in weight_OabI.shape[1:3]], [1, 1], False, [0, 0], 1
+
+
+def _as_image(layout: Layout, size: tuple[int, int], x_BTSC: Tensor) -> Tensor:
+    """A channels-last view: frames [B*T, C, H, W], or [B, C, T, S]."""
+    image = x_BTSC if layout.columns else x_BTSC.flatten(0, 1).unflatten(1, size)
+    return image.permute(0, 3, 1, 2)
+
+
+def _as_rows(layout: Layout, y_NChw: Tensor, like_BTSC: Tensor) -> Tensor:
+    """[B, T, S', C], contiguous again."""
+    rows = y_NChw.permute(0, 2, 3, 1).contiguous()
+    return rows if layout.columns else rows.flatten(1, 2).unflatten(0, like_BTSC.shape[:2])
+
+
+def _as_kernel(layout: Layout, weight_OabI: Tensor) -> Tensor:
+    """PyTorch's [O, I, a, b], of a transposed convolution [I, O, a, b]."""
+    return weight_OabI.permute((3, 0, 1, 2) if layout.upsample else (0, 3, 1, 2))
