@@ -52,7 +52,7 @@ class Config(NamedTuple):
 # multiplies no less than 16 x 8. Stages grow as tiles shrink: as many bytes are to be under way.
 WIDE = Config(128, 128, 64, 8, 3)
 BY_WIDTH = {
-    64: Config(128, 64, 64, 4, 3),
+    64: Config(128, 64, 64, 8, 3),
     32: Config(128, 32, 64, 4, 4),
     16: Config(128, 16, 64, 4, 4),
 }
@@ -60,7 +60,7 @@ BY_WIDTH = {
 # programs: 192 of them at 1024 channels and 12 frames, which is more than there are processors.
 FEW_ROWS = Config(64, 64, 64, 4, 4)
 # fp32 multiplies on the ordinary cores, operands in registers: small tiles, and short ones.
-SINGLE = {64: Config(64, 64, 16, 4, 2), 16: Config(64, 16, 16, 4, 2)}
+SINGLE = {64: Config(64, 64, 16, 8, 2), 16: Config(64, 16, 16, 4, 2)}
 INPUT_BLOCKS = (64, 32, 16)  # 16 is the least that a tensor core multiplies
 
 
@@ -143,6 +143,8 @@ def check_terms(
     _expect(bias.shape == (O,), "skip's bias", bias, f"[{O}]")
     check_layout(video=video, skip_weight=weight, skip_bias=bias)
     t, h, w = video.shape[1:4]
+    if h * w * low_channels >= 2**31:
+        raise ValueError(f"a frame of x_l of {(h, w, low_channels)} has 2^31 values or more")
     if B * T * H * W and (0 in (t, h, w) or T % t or h % H or w % W):
         raise ValueError(
             f"a {h}x{w}/{t} video cannot be injected into features of {H}x{W}/{T}: "

@@ -63,10 +63,15 @@ LOW_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def low_pixel_of(b, t, i, j, T, H, W, low_frames, low_height, low_width):
-    """The pixel of x_l that lies under pixel (b, t, i, j): frames repeated, pixels skipped."""
-    frame = b * low_frames + t // (T // low_frames)
-    return (frame * low_height + i * (low_height // H)) * low_width + j * (low_width // W)
+def low_frame_of(b, t, T, low_frames):
+    """The frame of x_l that is repeated at frame t of sample b."""
+    return b * low_frames + t // (T // low_frames)
+
+
+@triton.jit
+def low_place_of(i, j, H, W, low_height, low_width):
+    """The pixel of x_l's frame that pixel (i, j) keeps."""
+    return i * (low_height // H) * low_width + j * (low_width // W)
 
 
 @triton.jit
@@ -124,10 +129,11 @@ def convolve_kernel(
     first_tap = tl.maximum(KT // 2 - t, 0) * (KH * KW)
     num_taps = tl.minimum(T + KT // 2 - t, KT) * (KH * KW) - first_tap
     if video_ptr is not None:
+        low_frame = low_frame_of(b, t, T, low_frames) * (low_height * low_width)
+        low_pixel = low_frame + low_place_of(i, j, H, W, low_height, low_width)
         sums = projection(
-            video_ptr, low_weight_ptr,
-            low_pixel_of(b, t, i, j, T, H, W, low_frames, low_height, low_width),
-            valid_o, low_channels, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, LOW_BLOCK,
+            video_ptr, low_weight_ptr, low_pixel, valid_o, low_channels, x_ptr.dtype.element_ty,
+            BLOCK_M, BLOCK_N, LOW_BLOCK,
         )  # fmt: skip
     else:
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -193,6 +199,9 @@ def add_terms_kernel(
     result_ptr += frame * S * O
     if residual_ptr is not None:
         residual_ptr += frame * S * O
+    if video_ptr is not None:
+        low_frame = low_frame_of(frame // T, frame % T, T, low_frames)
+        video_ptr += low_frame * (low_height * low_width * low_channels)
 
     mean = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     square = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -210,13 +219,10 @@ def add_terms_kernel(
         if video_ptr is not None:
             y += tl.load(low_bias_ptr + valid_o).to(tl.float32)[None, :]
             valid_s = tl.minimum(s, S - 1)
-            low_pixel = low_pixel_of(
-                frame // T, frame % T, valid_s // W, valid_s % W,
-                T, H, W, low_frames, low_height, low_width,
-            )  # fmt: skip
+            low_at = low_place_of(valid_s // W, valid_s % W, H, W, low_height, low_width)
             # Not a matrix product: this pass waits for memory, and a tile may have one channel.
             for i in range(0, low_channels):
-                value = tl.load(video_ptr + low_pixel * low_channels + i).to(tl.float32)
+                value = tl.load(video_ptr + low_at * low_channels + i).to(tl.float32)
                 weight = tl.load(low_weight_ptr + valid_o * low_channels + i).to(tl.float32)
                 y += value[:, None] * weight[None, :]
         stored = y.to(result_ptr.dtype.element_ty)

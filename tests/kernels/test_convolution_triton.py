@@ -37,22 +37,14 @@ SIZES: dict[str, tuple[int, int, int, int, int, int, tuple[int, ...]]] = {
     "a tile of five samples and the next tile's": (5, 2, 4, 4, 3, 5, SPATIAL),
     "two tiles, 4 rows in the second": (1, 1, 12, 11, 3, 3, SPATIAL),
     "a row and a column of pixels": (2, 1, 1, 7, 3, 4, SPATIAL),
-    "one channel more than a tile of columns, and than two of products": (
-        1,
-        2,
-        2,
-        3,
-        33,
-        65,
-        TEMPORAL,
-    ),  # fmt: skip
+    "a channel more than a tile and two products": (1, 2, 2, 3, 33, 65, TEMPORAL),
     "three products of 32 channels": (1, 2, 2, 2, 96, 96, TEMPORAL),
     "products of 64 channels": (1, 1, 2, 2, 64, 20, POINT),
     "nine row tiles, a group and one more": (1, 9, 2, 2, 2, 65, TEMPORAL),
     "3x3x3": (1, 3, 3, 4, 3, 4, FULL),
     "5x5, wider than the frame": (1, 1, 3, 2, 2, 2, (1, 5, 5)),
 }
-SMALL = (2, 4, 4, 6, 5, 6, SPATIAL)
+SMALL = (2, 4, 4, 6, 5, 6, TEMPORAL)
 
 
 @dataclass(frozen=True)
@@ -155,9 +147,6 @@ def assert_as_good_as_the_chain(case: Case) -> None:
     error, usual = ((v.double() - truth).abs().max().item() for v in (y, case.chain()))
     assert error <= 2 * usual + floor(case, truth), f"{error} against {usual}"
     assert_moments(y, moments)
-    plain, nothing = case.run(moments=False)
-    assert nothing is None
-    assert torch.equal(plain, y)
 
 
 def assert_moments(y: Tensor, moments: tuple[Tensor, Tensor]) -> None:
@@ -200,22 +189,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("product", [True, False], ids=["convolve", "add_terms"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_each_option(options: dict[str, Any], product: bool) -> None:
-    for dtype in DTYPES:
+    for dtype in DTYPES if options == OPTIONS["all"] else DTYPES[1:]:
         assert_as_good_as_the_chain(draw(SMALL, dtype, product=product, **options))
 
 
 # Tiles are 2048 values, 16 pixels of 128 channels; a split is at least four of them.
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1, 1, 1), (3, 2, 4, 4, 96), (2, 1, 5, 13, 33), (1, 1, 16, 9, 128), (2, 3, 3, 3, 160)],
+    [(1, 1, 1, 1, 1), (3, 2, 4, 4, 96), (2, 1, 5, 13, 33), (1, 1, 16, 9, 128), (1, 2, 3, 3, 160)],
     ids=["one value", "4x4", "odd", "three splits, one a single tile", "five channel blocks"],
 )
 def test_sizes_of_the_terms_alone(shape: tuple[int, ...]) -> None:
     B, T, H, W, O = shape
-    for dtype in DTYPES:
-        size = (B, T, H, W, 1, O, POINT)
-        options: dict[str, Any] = {"bias": True, "residual": True, "skip": (T, 1, 2, 3)}
-        assert_as_good_as_the_chain(draw(size, dtype, product=False, **options))
+    options: dict[str, Any] = {"bias": True, "residual": True, "skip": (T, 1, 2, 3)}
+    case = draw((B, T, H, W, 1, O, POINT), torch.float16, product=False, **options)
+    assert_as_good_as_the_chain(case)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -288,7 +276,7 @@ def among_nan(tensor: Tensor) -> Tensor:
 def test_runs_are_bit_equal_and_read_nothing_that_is_not_theirs(product: bool) -> None:
     """The second run finds NaN around its arguments and in all memory that it allocates."""
     options: dict[str, Any] = {"bias": True, "residual": True, "skip": (2, 1, 2, 3)}
-    case = draw((2, 2, 5, 7, 5, 7, FULL), torch.float32, product=product, **options)
+    case = draw((2, 2, 5, 7, 5, 7, (3, 1, 3)), torch.float32, product=product, **options)
     y, moments = case.run()
     torch.use_deterministic_algorithms(True)
     try:
@@ -328,6 +316,14 @@ def test_nan_of_every_term_reaches_y() -> None:
             term.copy_(kept)
 
 
+@pytest.mark.parametrize("product", [True, False], ids=["convolve", "add_terms"])
+def test_moments_change_nothing_else(product: bool) -> None:
+    case = draw(SMALL, torch.float16, product=product, bias=True)
+    y, nothing = case.run(moments=False)
+    assert nothing is None
+    assert torch.equal(y, case.run()[0])
+
+
 def test_in_place_or_not() -> None:
     case = draw(SMALL, torch.float32, product=False, residual=True, bias=True)
     before = case.x.clone()
@@ -351,33 +347,31 @@ def test_an_empty_video_has_no_moments(frames: Any, product: bool) -> None:
         case.run(moments=True)
 
 
+ones = torch.ones
+DOUBLE = draw(SMALL, torch.float64)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(2, 4, 4, 5)}, r"x must be \[B, T, H, W, I\], not \[2, 4, 4, 5\]"),
-        ({"weight": torch.ones(6, 3, 3, 5)}, r"weight must be \[O, kt, kh, kw, I\]"),
-        ({"weight": torch.ones(6, 1, 3, 3, 4)}, r"weight must be \[O, kt, kh, kw, 5\]"),
-        ({"weight": torch.ones(6, 1, 2, 3, 5)}, r"\(1, 2, 3\) has no centre"),
-        ({"weight": torch.ones(0, 1, 3, 3, 5)}, "is empty"),
-        ({"weight": torch.ones(6, 1, 3, 3, 5).half()}, r"weight is torch.float16, x is torch.float32"),
-        ({"x": torch.ones(2, 4, 4, 5, 6).mT}, "x must be contiguous"),
-        ({"bias": torch.ones(5)}, r"bias must be \[6\], not \[5\]"),
-        ({"residual": torch.ones(2, 4, 4, 6, 5)}, r"residual must be \[2, 4, 4, 6, 6\]"),
-        ({"residual": torch.ones(2, 4, 4, 6, 6).mT.contiguous().mT}, "residual must be contiguous"),
-        ({"skip": (torch.ones(1, 4, 4, 6, 3), torch.ones(6, 3), torch.ones(6))}, "skip's video"),
-        ({"skip": (torch.ones(2, 4, 4, 6, 3), torch.ones(3, 6), torch.ones(6))}, "skip's weight"),
-        ({"skip": (torch.ones(2, 4, 4, 6, 3), torch.ones(6, 3), torch.ones(3))}, "skip's bias"),
-        (
-            {"skip": (torch.ones(2, 3, 4, 6, 3), torch.ones(6, 3), torch.ones(6))},
-            "4x6/3 video cannot be injected into features of 4x6/4",
-        ),
-        (
-            {"skip": (torch.ones(2, 4, 2, 6, 3), torch.ones(6, 3), torch.ones(6))},
-            "pixels only skipped",
-        ),
-        ({"x": torch.ones(2, 4, 4, 6, 5).double(), "weight": torch.ones(6, 1, 3, 3, 5).double()}, "x must be fp32, fp16 or bf16, not torch.float64"),  # fmt: skip
+        ({"x": ones(2, 4, 4, 5)}, r"x must be \[B, T, H, W, I\], not \[2, 4, 4, 5\]"),
+        ({"weight": ones(6, 3, 3, 5)}, r"weight must be \[O, kt, kh, kw, I\]"),
+        ({"weight": ones(6, 1, 3, 3, 4)}, r"weight must be \[O, kt, kh, kw, 5\]"),
+        ({"weight": ones(6, 1, 2, 3, 5)}, r"\(1, 2, 3\) has no centre"),
+        ({"weight": ones(0, 1, 3, 3, 5)}, "is empty"),
+        ({"weight": ones(6, 1, 3, 3, 5).half()}, "weight is torch.float16, x is torch.float32"),
+        ({"x": DOUBLE.x, "weight": DOUBLE.weight}, "fp32, fp16 or bf16, not torch.float64"),
+        ({"x": ones(2, 4, 4, 5, 6).mT}, "x must be contiguous"),
+        ({"bias": ones(5)}, r"bias must be \[6\], not \[5\]"),
+        ({"residual": ones(2, 4, 4, 6, 5)}, r"residual must be \[2, 4, 4, 6, 6\]"),
+        ({"residual": ones(2, 4, 4, 6, 6).mT}, "residual must be contiguous"),
+        ({"skip": (ones(1, 4, 4, 6, 3), ones(6, 3), ones(6))}, "skip's video"),
+        ({"skip": (ones(2, 4, 4, 6, 3), ones(3, 6), ones(6))}, "skip's weight"),
+        ({"skip": (ones(2, 4, 4, 6, 3), ones(6, 3), ones(3))}, "skip's bias"),
+        ({"skip": (ones(2, 3, 4, 6, 3), ones(6, 3), ones(6))}, "4x6/3 video cannot be injected"),
+        ({"skip": (ones(2, 4, 2, 6, 3), ones(6, 3), ones(6))}, "pixels only skipped"),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(draw(SMALL, torch.float32), **change).run()
@@ -395,11 +389,8 @@ def test_a_video_of_too_many_pixels_is_refused() -> None:
 @pytest.mark.gpu
 @needs_cuda
 def test_bf16_on_a_gpu() -> None:
-    for size in (
-        *SIZES.values(),
-        (2, 3, 16, 16, 128, 256, SPATIAL),
-        (4, 3, 4, 4, 512, 256, TEMPORAL),
-    ):
+    large = (2, 3, 16, 16, 128, 256, SPATIAL), (4, 3, 4, 4, 512, 256, TEMPORAL)
+    for size in (*SIZES.values(), *large):
         assert_as_good_as_the_chain(draw(size, torch.bfloat16))
     for product in (True, False):
         for options in OPTIONS.values():
