@@ -43,6 +43,24 @@ def own_split(S, num_splits, split_rows, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def push_moments(mean, square, x, mask, num_seen):
+    """(mean, square) of every element of a tile after its `num_seen`-th value (Welford)."""
+    step = tl.where(mask, x - mean, 0.0)
+    mean += step * (1.0 / num_seen)
+    return mean, square + step * tl.where(mask, x - mean, 0.0)
+
+
+@triton.jit
+def collapse_moments(mean, square, count):
+    """(mean, centred sum of squares) per channel of a tile whose rows saw `count` values (Chan)."""
+    total = tl.sum(count, 0)
+    weighted = mean * count[:, None]
+    split_mean = tl.sum(weighted, 0) / total
+    apart = mean - split_mean[None, :]
+    return split_mean, tl.sum(square + apart * apart * count[:, None], 0)
+
+
+@triton.jit
 def moments_kernel(
     x_ptr, mean_ptr, square_ptr, S, C, num_splits, split_rows,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -62,16 +80,10 @@ def moments_kernel(
         mask = inside[:, None] & (c < C)[None, :]
         x = tl.load(x_ptr + s[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
         num_seen += 1.0
-        step = tl.where(mask, x - mean, 0.0)
-        mean += step * (1.0 / num_seen)
-        square += step * tl.where(mask, x - mean, 0.0)
+        mean, square = push_moments(mean, square, x, mask, num_seen)
         count += tl.where(inside, 1.0, 0.0)
 
-    total = tl.sum(count, 0)
-    weighted = mean * count[:, None]
-    split_mean = tl.sum(weighted, 0) / total
-    apart = mean - split_mean[None, :]
-    split_square = tl.sum(square + apart * apart * count[:, None], 0)
+    split_mean, split_square = collapse_moments(mean, square, count)
     tl.store(mean_ptr + index * C + c, split_mean, mask=c < C)
     tl.store(square_ptr + index * C + c, split_square, mask=c < C)
 
