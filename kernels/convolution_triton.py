@@ -307,7 +307,8 @@ def add_terms(
 def _merge(splits: Tensor, num_frames: int, T: int, S: int, split_rows: int) -> Moments:
     """Mean and variance, [T, O], of the moments of splits, [2, num_frames, T, splits, O]."""
     num_splits, O = splits.shape[-2:]
-    mean_TO, var_TO = splits.new_empty((2, T, O))
+    # Two tensors, not views of one: an operator's results must not share memory.
+    mean_TO, var_TO = (splits.new_empty(T, O) for _ in range(2))
     merge_moments_kernel[(T, triton.cdiv(O, MERGE_TILE["BLOCK_C"]))](
         *splits, mean_TO, var_TO,
         num_frames, T, S, O, num_splits, split_rows, float(num_frames * S), **MERGE_TILE, **OPTIONS,
