@@ -27,11 +27,17 @@ from torch.nn import functional as F
 from kernels.convolution import Moments, Normalized, convolve, size_of, source_of, value_of
 from kernels.convolution_pytorch import Layout
 from kernels.folding import phase_kernels, upsampling_kernel
-from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
+from kernels.implementation import AUTO, REFERENCE, Implementation, Operator, everywhere
 from kernels.layout import conv2d_weight, fold_frames, unfold_frames
 
-# Best first. On a CPU the transposed form wins at every size that was measured, see
-# benchmarks/NOTES.md. On CUDA neither has been measured yet: it has the fewer FLOPs and bytes.
+# (device, least input channels, form): what "auto" runs, the last row that fits. On a CPU the
+# transposed form wins at every size that was measured, see benchmarks/NOTES.md. On CUDA neither
+# has been measured yet: it has the fewer FLOPs and bytes.
+TABLE = (
+    ("cpu", 1, "transposed"),
+    ("cuda", 1, "transposed"),
+)
+
 _OPERATOR = Operator(
     "upsample_conv",
     Implementation("transposed", everywhere),
@@ -87,6 +93,8 @@ def _upsample_conv(
     chosen = _OPERATOR.choose(impl, video.device, video.dtype)
     if chosen == REFERENCE:
         return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O), None
+    if chosen != REFERENCE and impl in (None, AUTO):
+        chosen = _best_form(video.device, video.shape[2])
     if chosen == "transposed" and weight_OhwI.shape[1:3] == (3, 3):
         kernel = upsampling_kernel(weight_OhwI).to(video.dtype)
         layout = Layout(size_of(x_BTIHW), upsample=True)
@@ -95,6 +103,11 @@ def _upsample_conv(
     frames = fold_frames(value_of(x_BTIHW))
     y = run(frames, weight_OhwI, _cast(bias_O, frames.dtype))
     return unfold_frames(y, video.shape[1]), None
+
+
+def _best_form(device: torch.device, num_channels: int) -> str:
+    kind = "cpu" if device.type == "cpu" else "cuda"  # meta tensors stand for those of a GPU
+    return [form for where, least, form in TABLE if where == kind and num_channels >= least][-1]
 
 
 def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Resampling folded into convolutions against the same operators as they stand."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -68,6 +69,18 @@ def test_equals_reference_with_every_gradient(name: str, shape: tuple[int, ...])
     for got, expected in zip(gradients(run, *tensors), gradients(reference, *tensors), strict=True):
         scale = expected.abs().max().item() if expected.numel() else 1.0
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-13 * scale, check_stride=False)
+
+
+def test_the_table_chooses_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits tell which ran: the two forms add in different orders."""
+    rows = (("cpu", 1, "transposed"), ("cpu", 5, "shuffled"), ("cuda", 5, "transposed"))
+    # By its module's name: the attribute of the package is the function.
+    monkeypatch.setattr(sys.modules["kernels.upsample_conv"], "TABLE", rows)
+    for channels, form in ((4, "transposed"), (5, "shuffled"), (9, "shuffled")):
+        x, weight, bias = inputs((3, 3), (2, 4, channels, 4, 6))
+        forms = {name: run(x, weight, bias) for name, run in UPSAMPLING.items()}
+        assert not torch.equal(*forms.values())
+        assert torch.equal(kernels.upsample_conv(x, weight, bias), forms[form])
 
 
 @pytest.mark.parametrize("form", UPSAMPLING)
