@@ -65,7 +65,7 @@ BY_WIDTH = {
 # programs: 192 of them at 1024 channels and 12 frames, which is more than there are processors.
 FEW_ROWS = Config(64, 64, 64, 4, 4)
 # fp32 multiplies on the ordinary cores, its factors in registers: small tiles, and short ones.
-SINGLE = {64: Config(64, 64, 16, 8, 2), 16: Config(64, 16, 16, 4, 2)}
+SINGLE = {64: Config(64, 64, 16, 4, 2), 16: Config(64, 16, 16, 4, 2)}
 INPUT_BLOCKS = (64, 32, 16)  # 16 is the least that a tensor core multiplies
 
 
