@@ -148,8 +148,10 @@ def check_terms(
     _expect(bias.shape == (O,), "skip's bias", bias, f"[{O}]")
     check_layout(video=video, skip_weight=weight, skip_bias=bias)
     t, h, w = video.shape[1:4]
-    if h * w * low_channels >= 2**31:
-        raise ValueError(f"a frame of x_l of {(h, w, low_channels)} has 2^31 values or more")
+    if B * t * h * w >= MAX_ROWS or h * w * low_channels >= 2**31:
+        raise ValueError(
+            f"x_l, {[*video.shape]}, has 2^31 pixels or more, or a frame of as many values"
+        )
     if B * T * H * W and (0 in (t, h, w) or T % t or h % H or w % W):
         raise ValueError(
             f"a {h}x{w}/{t} video cannot be injected into features of {H}x{W}/{T}: "

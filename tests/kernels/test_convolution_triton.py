@@ -381,13 +381,22 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> No
         replace(draw(SMALL, torch.float32), **change).run()
 
 
-def test_a_video_of_too_many_pixels_is_refused() -> None:
-    """On no device: what it is refused for is its shape."""
-    x = torch.empty(2**11, 2**10, 32, 32, 1, device="meta")
-    weight = torch.empty(1, 1, 1, 1, 1, device="meta")
+def test_too_many_pixels_are_refused() -> None:
+    """On no device: what they are refused for is their shape."""
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    x, weight = meta(2**11, 2**10, 32, 32, 1), meta(1, 1, 1, 1, 1)
     for case in (Case(x, weight), Case(x, None)):
         with pytest.raises(ValueError, match=r"has 2\^31 pixels or more"):
             case.run()
+    x = meta(2, 1, 1, 1, 1)
+    for video in (meta(2, 1, 2**15, 2**15, 1), meta(2, 1, 2**14, 2**14, 8)):
+        skip = video, meta(1, video.shape[4]), meta(1)
+        for case in (Case(x, weight, skip=skip), Case(x, None, skip=skip)):
+            with pytest.raises(ValueError, match=r"x_l, .* has 2\^31 pixels or more"):
+                case.run()
 
 
 def test_copies_are_wide_and_under_way_during_products(tmp_path: Path) -> None:
