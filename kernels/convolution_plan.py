@@ -42,14 +42,19 @@ class Config(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """Triton's options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Fusion said outright: Triton 3.9 warns that its default is to change.
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
 
 
 # 16 bit. 64 input channels are a row of 128 bytes, which is what shared memory swizzles best.
-# 128 x 128 by eight warps is 64 accumulators per thread, and 96 KiB for three stages: one block
-# of an A100's multiprocessor, two of an H100's where no more than the bias is added (128 registers;
-# resources.json has the 192 of all terms). Narrow outputs take fewer warps, since a warp
-# multiplies no less than 16 x 8. Stages grow as tiles shrink: as many bytes are to be under way.
+# 128 columns by eight warps are 64 accumulators per thread, and 96 KiB for three stages: one block
+# of a multiprocessor, two of an H100's where no more than a bias is added (128 registers;
+# resources.json has those of all terms). 64 columns, too, take eight warps: with four, Blackwell's
+# one row per thread spills. Stages grow as tiles shrink: as many bytes are to be under way.
 WIDE = Config(128, 128, 64, 8, 3)
 BY_WIDTH = {
     64: Config(128, 64, 64, 8, 3),
@@ -59,8 +64,8 @@ BY_WIDTH = {
 # 4x4 frames of four samples are one tile of 64 rows. Half the columns, too, make twice the
 # programs: 192 of them at 1024 channels and 12 frames, which is more than there are processors.
 FEW_ROWS = Config(64, 64, 64, 4, 4)
-# fp32 multiplies on the ordinary cores, operands in registers: small tiles, and short ones.
-SINGLE = {64: Config(64, 64, 16, 8, 2), 16: Config(64, 16, 16, 4, 2)}
+# fp32 multiplies on the ordinary cores, its factors in registers: small tiles, and short ones.
+SINGLE = {64: Config(64, 64, 16, 4, 2), 16: Config(64, 16, 16, 4, 2)}
 INPUT_BLOCKS = (64, 32, 16)  # 16 is the least that a tensor core multiplies
 
 
@@ -143,8 +148,10 @@ def check_terms(
     _expect(bias.shape == (O,), "skip's bias", bias, f"[{O}]")
     check_layout(video=video, skip_weight=weight, skip_bias=bias)
     t, h, w = video.shape[1:4]
-    if h * w * low_channels >= 2**31:
-        raise ValueError(f"a frame of x_l of {(h, w, low_channels)} has 2^31 values or more")
+    if B * t * h * w >= MAX_ROWS or h * w * low_channels >= 2**31:
+        raise ValueError(
+            f"x_l, {[*video.shape]}, has 2^31 pixels or more, or a frame of as many values"
+        )
     if B * T * H * W and (0 in (t, h, w) or T % t or h % H or w % W):
         raise ValueError(
             f"a {h}x{w}/{t} video cannot be injected into features of {H}x{W}/{T}: "

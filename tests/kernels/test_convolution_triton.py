@@ -5,8 +5,12 @@ sizes; it computes bf16 wrongly, which is for a GPU. Tensors are channels last: 
 """
 # ruff: noqa: E741  (I and O are input and output channels)
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -377,13 +381,45 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> No
         replace(draw(SMALL, torch.float32), **change).run()
 
 
-def test_a_video_of_too_many_pixels_is_refused() -> None:
-    """On no device: what it is refused for is its shape."""
-    x = torch.empty(2**11, 2**10, 32, 32, 1, device="meta")
-    weight = torch.empty(1, 1, 1, 1, 1, device="meta")
+def test_too_many_pixels_are_refused() -> None:
+    """On no device: what they are refused for is their shape."""
+
+    def meta(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    x, weight = meta(2**11, 2**10, 32, 32, 1), meta(1, 1, 1, 1, 1)
     for case in (Case(x, weight), Case(x, None)):
         with pytest.raises(ValueError, match=r"has 2\^31 pixels or more"):
             case.run()
+    x = meta(2, 1, 1, 1, 1)
+    for video in (meta(2, 1, 2**15, 2**15, 1), meta(2, 1, 2**14, 2**14, 8)):
+        skip = video, meta(1, video.shape[4]), meta(1)
+        for case in (Case(x, weight, skip=skip), Case(x, None, skip=skip)):
+            with pytest.raises(ValueError, match=r"x_l, .* has 2\^31 pixels or more"):
+                case.run()
+
+
+def test_copies_are_wide_and_under_way_during_products(tmp_path: Path) -> None:
+    """Compiled for Hopper, without a GPU: all asynchronous copies are of 16 bytes, four per thread
+    for a tile of x and four for one of W in each of three stages, and a product is waited for only
+    when the next has been started. Narrower copies would be right, and some eight times slower.
+    """
+    script = (
+        "import re\n"
+        "from kernels.convolution_triton import variants\n"
+        "[wide] = [v for v in variants() if v.label == 'bf16 128x128x64']\n"
+        "ptx = wide.compile('sm_90').asm['ptx']\n"
+        "copies = re.findall(r'cp\\.async\\.c[ag]\\.shared\\.global [^;]*?(0x[0-9a-f]+)', ptx)\n"
+        "print(len(copies), *set(copies))\n"
+        "print(*re.findall(r'wgmma\\.wait_group\\S* +([1-9])', ptx))\n"
+    )
+    # A process of its own: this one may interpret kernels, and then cannot compile them.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split("\n") == ["24 0x10", "1", ""], done.stdout + done.stderr
 
 
 @pytest.mark.gpu
