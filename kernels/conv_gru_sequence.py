@@ -68,7 +68,8 @@ class ConvGRUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_BTCHW: Tensor) -> tuple[Tensor | None, ...]:
         """Of x, the weights and the biases."""
-        inputs, (y_BTCHW, *kept) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        tensors = ctx.saved_tensors  # read once: checkpointing allows no more
+        inputs, (y_BTCHW, *kept) = tensors[:7], tensors[7:]
         wants = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled():  # a graph of the backward pass is wanted
             grads = _differentiable_gradients(inputs, wants, ctx.num_frames, dy_BTCHW)
