@@ -43,13 +43,10 @@ FOLDED = {
 
 
 @pytest.mark.parametrize("stage_number", [1, 2])
-def test_step(
-    config: Config, stage_number: int, time_pooled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step(config: Config, stage_number: int, time_pooled: bool) -> None:
     """Stage 1 also gains what its ConvGRU leaves out: 55 of the 306 GFLOP in G."""
     folded = count_forward(config, stage_number)
     with kernels.use("reference"):
-        monkeypatch.setattr(kernels, "conv_gru", kernels.conv_gru_reference)
         plain = count_forward(config, stage_number)
     for counted, table in ((plain, PLAIN), (folded, FOLDED)):
         step, networks = table[stage_number, time_pooled]
