@@ -17,13 +17,15 @@ of 0, as `expand` makes it: the generator's first unit). What reads h is skipped
 frame, where h = 0. The backward pass costs twice the forward pass's; weight gradients are one
 convolution over all frames.
 
-Gates, least bytes per element of h in bf16 and frame: forward 16 (r, u, r⊙h from three gates'
-worth of convolution, h and back) + 16 (c, h'), 2 less each where r and c are not kept; backward
-18 (u, c) + 14 (r, and r⊙h for the weight gradient).
+Gates, bytes per element of h and frame in bf16: forward 16 (the convolutions' shares and h are
+read; r, u, r⊙h written) + 14 (shares, u and h read; c, and h' twice, written; 2 less where c is not
+kept); backward 18 (u, c) + 14 (r, and r⊙h for the weight gradient). To and from time-major memory,
+once for the whole sequence: 4 forward (x), 8 backward (x, h).
 
-Saved for the backward pass, values per element of x beside the weights, x itself (a T-th of it if
-it is constant) and y, which is h: "gates" 3, less a frame's r; "states" none, for which r, u
-and c are computed again, all frames at once (as many FLOPs as the forward pass).
+Kept for the backward pass, beside x (one frame of it if it is constant), y (which is h) and the
+weights, per element of y: "gates" r, u and c, 6 bytes in bf16 and 12 in fp32; "states" nothing:
+the gates are computed again, all frames at once, with as many FLOPs as the forward pass has. The
+reference keeps 9 values, y among them.
 
 Implementations: "triton" (the gates; fp32, fp16, bf16), "pytorch" (the gates in PyTorch operators,
 on any device), "reference" (autograd through the equations as they stand). Convolutions are
@@ -70,8 +72,8 @@ def conv_gru(
     """Every h, [B, T, C, H, W], channels last in memory.
 
     `save` says what is kept for the backward pass beside x, y and the weights: "gates" keeps r, u
-    and c, 3 - 1/T values per element of y (6 bytes in bf16, 12 in fp32); "states" keeps nothing
-    and runs the forward convolutions again. The reference keeps what autograd keeps. `impl` as in
+    and c (6 bytes per element of y in bf16, 12 in fp32); "states" keeps nothing (0 bytes) and runs
+    the forward convolutions again. The reference keeps what autograd keeps. `impl` as in
     `kernels.implementation`.
 
     No step waits for the device or looks at a value, so a caller may capture the call and its

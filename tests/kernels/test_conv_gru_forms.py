@@ -208,6 +208,18 @@ def test_nan_is_not_hidden_by_the_relu(impl: str) -> None:
         assert torch.equal(frame, expected.expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["first frame", "later frame"])
+@pytest.mark.parametrize("impl", FORMS)
+def test_nan_in_the_candidate_alone_reaches_h(impl: str, later: bool) -> None:
+    """With r, u and the h before finite: in a network one NaN reaches all gates at once."""
+    shares = torch.tensor([0.0, 0.0, torch.nan], device=DEVICE).view(1, 1, 1, 3)
+    h, c, y = torch.ones(3, 1, 1, 1, 1, device=DEVICE)
+    ru = torch.full((1, 1, 1, 2), 0.5, device=DEVICE)
+    passes(impl).candidate(shares, torch.zeros_like(h) if later else None, ru, h, c, y)
+    assert all(value.isnan().all() for value in (h, c, y))
+    assert ru.flatten().tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("impl", FORMS)
 def test_the_candidate_s_gradient_passes_where_c_is_nan(impl: str) -> None:
     """By c > 0 it would be 0 there, and a broken network would stop learning without a word."""
