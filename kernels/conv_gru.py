@@ -7,38 +7,54 @@ h' = u⊙h + (1-u)⊙c,            h = 0 before the first frame
 SSW-GAN, stage 1 (as DVD-GAN): 3x3 convolutions, ReLU in place of tanh.
 
 Shapes: B batch, T frames, C channels of x and of the hidden state h, H x W pixels. Weights
-[C, 3, 3, 2C], their inputs concatenated in the order written above.
-FLOPs: 2·54·C² per pixel and frame, of which half (the part that reads x) needs no recurrence.
+[C, 3, 3, 2C], their inputs concatenated in the order written above; weights and biases in the
+dtype of x (fp32, fp16, bf16, fp64), in which r, u, c and h are kept too. Gates are computed in
+fp32 (fp64 for fp64).
+
+FLOPs: 2·54·C² per pixel and frame, of which half (the part that reads x) needs no recurrence and
+is one convolution over all frames, over one frame where x is the same at every time step (a stride
+of 0, as `expand` makes it: the generator's first unit). What reads h is skipped at the first
+frame, where h = 0. The backward pass costs twice the forward pass's; weight gradients are one
+convolution over all frames.
+
+Gates, bytes per element of h and frame in bf16: forward 16 (the convolutions' shares and h are
+read; r, u, r⊙h written) + 14 (shares, u and h read; c, and h' twice, written; 2 less where c is not
+kept); backward 18 (u, c) + 14 (r, and r⊙h for the weight gradient). To and from time-major memory,
+once for the whole sequence: 4 forward (x), 8 backward (x, h).
+
+Kept for the backward pass, beside x (one frame of it if it is constant), y (which is h) and the
+weights, per element of y: "gates" r, u and c, 6 bytes in bf16 and 12 in fp32; "states" nothing:
+the gates are computed again, all frames at once, with as many FLOPs as the forward pass has. The
+reference keeps 9 values, y among them.
+
+Implementations: "triton" (the gates; fp32, fp16, bf16), "pytorch" (the gates in PyTorch operators,
+on any device), "reference" (autograd through the equations as they stand). Convolutions are
+PyTorch's in all. Derivatives of order two and higher are the reference's in all of them.
 """
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kernels.layout import channels_last, conv2d_weight, fold_frames, unfold_frames
+from kernels.conv_gru_pytorch import conv_gru_reference
+from kernels.conv_gru_sequence import ConvGRUFunction, run
+from kernels.implementation import (
+    REFERENCE,
+    Implementation,
+    Operator,
+    everywhere,
+    triton_obstacle,
+    triton_reluctance,
+)
 
+Save = Literal["gates", "states"]
 
-def conv_gru_reference(
-    x_BTCHW: Tensor,
-    weight_r: Tensor,
-    weight_u: Tensor,
-    weight_c: Tensor,
-    bias_r_C: Tensor,
-    bias_u_C: Tensor,
-    bias_c_C: Tensor,
-) -> Tensor:
-    """The equations as they stand, frame by frame; returns every h, [B, T, C, H, W]."""
-    h = torch.zeros_like(x_BTCHW[:, 0])
-    states = []
-    for x in x_BTCHW.unbind(1):
-        hx = torch.cat([h, x], dim=1)
-        r = torch.sigmoid(F.conv2d(hx, conv2d_weight(weight_r), bias_r_C, padding=1))
-        u = torch.sigmoid(F.conv2d(hx, conv2d_weight(weight_u), bias_u_C, padding=1))
-        xh = torch.cat([x, r * h], dim=1)
-        c = F.relu(F.conv2d(xh, conv2d_weight(weight_c), bias_c_C, padding=1))
-        h = u * h + (1 - u) * c
-        states.append(h)
-    return torch.stack(states, dim=1)
+OPERATOR = Operator(
+    "conv_gru",
+    Implementation("triton", triton_obstacle, triton_reluctance),
+    Implementation("pytorch", everywhere),
+)
 
 
 def conv_gru(
@@ -49,39 +65,47 @@ def conv_gru(
     bias_r_C: Tensor,
     bias_u_C: Tensor,
     bias_c_C: Tensor,
+    *,
+    save: Save = "gates",
+    impl: str | None = None,
 ) -> Tensor:
-    """The same function with less work; returns every h, [B, T, C, H, W].
+    """Every h, [B, T, C, H, W], channels last in memory.
 
-    What reads x is one convolution over all frames, outside the loop, and over one frame only
-    when x is the same at every time step (a stride of 0, as `expand` makes it: the generator's
-    first unit). What reads h is skipped at the first frame, where h = 0.
+    `save` says what is kept for the backward pass beside x, y and the weights: "gates" keeps r, u
+    and c (6 bytes per element of y in bf16, 12 in fp32); "states" keeps nothing (0 bytes) and runs
+    the forward convolutions again. The reference keeps what autograd keeps. `impl` as in
+    `kernels.implementation`.
+
+    No step waits for the device or looks at a value, so a caller may capture the call and its
+    backward pass in a CUDA graph.
+
+    Raises ValueError for shapes that do not fit, a video without frames and an unknown `save`;
+    ImplementationError for an implementation that cannot run.
     """
-    num_frames, channels = x_BTCHW.shape[1:3]
-    r_h, r_x = weight_r.split(channels, dim=-1)
-    u_h, u_x = weight_u.split(channels, dim=-1)
-    c_x, c_h = weight_c.split(channels, dim=-1)
+    inputs = x_BTCHW, weight_r, weight_u, weight_c, bias_r_C, bias_u_C, bias_c_C
+    _check(*inputs)
+    if save not in get_args(Save):
+        raise ValueError(f"save must be gates or states, not {save!r}")
+    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
+    if impl == REFERENCE or x_BTCHW.numel() == 0:
+        return conv_gru_reference(*inputs)
+    num_frames = x_BTCHW.shape[1]
+    if num_frames > 1 and x_BTCHW.stride(1) == 0:
+        x_BTCHW = x_BTCHW[:, :1]
+    arguments = x_BTCHW, *inputs[1:], num_frames
+    if torch.is_grad_enabled() and any(v.requires_grad for v in inputs):
+        y_BTCHW: Tensor = ConvGRUFunction.apply(*arguments, save == "gates", impl)
+        return y_BTCHW
+    return run(*arguments, False, impl)[0]
 
-    constant = num_frames > 1 and x_BTCHW.stride(1) == 0
-    inputs = x_BTCHW[:, :1] if constant else x_BTCHW
-    gates_x = F.conv2d(
-        fold_frames(inputs),
-        conv2d_weight(torch.cat([r_x, u_x, c_x])),
-        torch.cat([bias_r_C, bias_u_C, bias_c_C]),
-        padding=1,
-    )
-    r_x_BTCHW, u_x_BTCHW, c_x_BTCHW = (
-        gate.expand(-1, num_frames, -1, -1, -1)
-        for gate in unfold_frames(gates_x, inputs.shape[1]).chunk(3, dim=2)
-    )
-    ru_h_weight, c_h_weight = conv2d_weight(torch.cat([r_h, u_h])), conv2d_weight(c_h)
 
-    h = (1 - torch.sigmoid(u_x_BTCHW[:, 0])) * F.relu(c_x_BTCHW[:, 0])
-    states = [h]
-    for t in range(1, num_frames):
-        r_h_t, u_h_t = F.conv2d(h, ru_h_weight, padding=1).chunk(2, dim=1)
-        r = torch.sigmoid(r_x_BTCHW[:, t] + r_h_t)
-        u = torch.sigmoid(u_x_BTCHW[:, t] + u_h_t)
-        c = F.relu(c_x_BTCHW[:, t] + F.conv2d(r * h, c_h_weight, padding=1))
-        h = torch.lerp(c, h, u)
-        states.append(h)
-    return channels_last(torch.stack(states, dim=1))
+def _check(x_BTCHW: Tensor, *parameters: Tensor) -> None:
+    if x_BTCHW.dim() != 5 or x_BTCHW.shape[1] == 0:
+        shape = tuple(x_BTCHW.shape)
+        raise ValueError(f"x must be [B, T, C, H, W] with at least one frame, not {shape}")
+    C = x_BTCHW.shape[2]
+    names = "weight_r", "weight_u", "weight_c", "bias_r", "bias_u", "bias_c"
+    for name, value in zip(names, parameters, strict=True):
+        expected = (C, 3, 3, 2 * C) if name.startswith("weight") else (C,)
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{name} must be {list(expected)}, not {tuple(value.shape)}")

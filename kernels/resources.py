@@ -28,6 +28,7 @@ from kernels.implementation import interpreting
 
 TABLE = Path(__file__).with_name("resources.json")
 MODULES = (
+    "kernels.conv_gru_triton",
     "kernels.convolution_triton",
     "kernels.frame_norm_triton",
     "kernels.power_iteration_triton",
