@@ -11,7 +11,7 @@ import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,7 +21,7 @@ from engine.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "results"
 REPOSITORY = FOLDER.parents[1]
-FORMAT = 1
+FORMAT: Final = 1
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -126,11 +126,10 @@ class Document(Record):
 def this_device() -> Device:
     """The GPU, or the CPU where there is none."""
     if torch.cuda.is_available():
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = drivers.splitlines()[0] if drivers else None
         name = torch.cuda.get_device_name()
-        return Device(
-            kind="cuda", name=name, num_threads=None, driver=(driver or "").split("\n")[0]
-        )
+        return Device(kind="cuda", name=name, num_threads=None, driver=driver)
     return Device(kind="cpu", name=_cpu_name(), num_threads=torch.get_num_threads(), driver=None)
 
 
