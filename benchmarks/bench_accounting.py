@@ -15,9 +15,16 @@ from benchmarks.session import Session
 from engine.models import build_generator
 
 
+def leave_out_stage_1_if_quick(session: Session, stage_number: int) -> None:
+    """Skip the test."""
+    if session.quick and stage_number == 1:
+        pytest.skip("--quick counts stage 2 only")
+
+
 @pytest.mark.parametrize("stage_number", [1, 2])
 def test_executed_flops(session: Session, stage_number: int) -> None:
     """Two D updates and one G update of one sample."""
+    leave_out_stage_1_if_quick(session, stage_number)
     config = kinetics(reduced=False)
     ours = count_forward(config, stage_number).step
     with kernels.use("reference"), pytest.MonkeyPatch.context() as patch:
@@ -48,6 +55,7 @@ def test_spectral_norm_launches(session: Session) -> None:
 @pytest.mark.parametrize("stage_number", [1, 2])
 def test_saved_for_backward(session: Session, stage_number: int) -> None:
     """Of the generator, in bf16."""
+    leave_out_stage_1_if_quick(session, stage_number)
     config = kinetics(reduced=False)
     ours = generator_saved_for_backward(config, stage_number)
     with kernels.use("reference"), pytest.MonkeyPatch.context() as patch:

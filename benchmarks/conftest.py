@@ -91,6 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
         compiled=(CUDA and not quick) or config.getoption("compile_references"),
         budget_seconds=config.getoption("budget"),
         seconds_per_case=0.3 if quick or CUDA else 1.0,
+        least_rounds=3 if quick else 5,
     )
 
 

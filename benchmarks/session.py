@@ -12,7 +12,7 @@ from benchmarks.operators import OURS, Case
 from benchmarks.results import Count, Rates, Row, Skip
 from benchmarks.timing import Stopwatch, Turns, measure, num_rounds, paired_ratios, spread
 
-LEAST_ROUNDS, MOST_ROUNDS = 5, 51
+MOST_ROUNDS = 51
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Session:
     """When to stop starting cases; None never."""
     seconds_per_case: float = 1.0
     """What the rounds of a case may take together, at the least number of rounds more."""
+    least_rounds: int = 5
+    """Of a case, however long they take."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     rows: list[Row] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
@@ -60,19 +62,16 @@ class Session:
         """
         case.check()
         sides = case.sides()
-        for _ in range(2):  # compilation, autotuning, first allocations
-            for run in sides.values():
-                run()
+        for run in sides.values():  # compilation, autotuning, first allocations
+            run()
         per_round = sum(measure(run, self.device) for run in sides.values())
-        rounds = num_rounds(per_round, self.seconds_per_case, LEAST_ROUNDS, MOST_ROUNDS)
+        rounds = num_rounds(per_round, self.seconds_per_case, self.least_rounds, MOST_ROUNDS)
         turns = Turns(sides, OURS, self.device, self.stopwatch)
         benchmark.pedantic(turns.main, setup=turns.before, teardown=turns.after, rounds=rounds)
         # Where pytest-benchmark is switched off it calls once and does not tear down.
-        turns_taken = {name: len(taken) for name, taken in turns.seconds.items()}
-        if set(turns_taken.values()) != {rounds}:
-            raise RuntimeError(
-                f"{rounds} rounds were asked for, pytest-benchmark ran {turns_taken}"
-            )
+        taken = {name: len(seconds) for name, seconds in turns.seconds.items()}
+        if set(taken.values()) != {rounds}:
+            raise RuntimeError(f"{rounds} rounds were asked for; pytest-benchmark ran {taken}")
         for name, seconds in turns.seconds.items():
             peak = peak_bytes(sides[name], self.device)
             self.rows.append(make_row(case, name, seconds, turns.seconds[OURS], self.rates, peak))
