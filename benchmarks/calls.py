@@ -85,7 +85,7 @@ class Call:
     def num_bytes(self) -> int:
         """Of the arguments, as they lie in memory."""
         tensors = {id(t): t for t in tree_leaves(self.arguments) if isinstance(t, Tensor)}
-        return sum(_storage_shape(t).numel() * t.element_size() for t in tensors.values())
+        return sum(storage_shape(t).numel() * t.element_size() for t in tensors.values())
 
     def function(self) -> Callable[..., Tensor]:
         """The operator."""
@@ -105,7 +105,7 @@ class Call:
         def fill(name: str, like: Any) -> Any:
             if not isinstance(like, Tensor):
                 return like
-            base = torch.randn(_storage_shape(like), generator=generator, device=device)
+            base = torch.randn(storage_shape(like), generator=generator, device=device)
             if name in weights:
                 base /= math.sqrt(like[0].numel())
             value = base.to(like.dtype)
@@ -121,7 +121,7 @@ class Call:
 _WEIGHTS = ("weight", "temporal_weight", "spatial_weight")
 
 
-def _storage_shape(like: Tensor) -> torch.Size:
+def storage_shape(like: Tensor) -> torch.Size:
     """The shape without what is only repeated (strides of 0)."""
     pairs = zip(like.shape, like.stride(), strict=True)
     return torch.Size(1 if stride == 0 else size for size, stride in pairs)
@@ -223,7 +223,7 @@ def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        base = leaf.detach().as_strided(_storage_shape(leaf), leaf.stride())
+        base = leaf.detach().as_strided(storage_shape(leaf), leaf.stride())
         copy = base.to(dtype, copy=True).requires_grad_(leaf.requires_grad)
         return copy.expand(leaf.shape)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from benchmarks.calls import Call, in_dtype
+from benchmarks.calls import Call, in_dtype, storage_shape
 
 Function = Callable[..., Tensor]
 Results = dict[str, Tensor]
@@ -64,9 +64,18 @@ def check(side: str, got: Results, usual: Results, truth: Results, num_terms: in
 def results(function: Function, arguments: dict[str, Any], dy: Tensor) -> Results:
     """y, and the gradient of every argument that wants one."""
     y = function(**arguments)
+    grads = gradients(y, arguments, dy)
+    return {"y": y.detach()} | {f"d{name}": grad for name, grad in grads.items()}
+
+
+def gradients(y: Tensor, arguments: dict[str, Any], dy: Tensor) -> Results:
+    """Of every argument that wants one, by name; summed over what is only repeated (stride 0)."""
     inputs = differentiable(arguments)
     grads = torch.autograd.grad(y, list(inputs.values()), dy)
-    return {"y": y.detach()} | {f"d{name}": g for name, g in zip(inputs, grads, strict=True)}
+    return {
+        name: grad.sum_to_size(storage_shape(leaf))
+        for (name, leaf), grad in zip(inputs.items(), grads, strict=True)
+    }
 
 
 def differentiable(arguments: dict[str, Any]) -> dict[str, Tensor]:

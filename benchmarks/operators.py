@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import kernels
 from benchmarks.calls import Call
-from benchmarks.correctness import Function, check_call, differentiable
+from benchmarks.correctness import Function, check_call, gradients
 from benchmarks.floors import Cost, operator_cost
 from benchmarks.timing import cache_bytes, num_copies
 
@@ -111,7 +111,7 @@ def _rotating_sides(
             with torch.no_grad():
                 return function(**given)
         y = function(**given)
-        return torch.autograd.grad(y, list(differentiable(given).values()), dy)
+        return gradients(y, given, dy)
 
     return {name: partial(once, function) for name, function in functions.items()}
 
