@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import kernels
 from benchmarks.accounting import (
     count_forward,
     count_parametrization_launches,
@@ -11,6 +10,7 @@ from benchmarks.accounting import (
     generator_saved_for_backward,
 )
 from benchmarks.calls import kinetics
+from benchmarks.operators import references
 from benchmarks.session import Session
 from engine.models import build_generator
 
@@ -27,8 +27,7 @@ def test_executed_flops(session: Session, stage_number: int) -> None:
     leave_out_stage_1_if_quick(session, stage_number)
     config = kinetics(reduced=False)
     ours = count_forward(config, stage_number).step
-    with kernels.use("reference"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "conv_gru", kernels.conv_gru_reference)
+    with references():
         plain = count_forward(config, stage_number).step
     name = f"Kinetics-600 stage {stage_number}"
     session.count("executed per step and sample", name, plain=plain, ours=ours, unit="TFLOP")
@@ -58,8 +57,7 @@ def test_saved_for_backward(session: Session, stage_number: int) -> None:
     leave_out_stage_1_if_quick(session, stage_number)
     config = kinetics(reduced=False)
     ours = generator_saved_for_backward(config, stage_number)
-    with kernels.use("reference"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "conv_gru", kernels.conv_gru_reference)
+    with references():
         plain = generator_saved_for_backward(config, stage_number)
     name = f"G of stage {stage_number}, bf16"
     session.count(

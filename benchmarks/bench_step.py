@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
 from benchmarks.calls import CONFIGS
 from benchmarks.correctness import Refused
-from benchmarks.operators import OURS, REFERENCE, Case
+from benchmarks.operators import OURS, REFERENCE, Case, references
 from benchmarks.session import Session
 from engine.configuration import Config, load_config
 from engine.models import build_generator
@@ -82,7 +81,7 @@ def make_trainer(config: Config, number: int, ranks: Ranks) -> Trainer:
     return builder.trainer(SameClips(config, number, ranks.device))
 
 
-def outputs(trainer: Trainer, config: Config, setting: str) -> dict[str, Tensor]:
+def outputs(trainer: Trainer, config: Config) -> dict[str, Tensor]:
     """G's video and D's scores of it, for inputs that are the same in every call."""
     number, stage = trainer.stage_number, config.stages[trainer.stage_number]
     device, batch = trainer.g_engine.device, stage.training.micro_batch
@@ -96,7 +95,7 @@ def outputs(trainer: Trainer, config: Config, setting: str) -> dict[str, Tensor]
     frames = draw_frame_indices(
         batch, stage.num_frames, stage.discriminators.spatial_frames, random
     ).to(device)
-    with torch.no_grad(), kernels.use(setting):
+    with torch.no_grad():
         video = trainer.g_engine.module(z, labels, low)
         scores = trainer.d_engine.module(video, labels, low, frames).all
     return {"G's video": video, "D's scores": scores}
@@ -108,15 +107,17 @@ def check_networks(trainer: Trainer, config: Config) -> None:
     How far rounding errors grow in a network is measured: by one random rounding of every weight.
     A sum of K terms makes √K of them, and two forms err independently, hence 2·√K times that.
     """
-    got, usual = (outputs(trainer, config, setting) for setting in ("auto", "reference"))
+    got = outputs(trainer, config)
+    with references():
+        usual = outputs(trainer, config)
     networks = trainer.g_engine.module, trainer.d_engine.module
     weights = [p for network in networks for p in network.parameters()]
     rounding = torch.finfo(compute_dtype(config.stages[trainer.stage_number])).eps / 2
     kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
+    with torch.no_grad(), references():
         for weight in weights:
             weight.mul_(1 + rounding * (2 * torch.rand_like(weight) - 1))
-        moved = outputs(trainer, config, "reference")
+        moved = outputs(trainer, config)
         for weight, before in zip(weights, kept, strict=True):
             weight.copy_(before)
     num_terms = max(weight[0].numel() for weight in weights)
@@ -153,8 +154,8 @@ def test_step(session: Session, benchmark: Any, ranks: Ranks, name: str) -> None
     torch.manual_seed(0)
     trainer = make_trainer(config, number, ranks)
 
-    def step(setting: str) -> None:
-        with kernels.use(setting):
+    def step_of_references() -> None:
+        with references():
             trainer.train_step()
 
     case = Case(
@@ -164,6 +165,6 @@ def test_step(session: Session, benchmark: Any, ranks: Ranks, name: str) -> None
         dtype=compute_dtype(stage),
         cost=None,
         check=partial(check_networks, trainer, config),
-        sides=lambda: {OURS: partial(step, "auto"), REFERENCE: partial(step, "reference")},
+        sides=lambda: {OURS: trainer.train_step, REFERENCE: step_of_references},
     )
     session.run(case, benchmark)

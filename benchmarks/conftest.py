@@ -33,6 +33,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from benchmarks import report, results
 from benchmarks.calls import Call, kinetics, network_calls
 from benchmarks.session import Session
@@ -72,16 +73,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the session, and refuse what would fail only at its end."""
-    config.addinivalue_line("markers", "calls(operator, stage, network): from which calls")
+    config.addinivalue_line("markers", "calls(operator, stage_number, network): of these")
     if not config.getoption("run_benchmarks"):
         return
     if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
         raise pytest.UsageError("benchmarks take turns in one process: run them without -n")
-    if config.getoption("add_to") is not None:
-        try:
-            results.read(config.getoption("add_to"))
-        except UserError as error:
-            raise pytest.UsageError(str(error)) from None
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("benchmarks need pytest-benchmark: pip install -e '.[dev]'")
+    # Ours is what runs by itself, whatever KERNELS says.
+    kernels.set_default("auto")
     # "fp32" shall mean it, as in training.
     torch.backends.cudnn.allow_tf32 = False
     quick = config.getoption("quick")
@@ -93,6 +93,13 @@ def pytest_configure(config: pytest.Config) -> None:
         seconds_per_case=0.3 if quick or CUDA else 1.0,
         least_rounds=3 if quick else 5,
     )
+    if config.getoption("add_to") is not None:
+        try:
+            results.added(
+                results.read(config.getoption("add_to")), config.stash[SESSION].document()
+            )
+        except UserError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -113,7 +120,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """pytest-benchmark reads our stopwatch instead of wall time."""
     session = config.stash.get(SESSION, None)
     if session is not None:
-        for item in items:
+        for item in (item for item in items if FOLDER in item.path.parents):
             item.add_marker(pytest.mark.benchmark(timer=session.stopwatch))
 
 
@@ -162,8 +169,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     path = config.getoption("add_to")
     if path is None:
         path = results.write(document, config.getoption("results"))
-    else:
-        document = results.added(results.read(path), document)
+    else:  # checked at the start; should the file have changed since, nothing is lost
+        try:
+            document = results.added(results.read(path), document)
+        except UserError as error:
+            terminalreporter.write_line(f"error: {error}")
+            path = results.write(document, config.getoption("results"))
         results.save(document, path)
     terminalreporter.section("SSW-GAN benchmarks")
     terminalreporter.write_line(report.render_document(document))

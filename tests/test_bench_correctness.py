@@ -55,6 +55,19 @@ def test_a_wrong_pixel_is_refused() -> None:
         check_call(call, {"mine": off_by_one_pixel}, reference, CPU)
 
 
+def test_a_wrong_recurrence_is_refused() -> None:
+    """However often it is drawn: one bias of three is scaled by a ten thousandth."""
+    call = network_calls(kinetics(reduced=True), 1, "conv_gru")[1]
+
+    def scaled(**arguments: Any) -> Tensor:
+        return kernels.conv_gru(**arguments | {"bias_u_C": 1.0001 * arguments["bias_u_C"]})
+
+    reference = side_functions("conv_gru", compiled=False, plain=False)["reference"]
+    check_call(call, {"mine": kernels.conv_gru}, reference, CPU)
+    with pytest.raises(Refused, match="mine: y errs by"):
+        check_call(call, {"mine": scaled}, reference, CPU)
+
+
 def test_a_wrong_gradient_is_refused() -> None:
     call = upsampling()
 
