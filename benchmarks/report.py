@@ -16,7 +16,8 @@ BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 EPILOG = f"""\
 examples:
   python benchmarks/report.py                      print the newest results
-  python benchmarks/report.py --write README.md    put them between {BEGIN} and {END}
+  python benchmarks/report.py --brief --write README.md
+                                    short ones, between {BEGIN} and {END}
   python benchmarks/report.py benchmarks/results/FILE.json
 """
 SIDES = ("reference", "compiled", "plain", "parametrizations")
@@ -46,8 +47,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--write", type=Path, metavar="FILE", help="put the tables between this file's markers"
     )
+    parser.add_argument(
+        "--brief", action="store_true", help="only forward + backward passes and whole steps"
+    )
     options = parser.parse_args(arguments)
-    text = render(documents(options.files, options.results))
+    found = documents(options.files, options.results)
+    if options.brief:
+        found = {kind: shortened(document) for kind, document in found.items()}
+    text = render(found)
     if options.write is None:
         print(text)
     else:
@@ -68,6 +75,12 @@ def documents(files: Sequence[Path], folder: Path) -> dict[str, Document]:
             raise UserError(f"{path} is a second file of a {document.device.kind} run")
         found[document.device.kind] = document
     return found
+
+
+def shortened(document: Document) -> Document:
+    """Without what is only a part of another row, and without the list of what was skipped."""
+    whole = [row for row in document.rows if row.direction.endswith(("backward", "step"))]
+    return document.model_copy(update={"rows": whole, "skipped": []})
 
 
 def write_between_markers(path: Path, text: str) -> None:

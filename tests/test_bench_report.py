@@ -88,6 +88,17 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {line.count("|") for line in tables} == {9, 6}, "every line as long as its header"
 
 
+def test_brief_leaves_out_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(direction="forward", shape="part"), row(), row(direction="step", shape="all")]
+    put(tmp_path, "gpu.json", document(rows=rows))
+    text = rendered(capsys, "--results", tmp_path, "--brief")
+    assert "4x12x512x32x32" in text
+    assert "all, step" in text
+    assert "| executed |" in text
+    assert "part" not in text
+    assert "the budget is spent" not in text
+
+
 def test_the_newest_of_each_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "z.json", document(commit="1" * 40))
     put(tmp_path, "a.json", document(commit="2" * 40, date="2026-12-01T00:00:00Z"))
