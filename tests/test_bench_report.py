@@ -168,17 +168,28 @@ def test_bad_files_are_named(tmp_path: Path, bad: str) -> None:
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """As a script, from elsewhere."""
-    for arguments in (["--results", str(tmp_path)], [str(tmp_path / "missing.json")], ["--no"]):
-        done = subprocess.run(
-            [sys.executable, str(REPOSITORY / "benchmarks/report.py"), *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
-        assert done.stdout == ""
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks/report.py"), "--results", str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no results in ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_other_bad_input(tmp_path: Path) -> None:
+    path = put(tmp_path, "gpu.json", document())
+    for arguments, expected in (
+        ([tmp_path / "missing.json"], "cannot read"),
+        ([path, path], "is a second file of a cuda run"),
+        (["--no"], "unrecognized arguments: --no"),
+        ([path, "--write", tmp_path / "missing.md"], "cannot read"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            report.main([str(argument) for argument in arguments])
 
 
 def test_files_come_back_as_they_were_and_are_not_overwritten(tmp_path: Path) -> None:
