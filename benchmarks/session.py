@@ -34,6 +34,8 @@ class Session:
     counts: list[Count] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    commit: tuple[str | None, bool | None] = field(default_factory=results.this_commit)
+    """Of the code that was loaded, not of what the tree holds when the run ends."""
     started: float = field(default_factory=time.monotonic)
     _rates: Rates | None = None
 
@@ -86,7 +88,7 @@ class Session:
 
     def document(self) -> results.Document:
         """The result file's contents."""
-        commit, dirty = results.this_commit()
+        commit, dirty = self.commit
         return results.Document(
             format=results.FORMAT,
             date=results.now(),
