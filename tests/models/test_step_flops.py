@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from step_costs import count_forward
 
 import kernels
+from benchmarks.accounting import count_forward
 from engine.configuration import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

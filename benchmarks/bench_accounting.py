@@ -1,0 +1,65 @@
+"""What is counted without running anything: FLOPs, launches, memory kept for the backward pass."""
+
+import pytest
+import torch
+
+from benchmarks.accounting import (
+    count_forward,
+    count_parametrization_launches,
+    count_spectral_launches,
+    generator_saved_for_backward,
+)
+from benchmarks.calls import kinetics
+from benchmarks.operators import references
+from benchmarks.session import Session
+from engine.models import build_generator
+
+
+def leave_out_stage_1_if_quick(session: Session, stage_number: int) -> None:
+    """Skip the test."""
+    if session.quick and stage_number == 1:
+        pytest.skip("--quick counts stage 2 only")
+
+
+@pytest.mark.parametrize("stage_number", [1, 2])
+def test_executed_flops(session: Session, stage_number: int) -> None:
+    """Two D updates and one G update of one sample."""
+    leave_out_stage_1_if_quick(session, stage_number)
+    config = kinetics(reduced=False)
+    ours = count_forward(config, stage_number).step
+    with references():
+        plain = count_forward(config, stage_number).step
+    name = f"Kinetics-600 stage {stage_number}"
+    session.count("executed per step and sample", name, plain=plain, ours=ours, unit="TFLOP")
+
+
+def test_spectral_norm_launches(session: Session) -> None:
+    """The registered operators against PyTorch's, one launch each at least."""
+    with torch.device("meta"):
+        generator = build_generator(kinetics(reduced=False), 2)
+    plain = count_spectral_launches(generator, "reference")
+    ours = count_spectral_launches(generator, "triton")
+    for step, before, now in zip(plain._fields, plain, ours, strict=True):
+        what = f"spectral norm, {step}"
+        session.count(what, "G of stage 2", plain=before, ours=now, unit="launches")
+    session.count(
+        "parametrizations.spectral_norm against iteration + forward",
+        "G of stage 2",
+        plain=count_parametrization_launches(generator),
+        ours=ours.iteration + ours.forward,
+        unit="launches",
+    )
+
+
+@pytest.mark.parametrize("stage_number", [1, 2])
+def test_saved_for_backward(session: Session, stage_number: int) -> None:
+    """Of the generator, in bf16."""
+    leave_out_stage_1_if_quick(session, stage_number)
+    config = kinetics(reduced=False)
+    ours = generator_saved_for_backward(config, stage_number)
+    with references():
+        plain = generator_saved_for_backward(config, stage_number)
+    name = f"G of stage {stage_number}, bf16"
+    session.count(
+        "saved for backward per sample", name, plain=plain / 1e6, ours=ours / 1e6, unit="MB"
+    )

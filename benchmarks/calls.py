@@ -1,0 +1,230 @@
+"""Which calls of operators a configuration's networks make, recorded from the networks themselves.
+
+Nothing about shapes is written down here. The networks are built on the meta device and run once;
+every call of a function of `kernels` is kept with the shapes, layouts and dtypes of its arguments,
+and can then be made again with random values.
+
+Shapes: B batch, T frames, C channels, H x W pixels.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import kernels
+from benchmarks.accounting import generator_inputs
+from engine.configuration import Config, config_from_tree, load_config
+from engine.models import build_discriminators, build_generator, draw_frame_indices
+from kernels.layout import channels_last
+
+Network = Literal["generator", "discriminators"]
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+KINETICS = CONFIGS / "kinetics600.yaml"
+
+# Eight channels where the paper has 128 and 96: seconds on a CPU core, shapes of the same kind.
+REDUCED = (
+    *(f"stages.{n}.{net}.channels=8" for n in (1, 2) for net in get_args(Network)),
+    "training.micro_batch=2",
+    "training.precision=fp32",
+)
+
+OPERATORS = (
+    "conv2d",
+    "conv_gru",
+    "conv_pool2d",
+    "conv_pool3d",
+    "frame_norm",
+    "separable_conv3d",
+    "upsample_conv",
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `kernels.<operator>`: its arguments by name, tensors on the meta device."""
+
+    operator: str
+    arguments: dict[str, Any]
+
+    @property
+    def x(self) -> Tensor:
+        """The video, every operator's first argument."""
+        x: Tensor = next(iter(self.arguments.values()))
+        return x
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Convolution weights, by argument name; empty for a norm."""
+        return {name: v for name, v in self.arguments.items() if name.startswith(_WEIGHTS)}
+
+    @property
+    def constant_input(self) -> bool:
+        """Whether x is the same at every time step: the generator's first ConvGRU."""
+        return self.x.shape[1] > 1 and self.x.stride(1) == 0
+
+    @property
+    def name(self) -> str:
+        """`4x12x512x32x32-256` for x [4, 12, 512, 32, 32] and 256 output channels; usable in -k."""
+        parts = ["x".join(map(str, self.x.shape))]
+        if self.weights and self.operator != "conv_gru":
+            parts.append(str(list(self.weights.values())[-1].shape[0]))
+        return "-".join(parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the arguments, as they lie in memory."""
+        tensors = {id(t): t for t in tree_leaves(self.arguments) if isinstance(t, Tensor)}
+        return sum(storage_shape(t).numel() * t.element_size() for t in tensors.values())
+
+    def function(self) -> Callable[..., Tensor]:
+        """The operator."""
+        found: Callable[..., Tensor] = getattr(kernels, self.operator)
+        return found
+
+    def draw(self, device: torch.device, seed: int) -> dict[str, Any]:
+        """Random arguments of the same shapes and dtypes.
+
+        Videos are channels last, as everywhere here (the meta device's convolutions do not tell).
+        What is the same at every time step stays so. Weights have variance 1 / fan-in, so that
+        values stay near 1.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
+        weights = self.weights
+
+        def fill(name: str, like: Any) -> Any:
+            if not isinstance(like, Tensor):
+                return like
+            base = torch.randn(storage_shape(like), generator=generator, device=device)
+            if name in weights:
+                base /= math.sqrt(like[0].numel())
+            value = base.to(like.dtype)
+            value = channels_last(value) if like.dim() == 5 and name not in weights else value
+            return value.requires_grad_(like.requires_grad).expand(like.shape)
+
+        return {
+            name: tree_map(lambda leaf, name=name: fill(name, leaf), value)
+            for name, value in self.arguments.items()
+        }
+
+
+_WEIGHTS = ("weight", "temporal_weight", "spatial_weight")
+
+
+def storage_shape(like: Tensor) -> torch.Size:
+    """The shape without what is only repeated (strides of 0)."""
+    pairs = zip(like.shape, like.stride(), strict=True)
+    return torch.Size(1 if stride == 0 else size for size, stride in pairs)
+
+
+def kinetics(*, reduced: bool) -> Config:
+    """configs/kinetics600.yaml, as it is or `REDUCED`."""
+    return load_config(KINETICS, REDUCED if reduced else ())
+
+
+def network_calls(
+    config: Config, stage_number: int, operator: str, network: Network = "generator"
+) -> list[Call]:
+    """The different calls of one operator in a stage's generator or discriminators, in order.
+
+    Calls that differ only in what is added at the end, or in whether x changes in time, count as
+    one: that with the most arguments stands for them. 1x1 convolutions are left out.
+    """
+    found: dict[tuple[Any, ...], Call] = {}
+    for call in _all_calls(config, stage_number, network):
+        shapes = tuple(tuple(weight.shape) for weight in call.weights.values())
+        if call.operator != operator or any(shape[1:-1] == (1, 1) for shape in shapes):
+            continue
+        key = tuple(call.x.shape), shapes
+        if key not in found or _rank(call) > _rank(found[key]):
+            found[key] = call
+    return list(found.values())
+
+
+def _rank(call: Call) -> tuple[int, bool]:
+    num_tensors = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(call.arguments))
+    return num_tensors, not call.constant_input
+
+
+@cache
+def _recorded(tree: str, stage_number: int, network: Network) -> tuple[Call, ...]:
+    config = config_from_tree(json.loads(tree), "recorded configuration")
+    with _recording() as calls, torch.device("meta"):
+        if network == "generator":
+            _run_generator(config, stage_number)
+        else:
+            _run_discriminators(config, stage_number)
+    return tuple(calls)
+
+
+def _all_calls(config: Config, stage_number: int, network: Network) -> tuple[Call, ...]:
+    return _recorded(json.dumps(config.to_tree()), stage_number, network)
+
+
+def _run_generator(config: Config, stage_number: int) -> None:
+    """One pass at the micro-batch."""
+    generator = build_generator(config, stage_number)
+    batch = config.stages[stage_number].training.micro_batch
+    generator(*generator_inputs(config, stage_number, batch, generator.latent_size))
+
+
+def _run_discriminators(config: Config, stage_number: int) -> None:
+    """One pass over reals and fakes together, twice the micro-batch."""
+    stage = config.stages[stage_number]
+    batch = 2 * stage.training.micro_batch
+    video = torch.empty(batch, stage.num_frames, 3, stage.resolution, stage.resolution)
+    _, labels, low = generator_inputs(config, stage_number, batch, 1)
+    num_drawn = stage.discriminators.spatial_frames
+    frames = draw_frame_indices(batch, stage.num_frames, num_drawn)
+    discriminators = build_discriminators(config, stage_number)
+    discriminators(video, labels, low if isinstance(low, Tensor) else None, frames.to(video.device))
+
+
+@contextmanager
+def _recording() -> Iterator[list[Call]]:
+    """Within this context, models' calls of `OPERATORS` are listed."""
+    calls: list[Call] = []
+    originals = {name: getattr(kernels, name) for name in OPERATORS}
+
+    def recorded(name: str) -> Callable[..., Tensor]:
+        signature = inspect.signature(originals[name])
+
+        @wraps(originals[name])
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            calls.append(Call(name, arguments))
+            result: Tensor = originals[name](*args, **kwargs)
+            return result
+
+        return call
+
+    try:
+        for name in OPERATORS:
+            setattr(kernels, name, recorded(name))
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(kernels, name, original)
+
+
+def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same arguments as leaves of another dtype, sharing nothing, strides of 0 kept."""
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        base = leaf.detach().as_strided(storage_shape(leaf), leaf.stride())
+        copy = base.to(dtype, copy=True).requires_grad_(leaf.requires_grad)
+        return copy.expand(leaf.shape)
+
+    return {name: tree_map(cast, value) for name, value in arguments.items()}

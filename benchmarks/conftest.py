@@ -1,0 +1,187 @@
+"""How the benchmarks are run.
+
+    pytest benchmarks/ --benchmark                    everything that this machine can measure
+    pytest benchmarks/ --benchmark --quick            one size per operator, under a minute
+    pytest benchmarks/ --benchmark -k "frame_norm and 512x32x32"       one operator, one size
+    pytest benchmarks/ --benchmark --budget 420       start no case after seven minutes
+    python benchmarks/report.py                       the newest results as tables
+
+With a GPU the operators run at the sizes of Kinetics-600 in bf16, against eager PyTorch,
+torch.compile and cuDNN's plain path; without one at a sixteenth of the channels in fp32 on one
+thread, against eager PyTorch. Every run writes a JSON file to benchmarks/results/ (`--results DIR`
+writes it elsewhere).
+
+A session on a GPU in calls of less than eight minutes each, all into one file, F being what the
+first has written:
+
+    pytest benchmarks/ --benchmark --budget 400 -k "frame_norm or conv_gru or spectral"
+    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "upsample_conv or separable"
+    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or step"
+
+What did not fit into the budget is listed as skipped; the same command with `--add-to` and a
+narrower -k fills it in. `--quick` alone tells in a minute or two whether everything runs.
+"""
+
+import os
+
+# Before torch is imported: CPU times are of one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from benchmarks import report, results
+from benchmarks.calls import Call, kinetics, network_calls
+from benchmarks.session import Session
+from engine.errors import UserError
+
+SESSION = pytest.StashKey[Session]()
+FOLDER = Path(__file__).resolve().parent
+HOW_TO_RUN = "benchmarks are run by: pytest benchmarks/ --benchmark"
+CUDA = torch.cuda.is_available()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Our options; those that begin with --benchmark- are pytest-benchmark's."""
+    group = parser.getgroup("SSW-GAN benchmarks")
+    group.addoption(
+        "--benchmark", action="store_true", dest="run_benchmarks", help="measure, write results"
+    )
+    group.addoption(
+        "--quick", action="store_true", help="one size per operator, forward + backward only"
+    )
+    group.addoption(
+        "--budget", type=float, metavar="SECONDS", help="start no case after so many seconds"
+    )
+    group.addoption(
+        "--compile",
+        action="store_true",
+        dest="compile_references",
+        help="torch.compile also on a CPU, where it takes half a minute per size",
+    )
+    group.addoption(
+        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where the file goes"
+    )
+    group.addoption(
+        "--add-to", type=Path, metavar="FILE", help="add to an earlier result file of this device"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the session, and refuse what would fail only at its end."""
+    config.addinivalue_line("markers", "calls(operator, stage_number, network): of these")
+    if not config.getoption("run_benchmarks"):
+        return
+    if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+        raise pytest.UsageError("benchmarks take turns in one process: run them without -n")
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("benchmarks need pytest-benchmark: pip install -e '.[dev]'")
+    # Ours is what runs by itself, whatever KERNELS says.
+    kernels.set_default("auto")
+    # "fp32" shall mean it, as in training.
+    torch.backends.cudnn.allow_tf32 = False
+    quick = config.getoption("quick")
+    config.stash[SESSION] = Session(
+        device=torch.device("cuda" if CUDA else "cpu"),
+        quick=quick,
+        compiled=(CUDA and not quick) or config.getoption("compile_references"),
+        budget_seconds=config.getoption("budget"),
+        seconds_per_case=0.3 if quick or CUDA else 1.0,
+        least_rounds=3 if quick else 5,
+    )
+    if config.getoption("add_to") is not None:
+        try:
+            results.added(
+                results.read(config.getoption("add_to")), config.stash[SESSION].document()
+            )
+        except UserError as error:
+            raise pytest.UsageError(str(error)) from None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`call`: the recorded calls that the test's mark `calls` names; `direction`: both."""
+    quick = metafunc.config.getoption("quick")
+    if "call" in metafunc.fixturenames:
+        mark = metafunc.definition.get_closest_marker("calls")
+        assert mark is not None
+        calls = network_calls(kinetics(reduced=not CUDA), **mark.kwargs)
+        calls = [calls[(len(calls) - 1) // 2]] if quick else calls
+        metafunc.parametrize("call", calls, ids=[call.name for call in calls])
+    if "direction" in metafunc.fixturenames:
+        directions = ["forward_backward"] if quick else ["forward", "forward_backward"]
+        metafunc.parametrize("direction", directions)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """pytest-benchmark reads our stopwatch instead of wall time."""
+    session = config.stash.get(SESSION, None)
+    if session is not None:
+        for item in (item for item in items if FOLDER in item.path.parents):
+            item.add_marker(pytest.mark.benchmark(timer=session.stopwatch))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip here, not by a mark: pytest then reports all of them in one line."""
+    if FOLDER not in item.path.parents:
+        return
+    session = item.config.stash.get(SESSION, None)
+    if session is None:
+        pytest.skip(HOW_TO_RUN)
+    if session.over_budget:
+        pytest.skip(f"the budget of {session.budget_seconds:g} s is spent")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Skipped and failed cases go into the file too."""
+    outcome = yield
+    session = item.config.stash.get(SESSION, None)
+    if session is not None and FOLDER in item.path.parents:
+        if outcome.skipped and call.excinfo is not None:
+            session.skip(_case_of(item), str(call.excinfo.value))
+        elif outcome.failed:
+            session.failed.append(_case_of(item))
+    return outcome
+
+
+def _case_of(item: pytest.Item) -> str:
+    """As `results.case_name` where the test is of a call, else the test's own name."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    call = parameters.get("call")
+    if isinstance(call, Call):
+        return results.case_name(call.operator, call.name, parameters["direction"])
+    return item.name.removeprefix("test_")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write the file and show its tables."""
+    config = terminalreporter.config
+    session = config.stash.get(SESSION, None)
+    if session is None or not (session.rows or session.counts):
+        return
+    document = session.document()
+    path = config.getoption("add_to")
+    if path is None:
+        path = results.write(document, config.getoption("results"))
+    else:  # checked at the start; should the file have changed since, nothing is lost
+        try:
+            document = results.added(results.read(path), document)
+        except UserError as error:
+            terminalreporter.write_line(f"error: {error}")
+            path = results.write(document, config.getoption("results"))
+        results.save(document, path)
+    terminalreporter.section("SSW-GAN benchmarks")
+    terminalreporter.write_line(report.render_document(document))
+    terminalreporter.write_line(f"\nwritten to {path}")
+
+
+@pytest.fixture
+def session(request: pytest.FixtureRequest) -> Session:
+    """The run that collects results."""
+    return request.config.stash[SESSION]

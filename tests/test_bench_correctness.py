@@ -1,0 +1,205 @@
+"""What is wrong is not timed; what is counted is what is there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from benchmarks import accounting
+from benchmarks.accounting import LaunchCounter, count_spectral_launches, saved_for_backward
+from benchmarks.bench_spectral_norm import check_weights, draw
+from benchmarks.calls import kinetics, network_calls
+from benchmarks.correctness import Refused, check, check_call
+from benchmarks.operators import Case, side_functions
+from benchmarks.session import Session
+from engine.models.layers import Linear
+
+CPU = torch.device("cpu")
+
+
+def upsampling() -> Any:
+    return network_calls(kinetics(reduced=True), 2, "upsample_conv")[0]
+
+
+def test_every_side_passes() -> None:
+    """The plain forms too, which a CPU run does not measure."""
+    for stage, operator, network in (
+        (2, "upsample_conv", "generator"),
+        (2, "separable_conv3d", "generator"),
+        (2, "frame_norm", "generator"),
+        (2, "conv2d", "generator"),
+        (1, "conv_gru", "generator"),
+        (2, "conv_pool2d", "discriminators"),
+        (2, "conv_pool3d", "discriminators"),
+    ):
+        call = network_calls(kinetics(reduced=True), stage, operator, network)[0]  # type: ignore[arg-type]
+        sides = side_functions(operator, compiled=False, plain=True)
+        check_call(call, sides, sides["reference"], CPU)
+
+
+def test_a_wrong_pixel_is_refused() -> None:
+    """A thousandth of the largest value, in one place."""
+    call = upsampling()
+
+    def off_by_one_pixel(**arguments: Any) -> Tensor:
+        y = kernels.upsample_conv(**arguments)
+        wrong = torch.zeros_like(y)
+        wrong[-1, -1, -1, -1, -1] = 1e-3 * y.detach().abs().max()
+        return y + wrong
+
+    reference = side_functions("upsample_conv", compiled=False, plain=False)["reference"]
+    with pytest.raises(Refused, match="mine: y errs by"):
+        check_call(call, {"mine": off_by_one_pixel}, reference, CPU)
+
+
+def test_a_wrong_recurrence_is_refused() -> None:
+    """However often it is drawn: one bias of three is scaled by a ten thousandth."""
+    call = network_calls(kinetics(reduced=True), 1, "conv_gru")[1]
+
+    def scaled(**arguments: Any) -> Tensor:
+        return kernels.conv_gru(**arguments | {"bias_u_C": 1.0001 * arguments["bias_u_C"]})
+
+    reference = side_functions("conv_gru", compiled=False, plain=False)["reference"]
+    check_call(call, {"mine": kernels.conv_gru}, reference, CPU)
+    with pytest.raises(Refused, match="mine: y errs by"):
+        check_call(call, {"mine": scaled}, reference, CPU)
+
+
+def test_a_wrong_gradient_is_refused() -> None:
+    call = upsampling()
+
+    def detached_bias(**arguments: Any) -> Tensor:
+        bias = arguments["bias_O"]
+        return kernels.upsample_conv(
+            **arguments | {"bias_O": bias.detach() + 0.999 * (bias - bias.detach())}
+        )
+
+    reference = side_functions("upsample_conv", compiled=False, plain=False)["reference"]
+    with pytest.raises(Refused, match="dbias_O errs by"):
+        check_call(call, {"mine": detached_bias}, reference, CPU)
+
+
+def test_nan_and_missing_results_are_refused() -> None:
+    exact = {"y": torch.ones(3, dtype=torch.float64)}
+    usual = {"y": torch.ones(3)}
+    check("mine", {"y": torch.ones(3) * (1 + 2**-23)}, usual, exact, num_terms=1)
+    with pytest.raises(Refused):
+        check("mine", {"y": torch.tensor([1.0, float("nan"), 1.0])}, usual, exact, num_terms=1)
+    with pytest.raises(Refused, match="returns"):
+        check("mine", {}, usual, exact, num_terms=1)
+
+
+def test_spectral_norm_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = draw([torch.Size((6, 3, 4)), torch.Size((5, 7))], torch.float32, CPU)
+    check_weights(weights)
+    true = kernels.spectral_normalize
+
+    def wrong(weight: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        by = 1 if accounting.kernels.implementation._setting == "reference" else 1.001
+        return by * true(weight, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "spectral_normalize", wrong)
+    with pytest.raises(Refused, match="weight errs"):
+        check_weights(weights)
+
+
+class Pedantic:
+    """Stands for pytest-benchmark's fixture."""
+
+    def pedantic(
+        self,
+        target: Callable[[], None],
+        setup: Callable[[], None],
+        teardown: Callable[[], None],
+        rounds: int,
+    ) -> None:
+        for _ in range(rounds):
+            setup()
+            target()
+            teardown()
+
+
+def case(check: Callable[[], None], calls: list[str]) -> Case:
+    sides = {name: (lambda name=name: calls.append(name)) for name in ("ours", "reference")}
+    return Case("op", "s", "forward", torch.float32, None, check, lambda: dict(sides))
+
+
+def test_a_refused_case_is_not_run_at_all() -> None:
+    session, calls = Session(CPU), list[str]()
+
+    def refuse() -> None:
+        raise Refused("wrong")
+
+    with pytest.raises(Refused):
+        session.run(case(refuse, calls), Pedantic())
+    assert calls == []
+    assert session.rows == []
+
+
+def test_a_right_case_is_measured_on_every_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(1, 10_000))
+    monkeypatch.setattr("benchmarks.timing.time.process_time", lambda: float(next(ticks)))
+    session, calls = Session(CPU, least_rounds=3, seconds_per_case=0), list[str]()
+    session.run(case(lambda: None, calls), Pedantic())
+    assert [(row.side, row.rounds) for row in session.rows] == [("ours", 3), ("reference", 3)]
+    assert session.rows[1].of_ours == (1, 1, 1)  # every call took one tick
+    assert session.rows[0].peak_bytes is None, "a CPU does not tell"
+
+
+# ----------------------------------------------------------------------------- accounting
+
+
+def test_saved_bytes_by_hand() -> None:
+    weight = torch.empty(10, requires_grad=True, device="meta")
+    table = torch.empty(99, device="meta")
+
+    def forward(batch: int) -> Tensor:
+        x = torch.empty(batch, 10, device="meta")
+        product = x * weight  # keeps x: 40 bytes
+        result = product.exp()  # keeps its result: 40
+        result = result.view(-1, 2, 5) * result.view(-1, 2, 5)  # the same storage, twice
+        return result.sum() + (weight.sum() * table).sum()  # keeps nothing of the batch
+
+    assert saved_for_backward(forward) == 80
+    assert saved_for_backward(forward, batches=(3, 7)) == 80
+    with pytest.raises(ValueError, match="not so many a sample"):
+        saved_for_backward(lambda batch: forward(1 + batch // 2), batches=(1, 4))
+
+
+def test_recomputed_units_keep_less() -> None:
+    """A block that is checkpointed keeps its input only."""
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
+    layers.to("meta")
+
+    def inputs(batch: int) -> Tensor:
+        return torch.empty(batch, 4, device="meta", requires_grad=True)
+
+    # x 16 bytes, tanh's result 256.
+    assert saved_for_backward(lambda batch: layers(inputs(batch))) == 16 + 256
+    again = torch.utils.checkpoint.checkpoint
+    assert saved_for_backward(lambda b: again(layers, inputs(b), use_reentrant=False)) < 272
+
+
+def test_launches() -> None:
+    x = torch.empty(4, 6, device="meta")
+    with LaunchCounter() as counter:
+        (x.t().mm(x) + 1).view(36)[2:]
+    assert counter.launches == 2  # the product and the sum; views launch nothing
+    with LaunchCounter() as counter:
+        kernels.frame_statistics(x[:, None, :, None, None], impl="pytorch")
+    with pytest.raises(KeyError, match="LAUNCHES does not say what sswgan::frame_moments"):
+        _ = counter.launches
+
+
+def test_spectral_launches_grow_only_where_they_must() -> None:
+    """The iteration's do not depend on the number of weights."""
+    with torch.device("meta"):
+        one = torch.nn.Sequential(Linear(4, 5))
+        three = torch.nn.Sequential(*(Linear(4, 5) for _ in range(3)))
+    assert count_spectral_launches(one, "triton").iteration == 4
+    assert count_spectral_launches(three, "triton").iteration == 4
+    plain = [count_spectral_launches(net, "reference").iteration for net in (one, three)]
+    assert plain[1] > 2 * plain[0]
