@@ -16,14 +16,17 @@ from kernels.conv_pool import (
     conv_pool3d,
     conv_pool3d_reference,
 )
+from kernels.folding import Fold
 from kernels.frame_norm import frame_norm, frame_statistics
 from kernels.implementation import ImplementationError, implementations, set_default, use
 from kernels.low_skip import LowSkip, add_low_skip
 from kernels.separable_conv3d import separable_conv3d
 from kernels.spectral_norm import power_iteration_, spectral_normalize
+from kernels.spectral_norm_list import spectral_normalize_all
 from kernels.upsample_conv import upsample_conv, upsample_conv_reference
 
 __all__ = [
+    "Fold",
     "ImplementationError",
     "LowSkip",
     "Pooling",
@@ -44,6 +47,7 @@ __all__ = [
     "separable_conv3d",
     "set_default",
     "spectral_normalize",
+    "spectral_normalize_all",
     "upsample_conv",
     "upsample_conv_reference",
     "use",

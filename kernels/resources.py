@@ -30,6 +30,7 @@ TABLE = Path(__file__).with_name("resources.json")
 MODULES = (
     "kernels.frame_norm_triton",
     "kernels.power_iteration_triton",
+    "kernels.spectral_norm_list_triton",
     "kernels.spectral_norm_triton",
 )
 
