@@ -126,7 +126,8 @@ def addresses(
     for i, (weight, u, v, kernel) in enumerate(zip(weights, us, vs, kernels, strict=True)):
         own = weight.data_ptr(), kernel.data_ptr(), 0 if dws is None else dws[i].data_ptr()
         folded = weight.shape != kernel.shape
-        run_bytes = (weight.shape[-1] if folded else weight[0].numel()) * weight.element_size()
+        run = weight.shape[-1] if folded else weight.numel() // weight.shape[0]
+        run_bytes = run * weight.element_size()
         aligned = all(address % ALIGNMENT == 0 for address in (*own, run_bytes))
         rows.append((own[0], u.data_ptr(), v.data_ptr(), own[1], own[2], int(aligned)))
     table = torch.tensor(rows, dtype=torch.int64)

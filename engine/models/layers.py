@@ -116,14 +116,14 @@ def normalized_weights(
     whole only inside their own module's forward and backward, also if they happen to be gathered
     now. A layer that is asked for another dtype than was prepared divides its own, too.
     """
-    layers = spectral_weights(network)
-    if not layers or any(_is_partitioned(layer.weight) for layer in layers):
-        return NormalizedWeights({})
     if impl is None:
-        weight = layers[0].weight
+        weight = next(network.parameters())
         choices = kernels.implementations(weight.device, weight.dtype)
         if choices["spectral_normalize_all"].implementation == "reference":
             return NormalizedWeights({})
+    layers = spectral_weights(network)
+    if any(_is_partitioned(layer.weight) for layer in layers):
+        return NormalizedWeights({})
     prepared = kernels.spectral_normalize_all(
         [layer.weight for layer in layers],
         [layer.u for layer in layers],

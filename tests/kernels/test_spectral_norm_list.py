@@ -58,8 +58,9 @@ class Drawn(NamedTuple):
     upstream: list[Tensor]
 
     def double(self) -> "Drawn":
-        tensors = ([t.double() for t in ts] for ts in (self.weights, self.us, self.vs))
-        return Drawn(*tensors, self.folds, [t.double() for t in self.upstream])
+        lists = self.weights, self.us, self.vs, self.upstream
+        weights, us, vs, upstream = ([t.double() for t in tensors] for tensors in lists)
+        return Drawn(weights, us, vs, self.folds, upstream)
 
 
 @pytest.fixture(autouse=True)
@@ -173,9 +174,8 @@ def test_drawn_lists(
     sizes: list[tuple[int, int, kernels.Fold]], dtype: torch.dtype, impl: str
 ) -> None:
     torch.manual_seed(len(sizes))
-    taps = {None: (), "upsampling": (3, 3)}
     cases = [
-        ((rows, *taps.get(how, (2,) * len(how or ())), channels), how)
+        ((rows, *((3, 3) if how == "upsampling" else (2,) * len(how or ())), channels), how)
         for rows, channels, how in sizes
     ]
     drawn = draw(cases, dtype)
@@ -289,8 +289,9 @@ def test_six_launches_for_the_whole_stage_2_generator(monkeypatch: pytest.Monkey
     assert len(layers) == 121
     weights = [layer.weight.detach().to(DEVICE).requires_grad_() for layer in layers]
     us, vs = ([getattr(layer, name).to(DEVICE) for layer in layers] for name in "uv")
-    folded = {id(unit.block2.conv1.normalized) for unit in generator.units}
-    folds: list[kernels.Fold] = ["upsampling" if id(w) in folded else None for w in layers]
+    # The first convolution of every unit's second block upsamples.
+    folded = {m for n, m in generator.named_modules() if n.endswith("block2.conv1.normalized")}
+    folds: list[kernels.Fold] = ["upsampling" if layer in folded else None for layer in layers]
     assert folds.count("upsampling") == 5
     kernels.power_iteration_(weights, us, vs, impl="triton")
     dtypes = [torch.float16] * len(weights)

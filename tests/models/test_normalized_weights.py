@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import kernels
 from engine.models import discriminators as discriminators_module
 from engine.models import generator as generator_module
-from engine.models.discriminators import Discriminators
+from engine.models.discriminators import Discriminators, ResidualTower
 from engine.models.generator import GeneratorTrunk
 from engine.models.layers import (
     Convolution,
@@ -100,7 +100,7 @@ def in_fp64(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     network = copy.deepcopy(network).double()
     for module in network.modules():
-        if hasattr(module, "compute_dtype"):
+        if isinstance(module, GeneratorTrunk | ResidualTower):
             module.compute_dtype = torch.float64
     return network
 
