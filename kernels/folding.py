@@ -48,9 +48,12 @@ def upsampling_kernel(weight_OhwI: Tensor) -> Tensor:
 def phase_kernels(weight_OhwI: Tensor) -> Tensor:
     """[O, 3, 3, I] → [2*2*O, 2, 2, I], a kernel for every phase (even, odd row; even, odd column).
 
-    Output pixel 2i reads input pixels i-1 and i, pixel 2i+1 reads i and i+1.
+    Output pixel 2i reads input pixels i-1 and i, pixel 2i+1 reads i and i+1. From [O, 4, 4, I], an
+    `upsampling_kernel`, the same.
     """
-    taps_OaqbrI = convolve_box(weight_OhwI, (1, 2)).unflatten(2, (2, 2)).unflatten(1, (2, 2))
+    is_folded = weight_OhwI.shape[1:3] == (4, 4)
+    taps = weight_OhwI.flip(1, 2) if is_folded else convolve_box(weight_OhwI, (1, 2))
+    taps_OaqbrI = taps.unflatten(2, (2, 2)).unflatten(1, (2, 2))
     return taps_OaqbrI.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
 
 

@@ -3,7 +3,8 @@
 y = W * up(x) + b, the first half of a generator's upsampling block (SSW-GAN; BigGAN).
 
 Shapes: B batch, T frames, I input and O output channels, H x W input pixels, outputs 2H x 2W.
-Weights [O, k, k, I], kept in fp32: they are folded as they come, then cast to the dtype of x.
+Weights [O, k, k, I], kept in fp32: they are folded as they come, then cast to the dtype of x. A
+weight [O, 4, 4, I] is one that is folded already (`kernels.folding.upsampling_kernel`).
 
 up(x) repeats every pixel four times, so the taps of W that meet the same pixel are summed first.
 FLOPs per input pixel, in units of I·O, and what is written:
@@ -42,6 +43,9 @@ def upsample_conv_reference(
 ) -> Tensor:
     """As the equation stands; returns [B, T, O, 2H, 2W]."""
     weight, bias = weight_OhwI.to(x_BTIHW.dtype), _cast(bias_O, x_BTIHW.dtype)
+    if is_folded(weight):
+        frames = _transposed(fold_frames(x_BTIHW), weight, bias)
+        return unfold_frames(frames, x_BTIHW.shape[1])
     upsampled = F.interpolate(fold_frames(x_BTIHW), scale_factor=2.0, mode="nearest")
     padding = weight.shape[1] // 2
     frames = F.conv2d(upsampled, conv2d_weight(weight), bias, padding=padding)
@@ -58,9 +62,9 @@ def upsample_conv(
     """Upsample every frame and convolve it; returns [B, T, O, 2H, 2W] in the dtype of x.
 
     `impl` is "transposed", "shuffled" or "reference". Raises ValueError for a weight that is
-    neither 1x1 nor 3x3.
+    neither 1x1, 3x3 nor, folded already, 4x4.
     """
-    if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3)):
+    if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3), (4, 4)):
         raise ValueError(f"the weight must be 1x1 or 3x3, not {tuple(weight_OhwI.shape[1:3])}")
     chosen = _OPERATOR.choose(impl, x_BTIHW.device, x_BTIHW.dtype)
     if chosen == REFERENCE:
@@ -73,13 +77,19 @@ def upsample_conv(
     return unfold_frames(run(frames, weight_OhwI, _cast(bias_O, frames.dtype)), x_BTIHW.shape[1])
 
 
+def is_folded(weight_OhwI: Tensor) -> bool:
+    """Whether upsampling is in the weight already."""
+    return weight_OhwI.shape[1:3] == (4, 4)
+
+
 def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
     projected = F.conv2d(x_NIHW, conv2d_weight(weight_OhwI.to(x_NIHW.dtype)), bias_O)
     return F.interpolate(projected, scale_factor=2.0, mode="nearest")
 
 
 def _transposed(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
-    kernel_IOhw = upsampling_kernel(weight_OhwI).to(x_NIHW.dtype).permute(3, 0, 1, 2)
+    kernel = weight_OhwI if is_folded(weight_OhwI) else upsampling_kernel(weight_OhwI)
+    kernel_IOhw = kernel.to(x_NIHW.dtype).permute(3, 0, 1, 2)
     return F.conv_transpose2d(x_NIHW, kernel_IOhw, bias_O, stride=2, padding=1)
 
 
