@@ -21,6 +21,7 @@ cache, else 10·N and 12·N. FLOPs 4·N, 4·N and 6·N.
 Implementations of the power iteration: "cuda" (csrc/, where built), "triton", both four launches
 for all weights together, and "reference"; of W / σ and its gradient: "triton" (two launches each),
 "pytorch", "reference", the last being the default on a CPU. The GPU ones are for fp32 weights.
+W / σ of a whole network at once, with resampling folded in, is `kernels.spectral_norm_list`.
 """
 
 from collections.abc import Sequence
