@@ -87,6 +87,8 @@ LAUNCHES = {
     "sswgan::power_iteration_": 4,
     "sswgan::spectral_normalize": 2,
     "sswgan::spectral_normalize_dw": 2,
+    "sswgan::spectral_normalize_all": 2,
+    "sswgan::spectral_normalize_all_dw": 2,
 }
 
 # Operators that only describe memory anew, or allocate it.
@@ -146,10 +148,9 @@ def count_spectral_launches(network: nn.Module, impl: str) -> SpectralLaunches:
     with LaunchCounter() as iteration:
         kernels.power_iteration_(*_lists(layers), impl=impl)
     with LaunchCounter() as forward:
-        normalized = [
-            kernels.spectral_normalize(layer.weight, layer.u, layer.v, torch.bfloat16, impl=impl)
-            for layer in layers
-        ]
+        dtypes = [torch.bfloat16 for _ in layers]
+        folds = [layer.fold for layer in layers]
+        normalized = kernels.spectral_normalize_all(*_lists(layers), dtypes, folds, impl=impl)
     upstream = [torch.empty_like(weight) for weight in normalized]
     with LaunchCounter() as backward:
         torch.autograd.grad(normalized, [layer.weight for layer in layers], upstream)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kernels
 from benchmarks.accounting import (
     count_forward,
     count_parametrization_launches,
@@ -10,7 +11,6 @@ from benchmarks.accounting import (
     generator_saved_for_backward,
 )
 from benchmarks.calls import kinetics
-from benchmarks.operators import references
 from benchmarks.session import Session
 from engine.models import build_generator
 
@@ -27,7 +27,7 @@ def test_executed_flops(session: Session, stage_number: int) -> None:
     leave_out_stage_1_if_quick(session, stage_number)
     config = kinetics(reduced=False)
     ours = count_forward(config, stage_number).step
-    with references():
+    with kernels.use("reference"):
         plain = count_forward(config, stage_number).step
     name = f"Kinetics-600 stage {stage_number}"
     session.count("executed per step and sample", name, plain=plain, ours=ours, unit="TFLOP")
@@ -57,7 +57,7 @@ def test_saved_for_backward(session: Session, stage_number: int) -> None:
     leave_out_stage_1_if_quick(session, stage_number)
     config = kinetics(reduced=False)
     ours = generator_saved_for_backward(config, stage_number)
-    with references():
+    with kernels.use("reference"):
         plain = generator_saved_for_backward(config, stage_number)
     name = f"G of stage {stage_number}, bf16"
     session.count(

@@ -68,8 +68,9 @@ def iterate(weights: Weights) -> list[Tensor]:
 
 def normalize(weights: Weights) -> list[Tensor]:
     """Ŵ of every weight, in the dtype of its upstream gradient."""
-    vectors = zip(weights.weights, weights.us, weights.vs, weights.upstream, strict=True)
-    return [kernels.spectral_normalize(w, u, v, up.dtype) for w, u, v, up in vectors]
+    dtypes = [upstream.dtype for upstream in weights.upstream]
+    unfolded = [None] * len(dtypes)
+    return kernels.spectral_normalize_all(weights.weights, weights.us, weights.vs, dtypes, unfolded)
 
 
 def gradients(weights: Weights) -> Sequence[Tensor]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from benchmarks.calls import CONFIGS
 from benchmarks.correctness import Refused
-from benchmarks.operators import OURS, REFERENCE, Case, references
+from benchmarks.operators import OURS, REFERENCE, Case
 from benchmarks.session import Session
 from engine.configuration import Config, load_config
 from engine.models import build_generator
@@ -108,13 +109,13 @@ def check_networks(trainer: Trainer, config: Config) -> None:
     A sum of K terms makes √K of them, and two forms err independently, hence 2·√K times that.
     """
     got = outputs(trainer, config)
-    with references():
+    with kernels.use("reference"):
         usual = outputs(trainer, config)
     networks = trainer.g_engine.module, trainer.d_engine.module
     weights = [p for network in networks for p in network.parameters()]
     rounding = torch.finfo(compute_dtype(config.stages[trainer.stage_number])).eps / 2
     kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad(), references():
+    with torch.no_grad(), kernels.use("reference"):
         for weight in weights:
             weight.mul_(1 + rounding * (2 * torch.rand_like(weight) - 1))
         moved = outputs(trainer, config)
@@ -155,7 +156,7 @@ def test_step(session: Session, benchmark: Any, ranks: Ranks, name: str) -> None
     trainer = make_trainer(config, number, ranks)
 
     def step_of_references() -> None:
-        with references():
+        with kernels.use("reference"):
             trainer.train_step()
 
     case = Case(

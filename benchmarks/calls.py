@@ -25,6 +25,7 @@ import kernels
 from benchmarks.accounting import generator_inputs
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
+from kernels.convolution import Normalized
 from kernels.layout import channels_last
 
 Network = Literal["generator", "discriminators"]
@@ -39,15 +40,20 @@ REDUCED = (
     "training.precision=fp32",
 )
 
-OPERATORS = (
-    "conv2d",
-    "conv_gru",
-    "conv_pool2d",
-    "conv_pool3d",
-    "frame_norm",
-    "separable_conv3d",
-    "upsample_conv",
-)
+# What models call: the operator that it is. A norm is not computed by itself there, so it is
+# recorded where it is handed on, and a convolution behind one is recorded on the video alone.
+RECORDED = {
+    "Normalized": "frame_norm",
+    "conv2d": "conv2d",
+    "conv2d_with_moments": "conv2d",
+    "conv_gru": "conv_gru",
+    "conv_pool2d": "conv_pool2d",
+    "conv_pool3d": "conv_pool3d",
+    "separable_conv3d": "separable_conv3d",
+    "separable_conv3d_with_moments": "separable_conv3d",
+    "upsample_conv": "upsample_conv",
+    "upsample_conv_with_moments": "upsample_conv",
+}
 
 
 @dataclass(frozen=True)
@@ -192,29 +198,38 @@ def _run_discriminators(config: Config, stage_number: int) -> None:
 
 @contextmanager
 def _recording() -> Iterator[list[Call]]:
-    """Within this context, models' calls of `OPERATORS` are listed."""
+    """Within this context, models' calls of `RECORDED` are listed."""
     calls: list[Call] = []
-    originals = {name: getattr(kernels, name) for name in OPERATORS}
+    originals = {name: getattr(kernels, name) for name in RECORDED}
 
-    def recorded(name: str) -> Callable[..., Tensor]:
+    def recorded(name: str) -> Callable[..., Any]:
         signature = inspect.signature(originals[name])
 
-        @wraps(originals[name])
-        def call(*args: Any, **kwargs: Any) -> Tensor:
+        @wraps(originals[name], updated=())
+        def call(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(signature.bind(*args, **kwargs).arguments)
-            calls.append(Call(name, arguments))
-            result: Tensor = originals[name](*args, **kwargs)
-            return result
+            calls.append(Call(RECORDED[name], _on_videos(name, arguments)))
+            return originals[name](*args, **kwargs)
 
         return call
 
     try:
-        for name in OPERATORS:
+        for name in RECORDED:
             setattr(kernels, name, recorded(name))
         yield calls
     finally:
         for name, original in originals.items():
             setattr(kernels, name, original)
+
+
+def _on_videos(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as the operator takes them: a norm its video, a convolution the norm's."""
+    if name == "Normalized":
+        return {"x_BTCHW": arguments["video"], "gain": arguments["gain"], "bias": arguments["bias"]}
+    return {
+        key: value.video if isinstance(value, Normalized) else value
+        for key, value in arguments.items()
+    }
 
 
 def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -8,8 +8,7 @@
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -64,12 +63,11 @@ def operator_case(
 def side_functions(operator: str, *, compiled: bool, plain: bool) -> dict[str, Function]:
     """Each side as a function of the operator's arguments."""
     ours: Function = getattr(kernels, operator)
-    composed = kernels.conv_gru_reference if operator == "conv_gru" else ours
-    functions = {OURS: ours, REFERENCE: _as_references(composed)}
+    functions = {OURS: ours, REFERENCE: _as_references(ours)}
     if compiled:
         # Dynamo keeps eight graphs of a function and runs the rest eagerly, without an error.
         torch._dynamo.reset()
-        functions[COMPILED] = _as_references(torch.compile(composed, dynamic=False))
+        functions[COMPILED] = _as_references(torch.compile(ours, dynamic=False))
     if plain and operator in _PLAIN:
         functions[PLAIN] = _PLAIN[operator]
     return functions
@@ -77,32 +75,16 @@ def side_functions(operator: str, *, compiled: bool, plain: bool) -> dict[str, F
 
 def nothing_to_compare(operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a comparison with the reference alone would compare it with itself; None where not."""
-    choice = kernels.implementations(device, dtype).get(operator)
-    if choice is None:
-        if hasattr(kernels, f"{operator}_reference"):
-            return None
-        return f"kernels.{operator} has one form"
+    name = "convolution" if operator in ("conv2d", "separable_conv3d") else operator
+    choice = kernels.implementations(device, dtype)[name]
     if choice.implementation != REFERENCE:
         return None
     return f"kernels.{operator} runs its reference on {device.type} ({choice.reason})"
 
 
-@contextmanager
-def references() -> Iterator[None]:
-    """Within this context every operator that a network calls is its reference."""
-    before = kernels.conv_gru
-    try:
-        # By hand as well, for as long as conv_gru does not listen to the setting.
-        kernels.conv_gru = kernels.conv_gru_reference
-        with kernels.use(REFERENCE):
-            yield
-    finally:
-        kernels.conv_gru = before
-
-
 def _as_references(function: Function) -> Function:
     def run(**arguments: Any) -> Tensor:
-        with references():
+        with kernels.use(REFERENCE):
             return function(**arguments)
 
     return run

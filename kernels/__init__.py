@@ -17,11 +17,13 @@ from kernels.conv_pool import (
     conv_pool3d_reference,
 )
 from kernels.convolution import Moments, Normalized
+from kernels.folding import Fold
 from kernels.frame_norm import frame_norm, frame_statistics
 from kernels.implementation import ImplementationError, implementations, set_default, use
 from kernels.low_skip import LowSkip, add_low_skip
 from kernels.separable_conv3d import separable_conv3d, separable_conv3d_with_moments
 from kernels.spectral_norm import power_iteration_, spectral_normalize
+from kernels.spectral_norm_list import spectral_normalize_all
 from kernels.upsample_conv import (
     upsample_conv,
     upsample_conv_reference,
@@ -29,6 +31,7 @@ from kernels.upsample_conv import (
 )
 
 __all__ = [
+    "Fold",
     "ImplementationError",
     "LowSkip",
     "Moments",
@@ -53,6 +56,7 @@ __all__ = [
     "separable_conv3d_with_moments",
     "set_default",
     "spectral_normalize",
+    "spectral_normalize_all",
     "upsample_conv",
     "upsample_conv_reference",
     "upsample_conv_with_moments",

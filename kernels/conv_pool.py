@@ -5,7 +5,8 @@ time, or (2, 2, 2); a last frame, row or column without a partner is dropped.
 
 Shapes: B batch, T frames, I input and O output channels, H x W pixels, outputs H/2 x W/2 (and
 T/2). Weights [O, 3, 3, I] and [O, 3, 3, 3, I], kept in fp32: they are folded as they come, then
-cast to the dtype of x.
+cast to the dtype of x. One of an even number of rows is folded already, for the same pooling
+(`kernels.folding.pooling_kernel`), and runs as the convolution with stride that it is.
 
 Pooling is a convolution with stride, so both are one convolution whose kernel has a tap more along
 every pooled axis. FLOPs per input element, in units of I·O:
@@ -64,13 +65,14 @@ def conv_pool2d_folded(
 ) -> Tensor:
     """The same as one convolution of stride 2, 4x4 for a 3x3 weight."""
     _check(x_BTIHW, (1, 2, 2))
-    kernel, bias = _cast(x_BTIHW, pooling_kernel(weight_OhwI, (2, 2)), bias_O)
+    folded = weight_OhwI if is_folded(weight_OhwI) else pooling_kernel(weight_OhwI, (2, 2))
+    kernel, bias = _cast(x_BTIHW, folded, bias_O)
     frames = F.conv2d(
         fold_frames(x_BTIHW),
         conv2d_weight(kernel),
         bias,
         stride=2,
-        padding=weight_OhwI.shape[1] // 2,
+        padding=(weight_OhwI.shape[1] - 1) // 2,
     )
     return unfold_frames(frames, x_BTIHW.shape[1])
 
@@ -89,7 +91,7 @@ def conv_pool2d(
     "reference".
     """
     refers = _OPERATOR2D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
-    run = conv_pool2d_reference if refers else conv_pool2d_folded
+    run = conv_pool2d_reference if refers and not is_folded(weight_OhwI) else conv_pool2d_folded
     return add(run(x_BTIHW, weight_OhwI, bias_O), residual_BTOHW)
 
 
@@ -111,8 +113,9 @@ def conv_pool3d_folded(
 ) -> Tensor:
     """The same as one convolution of stride `pooling`, 3x4x4 or 4x4x4 for a 3x3x3 weight."""
     _check(x_BTIHW, pooling)
-    kernel, bias = _cast(x_BTIHW, pooling_kernel(weight_OthwI, pooling), bias_O)
-    padding = [size // 2 for size in weight_OthwI.shape[1:4]]
+    folded = weight_OthwI if is_folded(weight_OthwI) else pooling_kernel(weight_OthwI, pooling)
+    kernel, bias = _cast(x_BTIHW, folded, bias_O)
+    padding = [(size - 1) // 2 for size in weight_OthwI.shape[1:4]]
     x_BITHW = channels_last(x_BTIHW).transpose(1, 2)
     y_BOTHW = convolve_volume(x_BITHW, conv3d_weight(kernel), bias, stride=pooling, padding=padding)
     return y_BOTHW.transpose(1, 2)
@@ -133,8 +136,13 @@ def conv_pool3d(
     Raises ValueError as `average_pool` does.
     """
     refers = _OPERATOR3D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
-    run = conv_pool3d_reference if refers else conv_pool3d_folded
+    run = conv_pool3d_reference if refers and not is_folded(weight_OthwI) else conv_pool3d_folded
     return add(run(x_BTIHW, weight_OthwI, bias_O, pooling), residual_BTOHW)
+
+
+def is_folded(weight: Tensor) -> bool:
+    """Whether pooling is in the weight already: a tap more than an odd number of rows."""
+    return weight.shape[-3] % 2 == 0
 
 
 def _check(x_BTCHW: Tensor, pooling: Pooling) -> None:

@@ -12,9 +12,14 @@ rounding to the activations' dtype comes last and once.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Fold = Literal["upsampling"] | tuple[int, ...] | None
+"""What is folded into a kernel: nothing, upsampling before it, or pooling after it."""
+FOLDS: tuple[Fold, ...] = (None, "upsampling", (2, 2), (1, 2, 2), (2, 2, 2))
 
 
 def convolve_box(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -43,7 +48,53 @@ def upsampling_kernel(weight_OhwI: Tensor) -> Tensor:
 def phase_kernels(weight_OhwI: Tensor) -> Tensor:
     """[O, 3, 3, I] → [2*2*O, 2, 2, I], a kernel for every phase (even, odd row; even, odd column).
 
-    Output pixel 2i reads input pixels i-1 and i, pixel 2i+1 reads i and i+1.
+    Output pixel 2i reads input pixels i-1 and i, pixel 2i+1 reads i and i+1. From [O, 4, 4, I], an
+    `upsampling_kernel`, the same.
     """
-    taps_OaqbrI = convolve_box(weight_OhwI, (1, 2)).unflatten(2, (2, 2)).unflatten(1, (2, 2))
+    is_folded = weight_OhwI.shape[1:3] == (4, 4)
+    taps = weight_OhwI.flip(1, 2) if is_folded else convolve_box(weight_OhwI, (1, 2))
+    taps_OaqbrI = taps.unflatten(2, (2, 2)).unflatten(1, (2, 2))
     return taps_OaqbrI.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+
+
+def fold(weight: Tensor, how: Fold) -> Tensor:
+    """The kernel with its resampling in it, by name: `upsampling_kernel` or `pooling_kernel`."""
+    if how is None:
+        return weight
+    return upsampling_kernel(weight) if how == "upsampling" else pooling_kernel(weight, how)
+
+
+def unfold(kernel: Tensor, how: Fold) -> Tensor:
+    """The adjoint of `fold`: from the gradient of a folded kernel to that of the weight."""
+    if how is None:
+        return kernel
+    pooling = (2, 2) if how == "upsampling" else how
+    if how == "upsampling":
+        kernel = kernel.flip(1, 2)
+    for axis, size in enumerate(pooling, start=1):
+        if size == 2:
+            taps = kernel.shape[axis] - 1
+            kernel = kernel.narrow(axis, 0, taps) + kernel.narrow(axis, 1, taps)
+    return kernel if how == "upsampling" else kernel / math.prod(pooling)
+
+
+def folded_shape(shape: tuple[int, ...], how: Fold) -> tuple[int, ...]:
+    """Of the kernel that a weight is folded into: a tap more along every resampled axis."""
+    if how is None:
+        return shape
+    pooling = (2, 2) if how == "upsampling" else how
+    taps = (length + (size == 2) for length, size in zip(shape[1:-1], pooling, strict=True))
+    return (shape[0], *taps, shape[-1])
+
+
+def check_fold(shape: tuple[int, ...], how: Fold) -> None:
+    """Raises ValueError where a weight of this shape cannot be folded so."""
+    if how is None:
+        return
+    if how == "upsampling":
+        if len(shape) != 4 or shape[1:3] != (3, 3):
+            raise ValueError(f"upsampling is folded into weights [O, 3, 3, I], not {shape}")
+    elif how not in FOLDS:
+        raise ValueError(f"what is folded must be upsampling or a pooling, not {how!r}")
+    elif len(shape) != len(how) + 2:
+        raise ValueError(f"pooling {how} does not fit a weight of shape {shape}")

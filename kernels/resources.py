@@ -32,6 +32,7 @@ MODULES = (
     "kernels.convolution_triton",
     "kernels.frame_norm_triton",
     "kernels.power_iteration_triton",
+    "kernels.spectral_norm_list_triton",
     "kernels.spectral_norm_triton",
 )
 

@@ -21,6 +21,7 @@ cache, else 10·N and 12·N. FLOPs 4·N, 4·N and 6·N.
 Implementations of the power iteration: "cuda" (csrc/, where built), "triton", both four launches
 for all weights together, and "reference"; of W / σ and its gradient: "triton" (two launches each),
 "pytorch", "reference", the last being the default on a CPU. The GPU ones are for fp32 weights.
+W / σ of a whole network at once, with resampling folded in, is `kernels.spectral_norm_list`.
 """
 
 from collections.abc import Sequence
@@ -47,11 +48,13 @@ def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return _not_fp32(dtype) or power_iteration_cuda.unavailable()
 
 
-def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def fp32_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels that read fp32 weights cannot run."""
     return triton_obstacle(device, dtype) or _not_fp32(dtype)
 
 
-def _pytorch_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+def pytorch_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why "auto" does not run the closed form in PyTorch on a CPU."""
     if device.type != "cpu":
         return None
     return "on a CPU an operator's overhead is more than it saves on all but large weights"
@@ -64,12 +67,12 @@ def _not_fp32(dtype: torch.dtype) -> str | None:
 POWER_ITERATION = Operator(
     "power_iteration_",
     Implementation("cuda", _cuda_obstacle),
-    Implementation("triton", _triton_obstacle, triton_reluctance),
+    Implementation("triton", fp32_triton_obstacle, triton_reluctance),
 )
 SPECTRAL_NORMALIZE = Operator(
     "spectral_normalize",
-    Implementation("triton", _triton_obstacle, triton_reluctance),
-    Implementation("pytorch", everywhere, _pytorch_reluctance),
+    Implementation("triton", fp32_triton_obstacle, triton_reluctance),
+    Implementation("pytorch", everywhere, pytorch_reluctance),
 )
 
 # ------------------------------------------------------------------------------- references
@@ -214,7 +217,7 @@ def power_iteration_(
     contiguous or not of their weight's dtype and device, and less than one iteration;
     ImplementationError for an implementation that cannot run.
     """
-    _check_lists(weights, us, vs)
+    check_lists(weights, us, vs)
     if num_iterations < 1:
         raise ValueError(f"{num_iterations} power iterations")
     impl = POWER_ITERATION.choose(impl, weights[0].device, weights[0].dtype)
@@ -251,17 +254,18 @@ def spectral_normalize(
     return y
 
 
-def _check_lists(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]) -> None:
+def check_lists(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]) -> None:
+    """Raises ValueError for lists that do not fit, as `power_iteration_` says."""
     if not len(weights) == len(us) == len(vs):
         raise ValueError(f"{len(weights)} weights, {len(us)} u and {len(vs)} v")
     if not weights:
-        raise ValueError("power iteration of no weights")
+        raise ValueError("a list of no weights")
     for weight, u_R, v_K in zip(weights, us, vs, strict=True):
         _check(weight, u_R, v_K)
         if (weight.dtype, weight.device) != (weights[0].dtype, weights[0].device):
             raise ValueError("weights of one call must be of one dtype on one device")
         if not (u_R.is_contiguous() and v_K.is_contiguous()):
-            raise ValueError("u and v are written in place and must be contiguous")
+            raise ValueError("u and v of a list must be contiguous")
 
 
 def _check(weight: Tensor, u_R: Tensor, v_K: Tensor) -> None:

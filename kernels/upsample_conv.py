@@ -3,7 +3,8 @@
 y = W * up(x) + b, the first half of a generator's upsampling block (SSW-GAN; BigGAN).
 
 Shapes: B batch, T frames, I input and O output channels, H x W input pixels, outputs 2H x 2W.
-Weights [O, k, k, I], kept in fp32: they are folded as they come, then cast to the dtype of x.
+Weights [O, k, k, I], kept in fp32: they are folded as they come, then cast to the dtype of x. A
+weight [O, 4, 4, I] is one that is folded already (`kernels.folding.upsampling_kernel`).
 
 up(x) repeats every pixel four times, so the taps of W that meet the same pixel are summed first.
 FLOPs per input pixel, in units of I·O, and what is written:
@@ -50,6 +51,10 @@ def upsample_conv_reference(
 ) -> Tensor:
     """As the equation stands; returns [B, T, O, 2H, 2W]."""
     weight, bias = weight_OhwI.to(x_BTIHW.dtype), _cast(bias_O, x_BTIHW.dtype)
+    if is_folded(weight):
+        kernel_IOhw = weight.permute(3, 0, 1, 2)
+        frames = F.conv_transpose2d(fold_frames(x_BTIHW), kernel_IOhw, bias, stride=2, padding=1)
+        return unfold_frames(frames, x_BTIHW.shape[1])
     upsampled = F.interpolate(fold_frames(x_BTIHW), scale_factor=2.0, mode="nearest")
     padding = weight.shape[1] // 2
     frames = F.conv2d(upsampled, conv2d_weight(weight), bias, padding=padding)
@@ -66,7 +71,7 @@ def upsample_conv(
     """Upsample every frame and convolve it; returns [B, T, O, 2H, 2W] in the dtype of x.
 
     `impl` is "transposed", "shuffled" or "reference". Raises ValueError for a weight that is
-    neither 1x1 nor 3x3.
+    neither 1x1, 3x3 nor, folded already, 4x4.
     """
     y_BTOHW, _ = _upsample_conv(x_BTIHW, weight_OhwI, bias_O, moments=False, impl=impl)
     return y_BTOHW
@@ -87,7 +92,7 @@ def _upsample_conv(
     moments: bool,
     impl: str | None,
 ) -> tuple[Tensor, Moments | None]:
-    if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3)):
+    if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3), (4, 4)):
         raise ValueError(f"the weight must be 1x1 or 3x3, not {tuple(weight_OhwI.shape[1:3])}")
     video = source_of(x_BTIHW)
     chosen = _OPERATOR.choose(impl, video.device, video.dtype)
@@ -95,10 +100,11 @@ def _upsample_conv(
         return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O), None
     if chosen != REFERENCE and impl in (None, AUTO):
         chosen = _best_form(video.device, video.shape[2])
-    if chosen == "transposed" and weight_OhwI.shape[1:3] == (3, 3):
-        kernel = upsampling_kernel(weight_OhwI).to(video.dtype)
+    if chosen == "transposed" and weight_OhwI.shape[1:3] != (1, 1):
+        kernel = weight_OhwI if is_folded(weight_OhwI) else upsampling_kernel(weight_OhwI)
+        kernel, bias_O = kernel.to(video.dtype), _cast(bias_O, video.dtype)
         layout = Layout(size_of(x_BTIHW), upsample=True)
-        return convolve(x_BTIHW, kernel, _cast(bias_O, video.dtype), layout, moments=moments)
+        return convolve(x_BTIHW, kernel, bias_O, layout, moments=moments)
     run = _commuted if weight_OhwI.shape[1:3] == (1, 1) else _shuffled
     frames = fold_frames(value_of(x_BTIHW))
     y = run(frames, weight_OhwI, _cast(bias_O, frames.dtype))
@@ -108,6 +114,11 @@ def _upsample_conv(
 def _best_form(device: torch.device, num_channels: int) -> str:
     kind = "cpu" if device.type == "cpu" else "cuda"  # meta tensors stand for those of a GPU
     return [form for where, least, form in TABLE if where == kind and num_channels >= least][-1]
+
+
+def is_folded(weight_OhwI: Tensor) -> bool:
+    """Whether upsampling is in the weight already."""
+    return weight_OhwI.shape[1:3] == (4, 4)
 
 
 def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -54,7 +54,7 @@ class GeneratorBlock2D(nn.Module):
         super().__init__()
         self.upsample = upsample
         self.norm1 = FrameNorm(in_channels, condition_size)
-        self.conv1 = Convolution(in_channels, channels)
+        self.conv1 = Convolution(in_channels, channels, fold="upsampling" if upsample else None)
         self.norm2 = FrameNorm(channels, condition_size)
         self.conv2 = Convolution(channels, channels)
         changes = upsample or in_channels != channels
@@ -184,7 +184,8 @@ class DiscriminatorBlock(nn.Module):
         self.volumetric, self.leading_relu, self.pooling = volumetric, leading_relu, pooling
         kernel_size = (3, 3, 3) if volumetric else (3, 3)
         self.conv1 = Convolution(in_channels, channels, kernel_size)
-        self.conv2 = Convolution(channels, channels, kernel_size)
+        fold = pooling if volumetric or pooling is None else pooling[1:]
+        self.conv2 = Convolution(channels, channels, kernel_size, fold=fold)
         # Decided: a 1x1 convolution in every block, also where channels stay and nothing pools.
         self.shortcut = Convolution(in_channels, channels, (1, 1))
 

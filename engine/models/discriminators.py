@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import kernels
 from engine.models.blocks import DiscriminatorBlock
-from engine.models.layers import Embedding, Linear
+from engine.models.layers import Embedding, Linear, normalized_weights
 from engine.views import nearest_view
 
 NUM_VOLUMETRIC_BLOCKS = 2
@@ -83,7 +83,7 @@ class ResidualTower(nn.Module):
             width = channels * multiplier
             resolution = resolution // 2 if pool else resolution
         self.blocks = nn.ModuleList(blocks)
-        self.score = Linear(width, 1)
+        self.score = Linear(width, 1, kept_dtype=True)
         self.embedding = Embedding(num_classes, width) if num_classes else None
 
     def forward(self, x_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:
@@ -222,16 +222,18 @@ class Discriminators(nn.Module):
         frame_indices_BK: Tensor,
     ) -> Scores:
         """Judge videos; `low` is x_l, ignored by a stage that has no matching discriminator."""
-        matching = None
-        if self.matching is not None:
-            if low_BtChw is None:
-                raise ValueError("the matching discriminator needs the low-resolution video")
-            matching = self.matching(video_BTCHW, labels_B, low_BtChw)
-        return Scores(
-            self.spatial(video_BTCHW, labels_B, frame_indices_BK),
-            self.temporal(video_BTCHW, labels_B),
-            matching,
-        )
+        # All of a stage's discriminators compute in one dtype.
+        with normalized_weights(self, self.spatial.tower.compute_dtype):
+            matching = None
+            if self.matching is not None:
+                if low_BtChw is None:
+                    raise ValueError("the matching discriminator needs the low-resolution video")
+                matching = self.matching(video_BTCHW, labels_B, low_BtChw)
+            return Scores(
+                self.spatial(video_BTCHW, labels_B, frame_indices_BK),
+                self.temporal(video_BTCHW, labels_B),
+                matching,
+            )
 
 
 def draw_frame_indices(

@@ -12,7 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.models.blocks import GeneratorUnit, Temporal
-from engine.models.layers import Convolution, Embedding, Linear
+from engine.models.layers import (
+    Convolution,
+    Embedding,
+    Linear,
+    NormalizedWeights,
+    normalized_weights,
+)
 from engine.models.norms import FrameNorm
 
 BASE_RESOLUTION = 4
@@ -90,6 +96,17 @@ class GeneratorTrunk(nn.Module):
         self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int, low: Tensor | None
     ) -> Tensor:
         """The whole network; `low` is x_l or None. Returns [B, num_frames, 3, H, W], fp32."""
+        with normalized_weights(self, self.compute_dtype) as weights:
+            return self._synthesize(z_BZ, labels_B, num_frames, low, weights)
+
+    def _synthesize(
+        self,
+        z_BZ: Tensor,
+        labels_B: Tensor | None,
+        num_frames: int,
+        low: Tensor | None,
+        weights: NormalizedWeights,
+    ) -> Tensor:
         cond_BK = self.condition(z_BZ, labels_B)
         base = self.base(cond_BK.to(self.compute_dtype))
         base_BHWC = base.unflatten(1, (BASE_RESOLUTION, BASE_RESOLUTION, self.base_channels))
@@ -97,7 +114,8 @@ class GeneratorTrunk(nn.Module):
         h = base_BHWC.permute(0, 3, 1, 2)[:, None].expand(-1, num_frames, -1, -1, -1)
         for unit in self.units:
             if self.checkpoint_units and torch.is_grad_enabled():
-                h = checkpoint(unit, h, cond_BK, low, use_reentrant=False)
+                contexts = weights.checkpoint_contexts
+                h = checkpoint(unit, h, cond_BK, low, use_reentrant=False, context_fn=contexts)
             else:
                 h = unit(h, cond_BK, low)
         rgb = kernels.conv2d(self.norm(h, cond_BK), *self.to_rgb(h.dtype))

@@ -3,10 +3,14 @@
 Weights are stored [O, ...] with input channels last and kept in fp32; a layer computes in the
 dtype of its input (`Linear`, convolutions) by casting the normalised weight. Power iteration is
 no part of a forward pass: the training loop calls `update_spectral_norm` once per optimiser step,
-so that checkpointed, repeated and accumulated passes all see one and the same σ.
+so that checkpointed, repeated and accumulated passes all see one and the same σ. A network's pass
+divides all its weights at once, in `normalized_weights`, where there is an operator for that.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +26,18 @@ class SpectralWeight(nn.Module):
 
     It is a module of its own so that hooks which gather partitioned parameters around a module's
     forward (DeepSpeed ZeRO-3) work: nothing outside reads `.weight`.
+
+    `fold` is what the operator that uses the weight folds into it. A layer of `kept_dtype` computes
+    in the weight's own dtype, fp32, whatever the network does.
     """
 
     u: Tensor
     v: Tensor
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, *shape: int, fold: kernels.Fold = None, kept_dtype: bool = False) -> None:
         super().__init__()
+        self.fold, self.kept_dtype = fold, kept_dtype
+        self.prepared: Tensor | None = None  # of the pass at hand; see NormalizedWeights
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_buffer("u", torch.empty(shape[0]))
         self.register_buffer("v", torch.empty(self.weight[0].numel()))
@@ -44,8 +53,91 @@ class SpectralWeight(nn.Module):
         kernels.power_iteration_([self.weight], [self.u], [self.v], _INITIAL_ITERATIONS)
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """weight / σ, cast to `dtype`."""
+        """weight / σ, cast to `dtype`; None leaves it as it is kept.
+
+        None of a weight with a `fold` may also be the kernel with the fold in it, in the dtype that
+        the network computes in: where the pass has prepared it. The shapes tell them apart.
+        """
+        folds = self.fold is not None
+        if self.prepared is not None and (
+            dtype is None if folds else self.prepared.dtype == (dtype or self.weight.dtype)
+        ):
+            return self.prepared
         return kernels.spectral_normalize(self.weight, self.u, self.v, dtype)
+
+
+class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
+    """Prepared weights, which their layers use inside `with` and nowhere else.
+
+    Can be entered any number of times, also within another of the same layers: leaving it, by an
+    exception too, brings back what there was before.
+    """
+
+    def __init__(self, prepared: dict[SpectralWeight, Tensor]) -> None:
+        self._prepared = prepared
+        self._before: list[list[Tensor | None]] = []
+
+    def __enter__(self) -> "NormalizedWeights":
+        self._before.append([layer.prepared for layer in self._prepared])
+        for layer, tensor in self._prepared.items():
+            layer.prepared = tensor
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for layer, tensor in zip(self._prepared, self._before.pop(), strict=True):
+            layer.prepared = tensor
+
+    def checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For the `context_fn` of `torch.utils.checkpoint.checkpoint`.
+
+        Recomputing, in the backward pass, comes after this context's end: it enters it again, and
+        so sees the very tensors of the forward pass. They are kept until then.
+        """
+        return nullcontext(), self
+
+
+def normalized_weights(
+    network: nn.Module, dtype: torch.dtype, *, impl: str | None = None
+) -> NormalizedWeights:
+    """All weights of a network that computes in `dtype`, divided at once; to be used by `with`.
+
+    Around one forward pass: the weights are those of this moment. Their gradients all come at the
+    end of the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
+
+    Nothing is prepared, and every layer divides its own weight, where "auto" would run the
+    reference, which is no faster for a list; and where weights are partitioned (ZeRO-3): those are
+    whole only inside their own module's forward and backward, also if they happen to be gathered
+    now. A layer that is asked for another dtype than was prepared divides its own, too.
+    """
+    if impl is None:
+        weight = next(network.parameters())
+        choices = kernels.implementations(weight.device, weight.dtype)
+        if choices["spectral_normalize_all"].implementation == "reference":
+            return NormalizedWeights({})
+    layers = spectral_weights(network)
+    if any(_is_partitioned(layer.weight) for layer in layers):
+        return NormalizedWeights({})
+    prepared = kernels.spectral_normalize_all(
+        [layer.weight for layer in layers],
+        [layer.u for layer in layers],
+        [layer.v for layer in layers],
+        [None if layer.kept_dtype else dtype for layer in layers],
+        [layer.fold for layer in layers],
+        impl=impl,
+    )
+    return NormalizedWeights(dict(zip(layers, prepared, strict=True)))
+
+
+def _is_partitioned(weight: Tensor) -> bool:
+    # What DeepSpeed marks its parameters with at ZeRO-3 and at no other stage.
+    return weight.numel() == 0 or hasattr(weight, "ds_status")
 
 
 def spectral_weights(module: nn.Module) -> list[SpectralWeight]:
@@ -75,9 +167,11 @@ def _zero_bias(size: int) -> nn.Parameter:
 class Linear(nn.Module):
     """y = Ŵ x + b: [..., in] → [..., out]."""
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, kept_dtype: bool = False
+    ) -> None:
         super().__init__()
-        self.normalized = SpectralWeight(out_features, in_features)
+        self.normalized = SpectralWeight(out_features, in_features, kept_dtype=kept_dtype)
         self.bias = _zero_bias(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +185,7 @@ class Embedding(nn.Module):
 
     def __init__(self, num_classes: int, size: int) -> None:
         super().__init__()
-        self.normalized = SpectralWeight(num_classes, size)
+        self.normalized = SpectralWeight(num_classes, size, kept_dtype=True)
 
     def forward(self, labels_B: Tensor) -> Tensor:
         """Look the labels up."""
@@ -101,20 +195,26 @@ class Embedding(nn.Module):
 class Convolution(nn.Module):
     """The weight and bias of one convolution; the block that owns it names the operator.
 
-    Shape of the weight: [out, *kernel_size, in].
+    Shape of the weight: [out, *kernel_size, in]. `fold` is what the operator folds into it.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Sequence[int] = (3, 3)
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sequence[int] = (3, 3),
+        *,
+        fold: kernels.Fold = None,
     ) -> None:
         super().__init__()
-        self.normalized = SpectralWeight(out_channels, *kernel_size, in_channels)
+        self.normalized = SpectralWeight(out_channels, *kernel_size, in_channels, fold=fold)
         self.bias = _zero_bias(out_channels)
 
     def forward(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """(normalised weight, bias), both in `dtype`.
 
         None leaves them as they are kept: for operators that fold a weight before they round it.
+        Where the pass has prepared the weight, it is the kernel already folded and rounded.
         """
         return self.normalized(dtype), self.bias.to(dtype or self.bias.dtype)
 

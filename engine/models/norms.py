@@ -27,8 +27,8 @@ class FrameNorm(nn.Module):
 
     def __init__(self, channels: int, condition_size: int) -> None:
         super().__init__()
-        self.gain = Linear(condition_size, channels, bias=False)
-        self.bias = Linear(condition_size, channels, bias=False)
+        self.gain = Linear(condition_size, channels, bias=False, kept_dtype=True)
+        self.bias = Linear(condition_size, channels, bias=False, kept_dtype=True)
         # Not in the state_dict: they belong to one length, and to sampling.
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("var", None, persistent=False)

@@ -1,4 +1,4 @@
-"""What the compiler makes of the power iteration's kernels: the addresses come from a table."""
+"""What the compiler makes of kernels that run over lists: the addresses come from a table."""
 
 import os
 import subprocess
@@ -8,12 +8,26 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import re
-from kernels.power_iteration_triton import variants
-for variant in variants():
+import re, sys
+from importlib import import_module
+for variant in import_module(sys.argv[1]).variants():
     ptx = variant.compile("sm_90").asm["ptx"]
-    print(variant.kernel.__name__, len(re.findall(r"ld\\.global\\S*\\.v4", ptx)))
+    counts = (len(re.findall(rf"{way}\\.global\\S*\\.{size}", ptx)) for way, size in (
+        ("ld", "v4"), ("ld", "v2"), ("st", "v4"), ("st", "v2")))
+    print(variant.kernel.__name__, variant.label, *counts)
 """
+
+
+def vectors(module: str, cache: Path) -> dict[tuple[str, str], list[int]]:
+    """By kernel and variant: loads of 16 and of 8 bytes, stores of 16 and of 8 bytes."""
+    pytest.importorskip("triton")
+    # In a process of its own: this one may interpret kernels, and then cannot compile them.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", SCRIPT, module]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = (line.split() for line in done.stdout.splitlines())
+    return {(kernel, label): list(map(int, counts)) for kernel, label, *counts in lines}
 
 
 def test_aligned_rows_are_read_four_values_at_a_time(tmp_path: Path) -> None:
@@ -21,13 +35,19 @@ def test_aligned_rows_are_read_four_values_at_a_time(tmp_path: Path) -> None:
 
     Nothing but a slower kernel shows when the compiler cannot prove the alignment.
     """
-    pytest.importorskip("triton")
-    # In a process of its own: this one may interpret kernels, and then cannot compile them.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
-    )
-    loads = dict(line.split() for line in done.stdout.splitlines())
-    assert int(loads["column_sums_kernel"]) >= 4
-    assert int(loads["row_sums_kernel"]) >= 4
+    found = vectors("kernels.power_iteration_triton", tmp_path)
+    assert found["column_sums_kernel", "fp32"][0] >= 4
+    assert found["row_sums_kernel", "fp32"][0] >= 4
+
+
+def test_lists_are_read_and_written_four_values_at_a_time(tmp_path: Path) -> None:
+    """W, Ŵ, dŴ and dW, in fp32 and in the 16 bits of Ŵ and dŴ."""
+    found = vectors("kernels.spectral_norm_list_triton", tmp_path)
+    assert found["sigma_kernel", "fp32"][0] >= 4
+    load16, _, store16, store8 = found["normalize_kernel", "bf16"]
+    assert min(load16, store16, store8) >= 4
+    load16, load8, _, _ = found["inner_kernel", "bf16"]
+    assert load16 >= 8  # W, and dŴ where it is fp32
+    assert load8 >= 4
+    load16, load8, store16, _ = found["dw_kernel", "bf16"]
+    assert min(load16, load8, store16) >= 4

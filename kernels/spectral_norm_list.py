@@ -1,0 +1,214 @@
+"""W / σ of all weights of a network at once, with the resampling folded in and the cast.
+
+K_i = fold_i(W_i / σ_i),  σ = uᵀ W v,   in the dtype that each weight's layer computes in.
+
+As `kernels.spectral_norm`, which has the equations, and `kernels.folding`, of which the fold comes;
+folding is linear, so 1/σ commutes with it. The gradient, with u and v constant, in closed form:
+dŴ = unfold(dK),  dW = (dŴ - ⟨dŴ, Ŵ⟩ u vᵀ) / σ. Derivatives of order two and higher are those of the
+same formula in PyTorch. Kept for the backward pass: W, u, v and σ, of which only σ is not there
+already. K is rounded once, from the fp32 sum of the taps.
+
+Shapes: W [R, ...] read as [R, K] by u [R] and v [K]; with a fold [O, taps..., I]; L weights.
+Arithmetic is fp32 (the weight's own precision in "pytorch" and "reference"). Bytes for N values in
+bf16: forward 10·N, backward 12·N. W is read for σ and again to be divided, from memory both times,
+since the network lies between; the form for single weights (6·N and 10·N if W stays in the L2
+cache) pays with two launches for each. FLOPs 4·N and 6·N.
+
+Implementations: "triton" (two launches forward and two backward, for fp32 weights), "pytorch" (the
+closed form, weight by weight), "reference" (the default on a CPU).
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kernels import spectral_norm_list_pytorch
+from kernels.folding import FOLDS, Fold, check_fold, fold, folded_shape
+from kernels.implementation import (
+    REFERENCE,
+    Implementation,
+    Operator,
+    everywhere,
+    triton_reluctance,
+)
+from kernels.spectral_norm import (
+    check_lists,
+    fp32_triton_obstacle,
+    pytorch_reluctance,
+    spectral_normalize_reference,
+)
+
+SPECTRAL_NORMALIZE_ALL = Operator(
+    "spectral_normalize_all",
+    Implementation("triton", fp32_triton_obstacle, triton_reluctance),
+    Implementation("pytorch", everywhere, pytorch_reluctance),
+)
+LOW = (torch.float16, torch.bfloat16)
+
+
+def spectral_normalize_all_reference(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    folds: Sequence[Fold],
+) -> list[Tensor]:
+    """One after the other, differentiable in the weights."""
+    return [
+        fold(spectral_normalize_reference(weight, u_R, v_K, weight.dtype), how).to(dtype)
+        for weight, u_R, v_K, dtype, how in zip(weights, us, vs, dtypes, folds, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------- operators and fakes
+
+
+# An operator takes lists of numbers, not of dtypes or folds: `lows` says which kernels are of
+# the dtype, the others being of the weights' own, and `folds` which of FOLDS each has.
+@torch.library.custom_op("sswgan::spectral_normalize_all", mutates_args=())
+def normalize_all_operator(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    dtype: torch.dtype,
+    lows: Sequence[bool],
+    folds: Sequence[int],
+    impl: str,
+) -> tuple[list[Tensor], Tensor]:
+    """(K of every weight, σ [L]). The weights as they are, as in `kernels.spectral_norm`."""
+    dtypes, hows = _dtypes(weights, dtype, lows), [FOLDS[index] for index in folds]
+    if impl == "pytorch":
+        return spectral_norm_list_pytorch.normalize(weights, us, vs, dtypes, hows)
+    from kernels import spectral_norm_list_triton
+
+    return spectral_norm_list_triton.normalize(weights, us, vs, dtypes, hows)
+
+
+@normalize_all_operator.register_fake
+def _(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    dtype: torch.dtype,
+    lows: Sequence[bool],
+    folds: Sequence[int],
+    impl: str,
+) -> tuple[list[Tensor], Tensor]:
+    dtypes = _dtypes(weights, dtype, lows)
+    kernels = [
+        weight.new_empty(folded_shape(tuple(weight.shape), FOLDS[index]), dtype=own)
+        for weight, own, index in zip(weights, dtypes, folds, strict=True)
+    ]
+    return kernels, weights[0].new_empty(len(weights))
+
+
+def _dtypes(
+    weights: Sequence[Tensor], dtype: torch.dtype, lows: Sequence[bool]
+) -> list[torch.dtype]:
+    return [dtype if low else weight.dtype for weight, low in zip(weights, lows, strict=True)]
+
+
+@torch.library.custom_op("sswgan::spectral_normalize_all_dw", mutates_args=())
+def gradients_operator(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    sigma_L: Tensor,
+    folds: Sequence[int],
+    impl: str,
+) -> list[Tensor]:
+    """dW of every weight, from dK."""
+    hows = [FOLDS[index] for index in folds]
+    if impl == "pytorch":
+        return spectral_norm_list_pytorch.gradients(dys, weights, us, vs, sigma_L.unbind(), hows)
+    from kernels import spectral_norm_list_triton
+
+    return spectral_norm_list_triton.gradients(dys, weights, us, vs, sigma_L, hows)
+
+
+@gradients_operator.register_fake
+def _(dys: Sequence[Tensor], weights: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
+
+
+# ------------------------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    weights, us, vs, _, _, ctx.folds, ctx.impl = inputs
+    ctx.save_for_backward(*weights, *us, *vs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dys: list[Tensor], _: Any) -> tuple[Any, ...]:
+    *lists, sigma_L = ctx.saved_tensors
+    count = len(lists) // 3
+    weights, us, vs = lists[:count], lists[count : 2 * count], lists[2 * count :]
+    if torch.is_grad_enabled():  # a graph of the backward pass is wanted: σ a function of W
+        sigmas = spectral_norm_list_pytorch.sigmas_of(weights, us, vs)
+        hows = [FOLDS[index] for index in ctx.folds]
+        dws = spectral_norm_list_pytorch.gradients(dys, weights, us, vs, sigmas, hows)
+    else:
+        dys = [dy.contiguous() for dy in dys]
+        dws = gradients_operator(dys, weights, us, vs, sigma_L, ctx.folds, ctx.impl)
+    nothing = [None] * count
+    return dws, nothing, nothing, None, None, None, None
+
+
+normalize_all_operator.register_autograd(_backward, setup_context=_save)
+
+# ------------------------------------------------------------------------ public function
+
+
+def spectral_normalize_all(
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype | None],
+    folds: Sequence[Fold],
+    *,
+    impl: str | None = None,
+) -> list[Tensor]:
+    """fold(W / (uᵀ W v)) of every weight, cast; differentiable in the weights.
+
+    All weights in one call, of any number and any shapes [R, ...] of one dtype on one device.
+    `dtypes` has one for each, None for the weight's own; besides it they may be of one dtype of 16
+    bits. `folds` has None, "upsampling" ([O, 3, 3, I] → [O, 4, 4, I]) or the pooling that follows:
+    (2, 2) for [O, h, w, I], (1, 2, 2) or (2, 2, 2) for [O, t, h, w, I].
+
+    u and v are constants, and must be as they are until the backward pass is done. Gradients of
+    all weights come at once, when those of all kernels are there. Runs are bit-equal. `impl` as in
+    `kernels.implementation`.
+
+    Raises ValueError for lists that do not fit, an empty list or weight, and dtypes and folds that
+    cannot be; ImplementationError for an implementation that cannot run.
+    """
+    check_lists(weights, us, vs)
+    if not len(weights) == len(dtypes) == len(folds):
+        raise ValueError(f"{len(weights)} weights, {len(dtypes)} dtypes and {len(folds)} folds")
+    for weight, how in zip(weights, folds, strict=True):
+        check_fold(tuple(weight.shape), how)
+    own = weights[0].dtype
+    wanted = [dtype or own for dtype in dtypes]
+    others = set(wanted) - {own}
+    if len(others) > 1 or not others <= set(LOW):
+        names = ", ".join(sorted(map(str, others)))
+        raise ValueError(f"kernels are of their weights' {own} and one 16-bit dtype, not {names}")
+
+    us, vs = [u_R.detach() for u_R in us], [v_K.detach() for v_K in vs]
+    chosen = SPECTRAL_NORMALIZE_ALL.choose(impl, weights[0].device, own)
+    if chosen == REFERENCE:
+        return spectral_normalize_all_reference(weights, us, vs, wanted, folds)
+    kernels, _ = normalize_all_operator(
+        [weight.contiguous() for weight in weights],
+        us,
+        vs,
+        next(iter(others), own),
+        [dtype != own for dtype in wanted],
+        [FOLDS.index(how) for how in folds],
+        chosen,
+    )
+    return cast(list[Tensor], kernels)

@@ -1,0 +1,54 @@
+"""Operators that fold a weight, given one that is folded already."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.folding import fold
+
+Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
+CASES: dict[str, tuple[Operator, Any, tuple[int, ...]]] = {
+    f"{name}, {impl}": (partial(run, impl=impl), how, taps)
+    for name, run, how, taps, impls in (
+        ("upsample", kernels.upsample_conv, "upsampling", (3, 3), ("transposed", "shuffled")),
+        ("pool2d", kernels.conv_pool2d, (2, 2), (3, 3), ("folded",)),
+        ("pool2d of 1x1", kernels.conv_pool2d, (2, 2), (1, 1), ("folded",)),
+        ("pool3d", kernels.conv_pool3d, (1, 2, 2), (3, 3, 3), ("folded",)),
+        (
+            "pool3d, time too",
+            partial(kernels.conv_pool3d, pooling=(2, 2, 2)),
+            (2, 2, 2),
+            (3, 3, 3),
+            ("folded",),
+        ),
+    )
+    for impl in (*impls, "reference")
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=str)  # odd: some pixels have no partner
+def test_the_same_as_of_the_weight(
+    case: tuple[Operator, Any, tuple[int, ...]], size: tuple[int, int]
+) -> None:
+    """y and the gradients of x, weight and bias, in fp64 up to rounding."""
+    run, how, taps = case
+    random = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 5, *size), (7, *taps, 5), (7,)
+    leaves = [
+        torch.randn(s, generator=random, dtype=torch.float64, requires_grad=True) for s in shapes
+    ]
+    x, weight, bias = leaves
+    found = []
+    for given in (weight, fold(weight, how)):
+        y = run(x, given, bias)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+        found.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    for expected, got in zip(*found, strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * scale)

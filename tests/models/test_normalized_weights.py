@@ -1,0 +1,288 @@
+"""All weights of a network prepared at once: the same function, and nothing stale."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from small_networks import clip_generator, discriminators, upsampling_generator
+from torch import Tensor, nn
+
+import kernels
+from engine.models import discriminators as discriminators_module
+from engine.models import generator as generator_module
+from engine.models.discriminators import Discriminators, ResidualTower
+from engine.models.generator import GeneratorTrunk
+from engine.models.layers import (
+    Convolution,
+    Embedding,
+    SpectralWeight,
+    normalized_weights,
+    spectral_weights,
+    update_spectral_norm,
+)
+from engine.models.norms import FrameNorm
+from kernels.folding import fold
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "clip, GRU": partial(clip_generator, num_classes=5),
+    "upsampling, conv": partial(upsampling_generator, num_classes=5),
+    "D": partial(discriminators, num_classes=5),
+}
+in_lists = partial(normalized_weights, impl="pytorch")
+
+
+@pytest.fixture
+def _in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks prepare their weights, which on a CPU they would not."""
+    monkeypatch.setattr(generator_module, "normalized_weights", in_lists)
+    monkeypatch.setattr(discriminators_module, "normalized_weights", in_lists)
+
+
+@pytest.fixture
+def singles(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Weights that were divided one by one."""
+    divided: list[Tensor] = []
+
+    def normalize(weight: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        divided.append(weight)
+        return one_by_one(weight, *arguments, **options)
+
+    one_by_one = kernels.spectral_normalize
+    monkeypatch.setattr(kernels, "spectral_normalize", normalize)
+    return divided
+
+
+def build(name: str) -> nn.Module:
+    """Off the orthogonal start, so that no σ is 1."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    update_spectral_norm(network, num_iterations=3)
+    return network
+
+
+def run(network: nn.Module, seed: int = 1) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    labels, low = torch.tensor([1, 3]), torch.randn(2, 2, 3, 8, 8, generator=random)
+    if isinstance(network, Discriminators):
+        video = torch.randn(2, 4, 3, 16, 16, generator=random)
+        scores: Tensor = network(video, labels, low, torch.tensor([[0, 2], [1, 3]])).all
+        return scores
+    z = torch.randn(2, 16, generator=random)
+    y: Tensor = network(z, labels, low if hasattr(network, "frame_step") else 4)
+    return y
+
+
+def results(network: nn.Module, seed: int = 1) -> list[Tensor]:
+    """The output and every parameter's gradient."""
+    y = run(network, seed)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, list(network.parameters()), upstream)]
+
+
+def nothing_prepared(network: nn.Module) -> bool:
+    return all(layer.prepared is None for layer in spectral_weights(network))
+
+
+def distance(found: list[Tensor], truth: list[Tensor]) -> float:
+    """Relative, in the l2 norm over all the elements of all the tensors."""
+    off = sum((a.double() - b).square().sum().item() for a, b in zip(found, truth, strict=True))
+    return float((off / sum(b.square().sum().item() for b in truth)) ** 0.5)
+
+
+def in_fp64(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A copy that computes in fp64 throughout, what it turns into fp32 included."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    network = copy.deepcopy(network).double()
+    for module in network.modules():
+        if isinstance(module, GeneratorTrunk | ResidualTower):
+            module.compute_dtype = torch.float64
+    return network
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_a_list_as_one_by_one(
+    name: str, request: pytest.FixtureRequest, singles: list[Tensor]
+) -> None:
+    """In fp64 up to 1e-12; in fp32 at most twice as far from that and a rounding; all of them."""
+    network = build(name)
+    found: dict[str, list[Tensor]] = {}
+    for form in ("singles", "lists"):
+        singles.clear()
+        if form == "lists":
+            request.getfixturevalue("_in_lists")
+        found[form] = results(network)
+        with pytest.MonkeyPatch.context() as patch:
+            found[f"{form}, fp64"] = results(in_fp64(network, patch))
+        assert (len(singles) == 0) == (form == "lists")
+        assert nothing_prepared(network)
+    truth = found["singles, fp64"]
+    assert distance(found["lists, fp64"], truth) <= 1e-12
+    eps = torch.finfo(torch.float32).eps
+    assert distance(found["lists"], truth) <= 2 * distance(found["singles"], truth) + eps
+
+
+@pytest.mark.usefixtures("_in_lists")
+@pytest.mark.parametrize("name", ["clip, GRU", "upsampling, conv"])
+def test_recomputing_sees_the_same_tensors(name: str, singles: list[Tensor]) -> None:
+    """Bit for bit, also in a second backward pass through the same graph."""
+    network = build(name)
+    assert isinstance(network, GeneratorTrunk)
+    plain = results(network)
+    network.checkpoint_units = True
+    y = run(network)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    prepared: list[Tensor] = []
+    for layer in spectral_weights(network):
+        layer.register_forward_hook(lambda *arguments: prepared.append(arguments[2]))
+    leaves = list(network.parameters())
+    for _ in range(2):
+        got = torch.autograd.grad(y, leaves, upstream, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip((y, *got), plain, strict=True))
+        assert nothing_prepared(network)
+    assert len({id(tensor) for tensor in prepared}) <= len(spectral_weights(network))
+    assert len(prepared) > len(spectral_weights(network))
+    assert singles == []
+
+
+@pytest.mark.usefixtures("_in_lists")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_passes_before_their_backward_passes(name: str) -> None:
+    """D on real and D on fake videos; and a pass without gradients in between."""
+    network = build(name)
+    apart = [results(network, seed)[1:] for seed in (1, 2)]
+    ys = [run(network, 1)]
+    with torch.no_grad():
+        assert not run(network, 3).requires_grad
+    ys.append(run(network, 2))
+    upstream = torch.randn(ys[0].shape, generator=torch.Generator().manual_seed(2))
+    together = torch.autograd.grad(ys, list(network.parameters()), [upstream] * 2)
+    for got, one, other in zip(together, *apart, strict=True):
+        # A sum of the two, in the order that autograd takes.
+        torch.testing.assert_close(got, one + other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_in_lists")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_changed_weight_is_seen_by_the_next_pass(name: str) -> None:
+    """Through `.data`, as DeepSpeed writes it, which leaves no trace."""
+    network = build(name)
+    before = run(network)
+    for layer in spectral_weights(network):
+        layer.weight.data.add_(torch.randn_like(layer.weight), alpha=0.1)
+    after = run(network)
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, run(copy.deepcopy(network)))
+
+
+@pytest.mark.usefixtures("_in_lists")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_stale_after_an_exception(name: str) -> None:
+    network = build(name)
+    expected = results(network)
+    last = spectral_weights(network)[-1]
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("in the middle")
+
+    hook = last.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run(network)
+    hook.remove()
+    assert nothing_prepared(network)
+    assert all(torch.equal(a, b) for a, b in zip(results(network), expected, strict=True))
+
+
+def test_entered_again_and_within_itself() -> None:
+    """What was there before comes back, step by step."""
+    network = build("clip, GRU")
+    first, second = (in_lists(network, torch.float32) for _ in range(2))
+    layer = spectral_weights(network)[0]
+    with first:
+        outer = layer.prepared
+        with second, first:
+            assert layer.prepared is outer
+        assert layer.prepared is outer
+        with pytest.raises(RuntimeError, match="within"), second:
+            raise RuntimeError("within")
+        assert layer.prepared is outer
+    assert nothing_prepared(network)
+
+
+def test_other_networks_are_left_alone() -> None:
+    """A cascade runs the frozen stages before its own, within or beside its pass."""
+    inner, outer = build("clip, GRU"), build("upsampling, conv")
+    with in_lists(outer, torch.float32):
+        held = [layer.prepared for layer in spectral_weights(outer)]
+        assert nothing_prepared(inner)
+        with torch.no_grad(), in_lists(inner, torch.float32):
+            run(inner)
+        assert nothing_prepared(inner)
+        now = [layer.prepared for layer in spectral_weights(outer)]
+        assert all(a is b for a, b in zip(now, held, strict=True))
+
+
+def test_partitioned_weights_are_divided_where_they_are_whole(monkeypatch: Any) -> None:
+    """ZeRO-3: one of them empty, or marked by DeepSpeed although it is gathered now."""
+    network = build("clip, GRU")
+    weight = spectral_weights(network)[3].weight
+    whole = weight.data
+    weight.data = torch.empty(0)
+    with in_lists(network, torch.float32):
+        assert nothing_prepared(network)
+    weight.data = whole
+    with in_lists(network, torch.float32):
+        assert not nothing_prepared(network)
+    monkeypatch.setattr(weight, "ds_status", "AVAILABLE", raising=False)
+    with in_lists(network, torch.float32):
+        assert nothing_prepared(network)
+
+
+def test_on_a_cpu_nothing_is_prepared_unless_asked_for() -> None:
+    network = build("D")
+    with normalized_weights(network, torch.float32):
+        assert nothing_prepared(network)
+    for impl in ("reference", "pytorch"):
+        with normalized_weights(network, torch.float32, impl=impl):
+            assert not nothing_prepared(network)
+    with pytest.raises(kernels.ImplementationError, match="no implementation 'cuda'"):
+        normalized_weights(network, torch.float32, impl="cuda")
+
+
+def test_on_the_meta_device_they_are_prepared_in_their_dtypes() -> None:
+    """As on a GPU: what costs are counted from."""
+    with torch.device("meta"):
+        network = upsampling_generator(num_classes=5, compute_dtype=torch.bfloat16)
+    with normalized_weights(network, torch.bfloat16):
+        prepared = {name: m.prepared for name, m in network.named_modules() if hasattr(m, "u")}
+    kept = {name for name, tensor in prepared.items() if tensor.dtype == torch.float32}
+    owners = (FrameNorm, Embedding)
+    parts = [(name, m) for name, m in network.named_modules() if isinstance(m, owners)]
+    expected = {
+        f"{name}.{n}" for name, m in parts for n, part in m.named_modules() if hasattr(part, "u")
+    }
+    assert kept == expected
+    assert {tensor.dtype for tensor in prepared.values()} == {torch.float32, torch.bfloat16}
+    assert nothing_prepared(network)
+
+
+def test_what_a_layer_gets() -> None:
+    """The prepared tensor in the dtype it was made for, else one of its own; a kernel with a fold
+    only where none is asked for by dtype."""
+    torch.manual_seed(0)
+    folded, plain = Convolution(4, 5, fold="upsampling"), Convolution(4, 5)
+    network = nn.ModuleList([folded, plain, SpectralWeight(3, 4, kept_dtype=True)])
+    whole = [layer().detach() for layer in spectral_weights(network)]
+    with in_lists(network, torch.float16):
+        assert torch.equal(folded(None)[0], fold(whole[0], "upsampling").half())
+        assert torch.equal(folded(torch.float16)[0], whole[0].half())
+        assert plain(torch.float16)[0] is plain.normalized.prepared
+        assert torch.equal(plain(None)[0], whole[1])
+        assert network[2]() is network[2].prepared
+    assert torch.equal(folded(None)[0], whole[0])
+    assert nothing_prepared(network)
