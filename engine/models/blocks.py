@@ -67,7 +67,7 @@ class GeneratorBlock2D(nn.Module):
         # What upsamples folds the weight in the precision it is kept in, and only then rounds it.
         kept = None if self.upsample else dtype
         project = kernels.upsample_conv if self.upsample else kernels.conv2d
-        residual = x_BTCHW if self.shortcut is None else project(x_BTCHW, *self.shortcut(kept))
+        residual = x_BTCHW if self.shortcut is None else project(x_BTCHW, *self.shortcut(dtype))
         first = kernels.upsample_conv_with_moments if self.upsample else kernels.conv2d_with_moments
         h, moments = first(self.norm1(x_BTCHW, cond_BK), *self.conv1(kept))
         return kernels.conv2d(
