@@ -34,6 +34,7 @@ from torch import distributed as dist
 
 from kernels import convolution_pytorch
 from kernels import frame_norm as norms
+from kernels import frame_norm_operators as norm_operators
 from kernels.convolution_pytorch import Layout, as_video
 from kernels.implementation import (
     REFERENCE,
@@ -80,8 +81,8 @@ class Normalized:
         """The video itself."""
         return norms.apply(*self.prepare(), self.video.shape[3:])
 
-    def prepare(self) -> tuple[norms.Tensors, norms.Form]:
-        """Arguments of `frame_norm.frame_normalize`."""
+    def prepare(self) -> tuple[norm_operators.Tensors, norm_operators.Form]:
+        """The norm's tensors and form, as its operators take them."""
         return norms.prepare(
             self.video,
             self.gain,
@@ -133,7 +134,7 @@ def convolve(
     if impl == "triton" and layout.upsample:
         raise ImplementationError("upsampling convolutions have no form in Triton")
     norm_tensors: Sequence[Tensor | None]
-    form: norms.Form | None
+    form: norm_operators.Form | None
     if isinstance(x_BTIHW, Normalized):
         norm_tensors, form = x_BTIHW.prepare()
     else:
@@ -250,7 +251,12 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layout: Layout, form: norms.Form | None, impl: str, moments: bool, *tensors: Any
+        ctx: Any,
+        layout: Layout,
+        form: norm_operators.Form | None,
+        impl: str,
+        moments: bool,
+        *tensors: Any,
     ) -> Any:
         *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
         ctx.layout, ctx.form = layout, form
@@ -294,7 +300,7 @@ class _Convolution(torch.autograd.Function):
         if form is None:
             found[0] = da
         elif da is not None:
-            found[:5] = norms.gradients(da, norm_tensors, form, wants[:5])
+            found[:5] = norm_operators.gradients(da, norm_tensors, form, wants[:5])
         found[7] = dy if wants[7] else None
         if any(wants[8:]):
             dy_BTOHW = as_video(dy, layout.out_size)
@@ -302,16 +308,16 @@ class _Convolution(torch.autograd.Function):
         return *none, *found
 
 
-def _prologue(form: norms.Form | None, norm_tensors: Sequence[Any]) -> Tensor:
+def _prologue(form: norm_operators.Form | None, norm_tensors: Sequence[Any]) -> Tensor:
     if form is None:
         x_BTSI: Tensor = norm_tensors[0]
         return x_BTSI
-    return norms.frame_normalize(*norm_tensors, None, *form)
+    return norm_operators.untracked_normalize(norm_tensors, form)
 
 
 def _differentiable_gradients(
     layout: Layout,
-    form: norms.Form | None,
+    form: norm_operators.Form | None,
     tensors: Sequence[Any],
     dy_BTSO: Tensor,
     wants: Sequence[bool],
@@ -320,7 +326,7 @@ def _differentiable_gradients(
     wanted = [i for i, wants_it in enumerate(wants) if wants_it and i != 7]
     leaves = [tensors[i].requires_grad_() for i in wanted]
     if form is not None:
-        tensors = *norms.with_own_statistics(tensors[:5], form), *tensors[5:]
+        tensors = *norm_operators.with_own_statistics(tensors[:5], form), *tensors[5:]
     grads = torch.autograd.grad(
         _compose(layout, form, tensors), leaves, dy_BTSO, create_graph=True, allow_unused=True
     )
@@ -328,10 +334,10 @@ def _differentiable_gradients(
     return [found.get(i) for i in range(11)]
 
 
-def _compose(layout: Layout, form: norms.Form | None, tensors: Sequence[Any]) -> Tensor:
+def _compose(layout: Layout, form: norm_operators.Form | None, tensors: Sequence[Any]) -> Tensor:
     """The equation in differentiable operators, of what `_Convolution` takes."""
     *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
-    a = norm_tensors[0] if form is None else norms.differentiable(norm_tensors, form)
+    a = norm_tensors[0] if form is None else norm_operators.differentiable(norm_tensors, form)
     y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
     y_BTSO = y_BTSO if residual is None else y_BTSO + residual
     if video is None:

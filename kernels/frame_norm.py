@@ -25,17 +25,21 @@ Implementations: "triton" (fp32, fp16, bf16), "pytorch" (the same passes in PyTo
 any device), "reference". Derivatives of order two and higher are the reference's in all of them.
 """
 
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from kernels import frame_norm_pytorch
 from kernels.collectives import group_name, num_ranks, sum_over
-from kernels.frame_norm_pytorch import widened
+from kernels.frame_norm_operators import (
+    Form,
+    Tensors,
+    differentiable,
+    frame_moments,
+    frame_normalize,
+    untracked_moments,
+    untracked_normalize,
+)
 from kernels.implementation import (
     REFERENCE,
     Implementation,
@@ -53,187 +57,6 @@ OPERATOR = Operator(
     Implementation("triton", triton_obstacle, triton_reluctance),
     Implementation("pytorch", everywhere),
 )
-
-# -------------------------------------------------------------------- operators and fakes
-
-
-def _passes(impl: str) -> ModuleType:
-    """The module with the four passes; Triton is imported when first used."""
-    if impl == "pytorch":
-        return frame_norm_pytorch
-    from kernels import frame_norm_triton
-
-    return frame_norm_triton
-
-
-@torch.library.custom_op("sswgan::frame_moments", mutates_args=())
-def frame_moments(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, each [T, C]."""
-    return _passes(impl).moments(x_BTSC)
-
-
-@frame_moments.register_fake
-def _(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    statistic = widened(x_BTSC.new_empty(x_BTSC.shape[1], x_BTSC.shape[3]))
-    return statistic, torch.empty_like(statistic)
-
-
-@torch.library.custom_op("sswgan::frame_norm", mutates_args=())
-def frame_normalize(
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    residual_BTSC: Tensor | None,
-    eps: float,
-    relu: bool,
-    own_statistics: bool,
-    group: str,
-    impl: str,
-) -> Tensor:
-    """y. `own_statistics` (of x, over `group` if any) says only how the gradient is to be taken."""
-    return _passes(impl).normalize(
-        x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, residual_BTSC, eps, relu
-    )
-
-
-@frame_normalize.register_fake
-def _(x_BTSC: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty_like(x_BTSC)
-
-
-@torch.library.custom_op("sswgan::frame_norm_sums", mutates_args=())
-def frame_norm_sums(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    eps: float,
-    relu: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """(S1, S2) as [2, B, T, C], and their sums over the batch weighted by the gain, [2, T, C]."""
-    return _passes(impl).sums(dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, eps, relu)
-
-
-@frame_norm_sums.register_fake
-def _(dy_BTSC: Tensor, x_BTSC: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    B, T, _, C = x_BTSC.shape
-    return widened(x_BTSC.new_empty(2, B, T, C)), widened(x_BTSC.new_empty(2, T, C))
-
-
-@torch.library.custom_op("sswgan::frame_norm_dx", mutates_args=())
-def frame_norm_dx(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    terms_2TC: Tensor | None,
-    eps: float,
-    relu: bool,
-    impl: str,
-) -> Tensor:
-    """dx; `terms` are Σ_b gain·(S1, S2) / n, None where the statistics do not depend on x."""
-    return _passes(impl).dx(
-        dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, terms_2TC, eps, relu
-    )
-
-
-@frame_norm_dx.register_fake
-def _(dy_BTSC: Tensor, x_BTSC: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty_like(x_BTSC)
-
-
-# ------------------------------------------------------------------------------- autograd
-
-
-def _save_x(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(inputs[0], output[0])
-
-
-def _moments_backward(ctx: Any, dmean_TC: Tensor, dvar_TC: Tensor) -> tuple[Tensor, None]:
-    """Plain operators, which autograd differentiates again."""
-    x_BTSC, mean_TC = ctx.saved_tensors
-    centred = widened(x_BTSC) - mean_TC[:, None]
-    count = x_BTSC.shape[0] * x_BTSC.shape[2]
-    dx_BTSC = torch.addcmul(dmean_TC[:, None], centred, 2 * dvar_TC[:, None]) / count
-    return dx_BTSC.to(x_BTSC.dtype), None
-
-
-frame_moments.register_autograd(_moments_backward, setup_context=_save_x)
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, residual, ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _normalize_backward(ctx: Any, dy_BTSC: Tensor) -> tuple[Tensor | None, ...]:
-    dresidual = None if ctx.residual_dtype is None else dy_BTSC.to(ctx.residual_dtype)
-    rest = dresidual, None, None, None, None, None
-    if torch.is_grad_enabled():  # a graph of the backward pass is wanted
-        return *_differentiable_gradients(ctx, dy_BTSC), *rest
-    form = Form(ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl)
-    return *gradients(dy_BTSC, ctx.saved_tensors, form, ctx.needs_input_grad[:5]), *rest
-
-
-def gradients(
-    dy_BTSC: Tensor, tensors: Sequence[Tensor], form: "Form", wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Those of `tensors` = (x, gain, bias, mean, var) that are wanted, in the closed form."""
-    x, gain, bias, mean, var = tensors
-    wants_x, wants_gain, wants_bias, wants_mean, wants_var = wanted
-    dy_BTSC = dy_BTSC.contiguous()
-    arguments = dy_BTSC, x, gain, bias, mean, var
-    grads: dict[str, Tensor] = {}
-    terms = None
-    if form.own_statistics or wants_gain or wants_bias or wants_mean or wants_var:
-        sums, weighted = frame_norm_sums(*arguments, form.eps, form.relu, form.impl)
-        grads["bias"], grads["gain"] = (
-            total.sum_to_size(scale.shape).to(scale.dtype)
-            for total, scale in zip(sums, (bias, gain), strict=True)
-        )
-        if form.own_statistics:
-            count = x.shape[0] * x.shape[2] * num_ranks(form.group)
-            terms = sum_over(weighted, form.group) / count
-        else:
-            rstd = torch.rsqrt(var + form.eps)
-            grads["mean"], grads["var"] = -weighted[0] * rstd, -0.5 * weighted[1] * rstd.square()
-    if wants_x:
-        grads["x"] = frame_norm_dx(*arguments, terms, form.eps, form.relu, form.impl)
-    return [grads.get(name) for name in ("x", "gain", "bias", "mean", "var")]
-
-
-def _differentiable_gradients(ctx: Any, dy_BTSC: Tensor) -> list[Tensor | None]:
-    """The gradients of all but the residual as the reference's, which have derivatives."""
-    tensors = ctx.saved_tensors
-    form = Form(ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl)
-    y_BTSC = differentiable(with_own_statistics(tensors, form), form)
-    wanted = [i for i, wants in enumerate(ctx.needs_input_grad[:5]) if wants]
-    grads = torch.autograd.grad(
-        y_BTSC, [tensors[i] for i in wanted], dy_BTSC, create_graph=True, allow_unused=True
-    )
-    found = dict(zip(wanted, grads, strict=True))
-    return [found.get(i) for i in range(5)]
-
-
-def with_own_statistics(tensors: Sequence[Tensor], form: "Form") -> Sequence[Tensor]:
-    """(x, gain, bias, mean, var), the last two as functions of x where they are x's own."""
-    if not form.own_statistics:
-        return tensors
-    return *tensors[:3], *frame_norm_pytorch.moments(tensors[0], form.group)
-
-
-frame_normalize.register_autograd(_normalize_backward, setup_context=_save_inputs)
-
-
-# ------------------------------------------------------------------------ public functions
 
 
 def frame_statistics(x_BTCHW: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
@@ -278,28 +101,17 @@ def frame_norm(
 
 
 def apply(
-    tensors: "Tensors", form: "Form", size: tuple[int, ...], residual: Tensor | None = None
+    tensors: Tensors, form: Form, size: tuple[int, ...], residual: Tensor | None = None
 ) -> Tensor:
     """y of H x W = `size`, of what `prepare` made."""
     residual_BTSC = None if residual is None else rows(residual)
     if form.impl == REFERENCE:
         y_BTSC = differentiable(tensors, form, residual_BTSC)
-    else:
+    elif torch.is_grad_enabled():
         y_BTSC = frame_normalize(*tensors, residual_BTSC, *form)
+    else:
+        y_BTSC = untracked_normalize(tensors, form, residual_BTSC)
     return y_BTSC.unflatten(2, size).permute(0, 1, 4, 2, 3)
-
-
-class Form(NamedTuple):
-    """How a norm is computed, as `frame_normalize` takes it."""
-
-    eps: float
-    relu: bool
-    own_statistics: bool
-    group: str
-    impl: str
-
-
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def prepare(
@@ -330,19 +142,9 @@ def prepare(
         mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC, form.group)
     else:
         with torch.no_grad():  # frame_normalize takes the gradient through them as well
-            mean_TC, var_TC = moments or frame_moments(x_BTSC, impl)
+            mean_TC, var_TC = moments or untracked_moments(x_BTSC, impl)
             mean_TC, var_TC = _synchronized(mean_TC, var_TC, form.group)
     return (x_BTSC, gain_BtC.contiguous(), bias_BtC.contiguous(), mean_TC, var_TC), form
-
-
-def differentiable(
-    tensors: Sequence[Tensor], form: Form, residual_BTSC: Tensor | None = None
-) -> Tensor:
-    """y in plain operators, with derivatives of any order, of what `prepare` made."""
-    x, gain, bias, mean, var = tensors
-    return frame_norm_pytorch.normalize(
-        x, gain, bias, mean, var, residual_BTSC, form.eps, form.relu
-    )
 
 
 def _synchronized(mean_TC: Tensor, var_TC: Tensor, group: str) -> tuple[Tensor, Tensor]:

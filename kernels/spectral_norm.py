@@ -174,9 +174,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     weight, u_R, v_K, _, ctx.impl = inputs
     ctx.save_for_backward(weight, u_R, v_K, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a zero for σ is made per weight and pass
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
+def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None, None, None, None]:
+    if dy is None:
+        return None, None, None, None, None
     weight, u_R, v_K, sigma = ctx.saved_tensors
     if torch.is_grad_enabled():  # a graph of the backward pass is wanted
         dw = _differentiable_gradient(dy, weight, u_R, v_K)
