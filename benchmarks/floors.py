@@ -37,13 +37,13 @@ def operator_cost(call: Call, *, backward: bool) -> Cost:
 def spectral_cost(num_values: int, dtype_bytes: int, *, normalize: bool, backward: bool) -> Cost:
     """One power iteration of weights of `num_values` in all; then Ŵ of `dtype_bytes`; then dW.
 
-    kernels/spectral_norm.py: what is read twice in a row comes from cache the second time.
+    kernels/spectral_norm_list.py: all weights together fit no cache, so W is read twice, and dK.
     """
     cost = Cost(8 * num_values, 4 * num_values)
     if normalize:
-        cost += Cost((4 + dtype_bytes) * num_values, 4 * num_values)
+        cost += Cost((8 + dtype_bytes) * num_values, 4 * num_values)
     if backward:
-        cost += Cost((8 + dtype_bytes) * num_values, 6 * num_values)
+        cost += Cost((8 + 2 * dtype_bytes) * num_values, 6 * num_values)
     return cost
 
 
@@ -94,7 +94,7 @@ def _conv_gru(call: Call) -> tuple[Cost, Cost]:
     x_frames = 1 if call.constant_input else T
     flops = 54 * C * frame * (x_frames + T - 1)
     forward = Cost(size * (frame * (x_frames + T) + weights), flops)
-    # x, every h and its gradient are read, dx is written; the gates are recomputed on the way.
+    # x, every h and its gradient are read, dx is written.
     return forward, Cost(size * (frame * 2 * (x_frames + T) + 2 * weights), 2 * flops)
 
 

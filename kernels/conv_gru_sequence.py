@@ -14,6 +14,7 @@ dz_r = drh h r (1 - r)
 Weight gradients need no recurrence: they are taken after the loop, over all frames at once.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,8 @@ class ConvGRUFunction(torch.autograd.Function):
         """Every h, [B, T, C, H, W]."""
         inputs = x_BtCHW, weight_r, weight_u, weight_c, bias_r_C, bias_u_C, bias_c_C
         y_BTCHW, gates = run(*inputs, num_frames, keep_gates, impl)
-        ctx.save_for_backward(*inputs, y_BTCHW, *(gates or ()))
+        # Without the gates their biases, copied: ZeRO-3 empties parameters until backward is over.
+        ctx.save_for_backward(*inputs, y_BTCHW, *(gates or (torch.cat(inputs[4:]),)))
         ctx.num_frames, ctx.impl = num_frames, impl
         return y_BTCHW
 
@@ -74,8 +76,7 @@ class ConvGRUFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the backward pass is wanted
             grads = _differentiable_gradients(inputs, wants, ctx.num_frames, dy_BTCHW)
         else:
-            gates = Gates(*kept) if kept else None
-            grads = gradients(inputs, wants, y_BTCHW, gates, dy_BTCHW, ctx.impl)
+            grads = gradients(inputs, wants, y_BTCHW, kept, dy_BTCHW, ctx.impl)
         return *grads, None, None, None
 
 
@@ -122,18 +123,20 @@ def gradients(
     inputs: tuple[Tensor, ...],
     wants: tuple[bool, ...],
     y_BTCHW: Tensor,
-    gates: Gates | None,
+    kept: Sequence[Tensor],
     dy_BTCHW: Tensor,
     impl: str,
 ) -> list[Tensor | None]:
-    """Those of `inputs` that are wanted; gates that were not kept are computed again."""
-    x_BtCHW, *weights, bias_r_C, bias_u_C, bias_c_C = inputs
+    """Those of `inputs` that are wanted.
+
+    `kept` are the gates, or the biases [3C] by which the gates are computed again.
+    """
+    x_BtCHW, *weights = inputs[:4]
     forms, parts = passes(impl), _parts(*weights)
     h_TBHWC = _time_major(y_BTCHW[:, :-1])
-    if gates is None:
-        biases = torch.cat([bias_r_C, bias_u_C, bias_c_C])
-        gates = _gates_again(_input_gates(x_BtCHW, parts, biases), h_TBHWC, parts, impl)
-    ru_TBHW2C, c_TBHWC = gates
+    if len(kept) == 1:
+        kept = _gates_again(_input_gates(x_BtCHW, parts, kept[0]), h_TBHWC, parts, impl)
+    ru_TBHW2C, c_TBHWC = kept
 
     dy_BTHWC = dy_BTCHW.permute(0, 1, 3, 4, 2).contiguous()
     dz_ru_TBHW2C, dz_c_TBHWC = torch.empty_like(ru_TBHW2C), torch.empty_like(c_TBHWC)

@@ -113,6 +113,9 @@ def conv_pool3d_folded(
 ) -> Tensor:
     """The same as one convolution of stride `pooling`, 3x4x4 or 4x4x4 for a 3x3x3 weight."""
     _check(x_BTIHW, pooling)
+    if is_folded(weight_OthwI) and (weight_OthwI.shape[1] % 2 == 0) != (pooling[0] == 2):
+        sizes = tuple(weight_OthwI.shape[1:4])
+        raise ValueError(f"a kernel of {sizes} is not one that {pooling} is folded into")
     folded = weight_OthwI if is_folded(weight_OthwI) else pooling_kernel(weight_OthwI, pooling)
     kernel, bias = _cast(x_BTIHW, folded, bias_O)
     padding = [(size - 1) // 2 for size in weight_OthwI.shape[1:4]]

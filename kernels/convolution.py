@@ -37,6 +37,7 @@ from kernels import frame_norm as norms
 from kernels import frame_norm_operators as norm_operators
 from kernels.convolution_pytorch import Layout, as_video
 from kernels.implementation import (
+    AUTO,
     REFERENCE,
     Implementation,
     ImplementationError,
@@ -79,9 +80,9 @@ class Normalized:
 
     def value(self) -> Tensor:
         """The video itself."""
-        return norms.apply(*self.prepare(), self.video.shape[3:])
+        return norms.apply(*self.prepare(None), self.video.shape[3:])
 
-    def prepare(self) -> tuple[norm_operators.Tensors, norm_operators.Form]:
+    def prepare(self, impl: str | None) -> tuple[norm_operators.Tensors, norm_operators.Form]:
         """The norm's tensors and form, as its operators take them."""
         return norms.prepare(
             self.video,
@@ -91,7 +92,7 @@ class Normalized:
             eps=norms.EPSILON,
             statistics=self.statistics,
             group=self.group,
-            impl=None,
+            impl=impl,
             moments=self.moments,
         )
 
@@ -136,13 +137,20 @@ def convolve(
     norm_tensors: Sequence[Tensor | None]
     form: norm_operators.Form | None
     if isinstance(x_BTIHW, Normalized):
-        norm_tensors, form = x_BTIHW.prepare()
+        # Asked for by name: the norm in front is a reference where the convolution is one.
+        norm_tensors, form = x_BTIHW.prepare(REFERENCE if impl == REFERENCE else AUTO)
     else:
         norm_tensors, form = (norms.rows(video), None, None, None, None), None
+    shape = (*video.shape[:2], weight_OabI.shape[0], *layout.out_size)
+    if residual_BTOHW is not None and residual_BTOHW.shape != shape:
+        raise ValueError(f"residual must be {shape}, not {tuple(residual_BTOHW.shape)}")
     residual = None if residual_BTOHW is None else norms.rows(residual_BTOHW)
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
     own_moments = None
-    if impl == REFERENCE or (form is not None and form.impl == REFERENCE):
+    # With nothing before or after it, a convolution is PyTorch's: the same is kept, and a Function
+    # of our own would cost a CPU 0.1 ms of Python.
+    bare = form is None and residual is None and skip is None and impl == "pytorch"
+    if bare or impl == REFERENCE or video.numel() == 0:
         y_BTSO = _compose(layout, form, tensors)
     elif moments and impl != "pytorch":
         y_BTSO, *own_moments = _Convolution.apply(layout, form, impl, True, *tensors)
@@ -287,6 +295,8 @@ class _Convolution(torch.autograd.Function):
         dy, layout, form, wants = grads[0], ctx.layout, ctx.form, ctx.needs_input_grad[4:]
         *norm_tensors, weight, video, low_weight = ctx.saved_tensors
         none = None, None, None, None
+        if not any(wants[:7]) and not any(wants[8:]):  # the residual alone
+            return *none, *(dy if i == 7 else None for i in range(11))
         if torch.is_grad_enabled():  # a graph of the backward pass is wanted
             biases = [None if size is None else dy.new_zeros(size) for size in ctx.bias_sizes]
             tensors = *norm_tensors, weight, biases[0], None, video, low_weight, biases[1]

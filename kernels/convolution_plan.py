@@ -21,7 +21,7 @@ Skip = tuple[Tensor, Tensor, Tensor]
 """x_l [B, t, h, w, I'], and its projection's weight [O, I'] and bias [O]."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_ROWS = 2**31
+MAX_ROWS = 2**31 - 128
 """Pixels, of all frames, are counted in int32; offsets of values are int64."""
 
 

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.convolution_plan import (
+    WIDE,
     Skip,
     check_convolution,
     check_layout,
@@ -322,15 +323,23 @@ def _low_sizes(skip: Skip | None) -> tuple[int, ...]:
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile, with all terms, for `kernels.resources`."""
-    for dtype, config, masked in configurations():
+    """Every tile, with all terms, for `kernels.resources`; over time and 1x1, which take another
+    way through the kernel, the tile of most registers, in full and masked."""
+    spatial = [(*configuration, (1, 3, 3)) for configuration in configurations()]
+    others = [
+        ("bf16", WIDE._replace(block_k=block_k), masked, taps)
+        for taps in ((3, 1, 1), (1, 1, 1))
+        for block_k, masked in ((64, False), (16, True))
+    ]
+    for dtype, config, masked, taps in spatial + others:
         label = f"{dtype} {config.block_m}x{config.block_n}x{config.block_k}"
-        taps = {"KT": 1, "KH": 3, "KW": 3, "MASK_K": masked}
+        label += "" if taps == (1, 3, 3) else " {}x{}x{}".format(*taps)
+        constants = dict(zip(("KT", "KH", "KW"), taps, strict=True)) | {"MASK_K": masked}
         yield _variant(
             convolve_kernel,
             label + " masked" * masked,
             dtype,
-            taps | config.tile | {"GROUP_M": GROUP},
+            constants | config.tile | {"GROUP_M": GROUP},
             config.options,
             divisible=frozenset({"O"} if masked else {"I", "O"}),
             # fp32 stays fp32: tensor cores would round its factors to TF32's ten bits.

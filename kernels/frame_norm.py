@@ -95,7 +95,10 @@ def frame_norm(
     Raises ValueError for shapes that do not fit, an empty video without `statistics`, and
     `statistics` together with `group`; ImplementationError for an implementation that cannot run.
     """
-    _check(x_BTCHW, gain, bias, residual, statistics)
+    if residual is not None and residual.shape != x_BTCHW.shape:
+        raise ValueError(
+            f"residual must be as x, {tuple(x_BTCHW.shape)}, not {tuple(residual.shape)}"
+        )
     tensors, form = prepare(x_BTCHW, gain, bias, relu, eps, statistics, group, impl)
     return apply(tensors, form, x_BTCHW.shape[3:], residual)
 
@@ -127,11 +130,13 @@ def prepare(
 ) -> tuple[Tensors, Form]:
     """Arguments of `frame_normalize`: (x, gain, bias, mean, var) and the form. As `frame_norm`;
     `moments`, mean and variance of x by whoever made x, saves taking them."""
+    _check(x_BTCHW, gain, bias, statistics)
     if statistics is None:
         _require_values(x_BTCHW)
     elif group is not None:
         raise ValueError("given statistics are not synchronised: pass either them or a group")
-    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype) if x_BTCHW.numel() else REFERENCE
+    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
+    impl = impl if x_BTCHW.numel() else REFERENCE
     form = Form(eps, relu, statistics is None, group_name(group), impl)
     x_BTSC = rows(x_BTCHW)
     gain_BtC, bias_BtC = (v[:, None] if v.dim() == 2 else v for v in (gain, bias))
@@ -174,7 +179,6 @@ def _check(
     x_BTCHW: Tensor,
     gain: Tensor,
     bias: Tensor,
-    residual: Tensor | None,
     statistics: tuple[Tensor, Tensor] | None,
 ) -> None:
     if x_BTCHW.dim() != 5:
@@ -184,10 +188,6 @@ def _check(
         if tuple(scale.shape) not in ((B, C), (B, T, C)):
             expected = f"[{B}, {C}] or [{B}, {T}, {C}]"
             raise ValueError(f"{name} must be {expected}, not {tuple(scale.shape)}")
-    if residual is not None and residual.shape != x_BTCHW.shape:
-        raise ValueError(
-            f"residual must be as x, {tuple(x_BTCHW.shape)}, not {tuple(residual.shape)}"
-        )
     for name, value in zip(("mean", "var"), statistics or (), strict=False):
         if tuple(value.shape) != (T, C):
             raise ValueError(f"{name} must be [{T}, {C}], not {tuple(value.shape)}")

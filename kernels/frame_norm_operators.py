@@ -153,20 +153,6 @@ def untracked_normalize(
     return frame_normalize(*tensors, residual_BTSC, *form)
 
 
-def untracked_sums(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`frame_norm_sums`."""
-    if arguments[-1] == "pytorch":
-        return frame_norm_pytorch.sums(*arguments[:-1])
-    return frame_norm_sums(*arguments)
-
-
-def untracked_dx(*arguments: Any) -> Tensor:
-    """`frame_norm_dx`."""
-    if arguments[-1] == "pytorch":
-        return frame_norm_pytorch.dx(*arguments[:-1])
-    return frame_norm_dx(*arguments)
-
-
 # ------------------------------------------------------------------------------- autograd
 
 
@@ -209,10 +195,17 @@ def gradients(
     wants_x, wants_gain, wants_bias, wants_mean, wants_var = wanted
     dy_BTSC = dy_BTSC.contiguous()
     arguments = dy_BTSC, x, gain, bias, mean, var
+    # Both halves in PyTorch share what they recompute.
+    shared = None
+    if form.impl == "pytorch":
+        shared = frame_norm_pytorch.passed(*arguments, form.eps, form.relu)
     grads: dict[str, Tensor] = {}
     terms = None
     if form.own_statistics or wants_gain or wants_bias or wants_mean or wants_var:
-        sums, weighted = untracked_sums(*arguments, form.eps, form.relu, form.impl)
+        if shared:
+            sums, weighted = shared.sums(gain)
+        else:
+            sums, weighted = frame_norm_sums(*arguments, form.eps, form.relu, form.impl)
         grads["bias"], grads["gain"] = (
             total.sum_to_size(scale.shape).to(scale.dtype)
             for total, scale in zip(sums, (bias, gain), strict=True)
@@ -224,7 +217,11 @@ def gradients(
             rstd = torch.rsqrt(var + form.eps)
             grads["mean"], grads["var"] = -weighted[0] * rstd, -0.5 * weighted[1] * rstd.square()
     if wants_x:
-        grads["x"] = untracked_dx(*arguments, terms, form.eps, form.relu, form.impl)
+        grads["x"] = (
+            shared.dx_(terms).to(x.dtype)
+            if shared
+            else frame_norm_dx(*arguments, terms, form.eps, form.relu, form.impl)
+        )
     return [grads.get(name) for name in ("x", "gain", "bias", "mean", "var")]
 
 

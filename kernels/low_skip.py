@@ -78,6 +78,8 @@ def _projected(y_BTOHW: Tensor, skip: LowSkip) -> tuple[Tensor, int]:
 def _steps(y_BTOHW: Tensor, video_BtIhw: Tensor) -> tuple[int, int, int]:
     """Rows, columns and frames of x_l and y to each other."""
     num_frames, _, height, width = y_BTOHW.shape[1:]
+    if len(video_BtIhw) != len(y_BTOHW):
+        raise ValueError(f"x_l is of {len(video_BtIhw)} samples, the features of {len(y_BTOHW)}")
     low_frames, _, low_height, low_width = video_BtIhw.shape[1:]
     if low_height % height or low_width % width or num_frames % low_frames:
         raise ValueError(

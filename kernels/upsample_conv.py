@@ -16,7 +16,7 @@ FLOPs per input pixel, in units of I·O, and what is written:
 | shuffled     | 32·(1+1/H)²   | y in four phases, once       |
 | k = 1, folded| 2 (not 8)     | the projection of x, y's 1/4 |
 
-All are the same function; derivatives of any order are autograd's.
+All are the same function, with derivatives of any order.
 """
 
 from typing import Any
@@ -93,12 +93,14 @@ def _upsample_conv(
     impl: str | None,
 ) -> tuple[Tensor, Moments | None]:
     if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3), (4, 4)):
-        raise ValueError(f"the weight must be 1x1 or 3x3, not {tuple(weight_OhwI.shape[1:3])}")
+        raise ValueError(
+            f"the weight must be 1x1, 3x3 or folded 4x4, not {tuple(weight_OhwI.shape[1:3])}"
+        )
     video = source_of(x_BTIHW)
     chosen = _OPERATOR.choose(impl, video.device, video.dtype)
     if chosen == REFERENCE:
         return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O), None
-    if chosen != REFERENCE and impl in (None, AUTO):
+    if impl in (None, AUTO):
         chosen = _best_form(video.device, video.shape[2])
     if chosen == "transposed" and weight_OhwI.shape[1:3] != (1, 1):
         kernel = weight_OhwI if is_folded(weight_OhwI) else upsampling_kernel(weight_OhwI)

@@ -17,6 +17,8 @@ import kernels
 from kernels.convolution import convolve
 from kernels.convolution_pytorch import Layout
 
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 B, T, H, W = 2, 4, 4, 6
 IN, OUT = 5, 6
 Tensors = dict[str, Tensor]
@@ -44,7 +46,7 @@ def draw(
     drawn = {k: torch.randn(shapes[k], generator=random, dtype=torch.float64) for k in names}
     if "var" in drawn:
         drawn["var"] = drawn["var"].square() + 0.5
-    return {name: value.to(dtype) for name, value in drawn.items()}
+    return {name: value.to(DEVICE, dtype) for name, value in drawn.items()}
 
 
 def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
@@ -88,7 +90,7 @@ def gradients(function: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensor
     y = function(leaves)
     upstream = torch.randn(
         y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    ).to(y.dtype)
+    ).to(y)
     grads = torch.autograd.grad(y, list(leaves.values()), upstream)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -103,12 +105,13 @@ def plain(kind: str, tensors: Tensors) -> Tensor:
 def test_equals_the_operators_one_by_one(kind: str, more: list[str]) -> None:
     tensors = case(kind, more)
     expected = gradients(partial(plain, kind), tensors)
-    got = gradients(partial(run, kind), tensors)
-    assert expected.keys() == got.keys() == {"y", *tensors}
-    for name, value in expected.items():
-        scale = value.abs().max().item()
-        assert scale > 0.01, name
-        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-13 * scale, msg=name)
+    for impl in (None, "reference"):  # by name too, which the norm in front must follow
+        got = gradients(partial(run, kind, impl=impl), tensors)
+        assert expected.keys() == got.keys() == {"y", *tensors}
+        for name, value in expected.items():
+            scale = value.abs().max().item()
+            assert scale > 0.01, name
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-13 * scale, msg=name)
 
 
 # Triton's interpreter computes bf16 wrongly; and the upsampling has no choice of these forms.
@@ -131,7 +134,7 @@ def test_as_close_to_the_truth_as_one_by_one(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("impl", ["triton", "epilogue"])
 @pytest.mark.parametrize(("kind", "more"), CASES, ids=str)
 def test_bf16_on_a_gpu(kind: str, more: list[str], impl: str) -> None:
@@ -166,7 +169,7 @@ def test_moments_are_those_of_the_result(impl: str) -> None:
     for got, expected in zip(moments, kernels.frame_statistics(y), strict=True):
         torch.testing.assert_close(got, expected)
     assert kernels.separable_conv3d_with_moments(tensors["x"], *weights, impl="pytorch")[1] is None
-    kernel = torch.randn(OUT, 4, 4, IN)
+    kernel = torch.randn(OUT, 4, 4, IN, device=DEVICE)
     y, moments = convolve(
         tensors["x"], kernel, None, Layout((H, W), upsample=True), moments=True, impl="epilogue"
     )
@@ -286,7 +289,7 @@ def test_two_runs_are_bit_equal_and_read_nothing_unwritten() -> None:
     first = gradients(partial(run, "separable"), tensors)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        assert torch.empty(3).isnan().all()
+        assert torch.empty(3, device=DEVICE).isnan().all()
         second = gradients(partial(run, "separable"), tensors)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -337,8 +340,31 @@ def test_a_convolution_after_a_norm_keeps_x_alone(kind: str, videos: int) -> Non
         assert kept(kind, tensors).rest > got.rest + tensors["x"].nbytes
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    tensors = case("conv 3x3", TERMS)
-    tensors["low"] = tensors["low"][..., :5]
-    with pytest.raises(ValueError, match="cannot be injected"):
-        run("conv 3x3", tensors)
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("low", (..., slice(5)), "cannot be injected"),
+        ("low", (slice(1),), "x_l is of 1 samples, the features of 2"),
+        ("residual", (slice(1),), r"residual must be \(2, 4, 6, 4, 6\), not \(1, 4, 6, 4, 6\)"),
+        ("gain", (slice(1),), r"gain must be \[2, 5\]"),
+        ("mean", (slice(1),), r"mean must be \[4, 5\]"),
+    ],
+)
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_what_does_not_fit_is_refused(
+    name: str, part: tuple[Any, ...], message: str, impl: str | None
+) -> None:
+    tensors = case("conv 3x3", [*GIVEN, *TERMS])
+    tensors[name] = tensors[name][part]
+    with pytest.raises(ValueError, match=message):
+        run("conv 3x3", tensors, impl)
+
+
+def test_a_residual_alone_may_want_a_gradient() -> None:
+    tensors = case("conv 3x3", [*NORM, *TERMS])
+    residual = tensors["residual"].requires_grad_()
+    y = run("conv 3x3", tensors)
+    for graph in (False, True):
+        [dresidual] = torch.autograd.grad(y.square().sum(), residual, create_graph=graph)
+        torch.testing.assert_close(dresidual, 2 * y)
+        y = run("conv 3x3", tensors)

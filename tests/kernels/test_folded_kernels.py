@@ -52,3 +52,12 @@ def test_the_same_as_of_the_weight(
     for expected, got in zip(*found, strict=True):
         scale = expected.abs().max().item()
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize(("folded", "asked"), [((1, 2, 2), (2, 2, 2)), ((2, 2, 2), (1, 2, 2))])
+def test_a_kernel_folded_for_another_pooling_is_refused(
+    folded: kernels.Pooling, asked: kernels.Pooling
+) -> None:
+    kernel = fold(torch.randn(7, 3, 3, 3, 5), folded)
+    with pytest.raises(ValueError, match="is folded into"):
+        kernels.conv_pool3d(torch.randn(2, 4, 5, 4, 6), kernel, pooling=asked)

@@ -1,0 +1,97 @@
+"""Whole networks on the forms that "auto" runs on CUDA, in Triton's interpreter.
+
+Triton norms, cuDNN's convolution and one pass after it with the next norm's moments, the ConvGRU's
+gates and the list of normalised weights together; in a process of its own, which interprets.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = """
+import sys
+from dataclasses import replace
+import torch
+from small_networks import clip_generator, discriminators, upsampling_generator
+import kernels
+from engine.models import update_spectral_norm
+from kernels import implementation
+
+for operator in implementation._operators.values():
+    # As on CUDA: "auto" passes nothing over for being on a CPU. Not measured is still not run.
+    operator._implementations = tuple(
+        form if form.name == "triton" and operator.name == "convolution"
+        else replace(form, reluctance=lambda device, dtype: None)
+        for form in operator._implementations
+    )
+runs = {name: choice.implementation for name, choice in kernels.implementations("cpu").items()}
+expected = {"conv_gru": "triton", "frame_norm": "triton", "convolution": "epilogue",
+            "spectral_normalize_all": "triton", "power_iteration_": "triton"}
+assert runs | expected == runs, runs
+moments_seen = []
+made = kernels.Normalized
+kernels.Normalized = lambda *args: moments_seen.append(args[5] is not None) or made(*args)
+
+
+def results(name, checkpointed=False):
+    torch.manual_seed(0)
+    build = {"clip": clip_generator, "upsampling": upsampling_generator, "D": discriminators}[name]
+    network = build(num_classes=5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    update_spectral_norm(network, num_iterations=2)
+    network.checkpoint_units = checkpointed
+    random = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=random).requires_grad_()
+    labels, z, low = torch.tensor([1, 3]), draw(2, 16), draw(2, 2, 3, 8, 8)
+    if name == "D":
+        inputs = [draw(2, 4, 3, 16, 16), low]
+        y = network(inputs[0], labels, low, torch.tensor([[0, 2], [1, 3]])).all
+    elif name == "clip":
+        inputs = [z]
+        y = network(z, labels, 3)
+    else:
+        inputs = [z, low]
+        y = network(z, labels, low)
+    upstream = torch.randn(y.shape, generator=random)
+    grads = torch.autograd.grad(y, [*inputs, *network.parameters()], upstream)
+    return torch.cat([y.detach().flatten(), *(g.flatten() for g in grads)]), y.numel()
+
+
+for name in sys.argv[1:]:
+    got, count = results(name)
+    with kernels.use("reference"):
+        usual, _ = results(name)
+    for part in (slice(count), slice(count, None)):
+        error = (got[part] - usual[part]).norm() / usual[part].norm()
+        print(name, error.item())
+        # Both sides round sums of at most K = 9 * 16 products: 2 √K ε.
+        assert error < 2 * (9 * 16) ** 0.5 * torch.finfo(torch.float32).eps, (name, error)
+    assert not torch.equal(got, usual)
+    if name == "upsampling":
+        # Every second norm of a block is given the moments of the convolution before it.
+        assert any(moments_seen)
+        again, _ = results(name, checkpointed=True)
+        assert torch.equal(again, got)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "upsampling", "D"])
+def test_equal_to_the_references(name: str) -> None:
+    here = str(Path(__file__).parent)
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([here, *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, name], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
