@@ -1,6 +1,7 @@
 """The result file and its tables, and the command that makes them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -225,7 +226,11 @@ def test_calls_are_added_to_one_file() -> None:
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
-    return subprocess.run([*command, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    # pytest-benchmark measures nothing where it believes to be a worker of pytest-xdist.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    return subprocess.run(
+        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
 
 
 def test_not_run_unless_asked_for() -> None:
