@@ -148,7 +148,7 @@ def convolve(
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
     own_moments = None
     # With nothing before or after it, a convolution is PyTorch's: the same is kept, and a Function
-    # of our own would cost a CPU 0.1 ms of Python.
+    # of our own would cost a CPU some 50 µs of Python.
     bare = form is None and residual is None and skip is None and impl == "pytorch"
     if bare or impl == REFERENCE or video.numel() == 0:
         y_BTSO = _compose(layout, form, tensors)
