@@ -37,6 +37,24 @@ _DECODE, _READ = "nvidia.dali.fn.decoders.video", "nvidia.dali.fn.io.file.read"
 PREFETCHED_BATCHES = 2
 
 
+def decoded(video: list[Any], decoder: Decoder, num_frames: int, frame_stride: int) -> Any:
+    """The graph's node of uint8 frames [T, H, W, C] as coded, from what `external_source` gives.
+
+    `video` is a path and a first frame or, for PyAV, the frames themselves.
+    """
+    if decoder == "pyav":
+        return fn.reshape(video[0], layout="FHWC")  # only names the axes
+    path, start_frame = video
+    return fn.decoders.video(
+        fn.io.file.read(path),  # type: ignore[attr-defined]
+        device="mixed" if decoder == "dali-gpu" else "cpu",
+        start_frame=start_frame,
+        sequence_length=num_frames,
+        stride=frame_stride,
+        pad_mode="none",  # a file that has become shorter is to be noticed, not padded
+    )
+
+
 @pipeline_def
 def _clip_pipeline(
     source: Callable[[], tuple],
@@ -46,22 +64,10 @@ def _clip_pipeline(
     frame_stride: int,
     resolution: int,
 ) -> Any:
-    frames: Any  # DALI's graph nodes; its type stubs do not know all that it has
     number, rotation, crop_x, crop_y, flip, *video = fn.external_source(
         source, num_outputs=6 if decoder == "pyav" else 7, batch=True
     )
-    if decoder == "pyav":
-        frames = fn.reshape(video[0], layout="FHWC")  # only names the axes
-    else:
-        path, start_frame = video
-        frames = fn.decoders.video(
-            fn.io.file.read(path),  # type: ignore[attr-defined]
-            device="mixed" if decoder == "dali-gpu" else "cpu",
-            start_frame=start_frame,
-            sequence_length=num_frames,
-            stride=frame_stride,
-            pad_mode="none",  # a file that has become shorter is to be noticed, not padded
-        )
+    frames: Any = decoded(video, decoder, num_frames, frame_stride)
     if on_gpu:
         frames = frames.gpu()
     frames = fn.resize(
