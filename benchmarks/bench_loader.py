@@ -26,8 +26,8 @@ from engine.video.pipeline import Decoder
 AIMED_SECONDS_PER_SAMPLE = 0.017
 
 
-class Videos(NamedTuple):
-    """A data set made for the measurement; ten seconds are a Kinetics video."""
+class Video(NamedTuple):
+    """What is made for the measurement: ten seconds, as long as Kinetics' are."""
 
     codec: str
     width: int
@@ -36,10 +36,10 @@ class Videos(NamedTuple):
 
 
 KINETICS_VIDEOS = {
-    "mjpeg 128x128": Videos("mjpeg", 128, 128),
-    "vp9 128x128": Videos("vp9", 128, 128),
-    "h264 128x128": Videos("h264", 128, 128),
-    "h264 340x256": Videos("h264", 340, 256),
+    "mjpeg 128x128": Video("mjpeg", 128, 128),
+    "vp9 128x128": Video("vp9", 128, 128),
+    "h264 128x128": Video("h264", 128, 128),
+    "h264 340x256": Video("h264", 340, 256),
 }
 
 
@@ -115,17 +115,17 @@ def test_loader_sample(
 
 
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
-@pytest.mark.parametrize("videos", KINETICS_VIDEOS)
+@pytest.mark.parametrize("video", KINETICS_VIDEOS)
 def test_loader_kinetics(
-    session: Session, request: pytest.FixtureRequest, tmp_path: Path, videos: str, where: str
+    session: Session, request: pytest.FixtureRequest, tmp_path: Path, video: str, where: str
 ) -> None:
     """128x128/12 clips for stage 2, against its aim on an H100."""
-    made = KINETICS_VIDEOS[videos]
+    made = KINETICS_VIDEOS[video]
     decoder = decoder_for(session, where, made.codec)
-    if session.quick and videos != "h264 128x128":
+    if session.quick and video != "h264 128x128":
         pytest.skip("--quick loads H.264 of 128x128 only")
     config = load_config(KINETICS)
-    index = loading.write_videos(tmp_path / "videos", *made)
+    index = loading.write_video(tmp_path / "videos", *made)
     needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
     case = request.node.name.removeprefix("test_")
     run(session, case, config, index, decoder, needed)

@@ -1,4 +1,4 @@
-"""Parts of the loader, each as an endless source of batches, and videos to load.
+"""Parts of the loader, each as an endless source of batches, and a video to load.
 
 - `decode`: the windows' frames, as coded and with nothing done to them.
 - `pipeline`: these, resized, cropped and flipped; on a GPU also brought there. uint8.
@@ -36,7 +36,7 @@ from engine.video.procedural import FPS, render_clip
 from engine.video.sampler import ClipRequest, ClipSampler
 
 Pull = Callable[[], object]
-BATCHES_PER_ROUND = 4
+BATCHES_PER_ROUND = 2
 
 
 class Pace(NamedTuple):
@@ -233,23 +233,23 @@ ENCODINGS = {
 }
 
 
-def write_videos(folder: Path, codec: str, width: int, height: int, num_frames: int) -> VideoIndex:
-    """Two videos of one class, and their index.
+def write_video(folder: Path, codec: str, width: int, height: int, num_frames: int) -> VideoIndex:
+    """One video of one class, and its index.
 
     Moving shapes with grain on top: without it they would compress, and decode, unlike real ones.
     """
     suffix, encoder, pixel_format, options = ENCODINGS[codec]
     (folder / "class").mkdir(parents=True)
     random = np.random.default_rng(0)
-    for number in range(2):
-        square = render_clip(number, 0, number, num_frames, max(width, height))
-        frames = square[:, :height, :width].astype(np.int16)
-        frames += random.normal(0, 4, frames.shape).astype(np.int16)
-        with av.open(str(folder / "class" / f"{number}.{suffix}"), "w") as container:
-            stream = container.add_stream(encoder, rate=FPS, options={**options, "threads": "1"})
-            assert isinstance(stream, VideoStream)
-            stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-            for frame in frames.clip(0, 255).astype(np.uint8):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+    # Rendered half as large: 250 frames of 340x340 would take numpy a gigabyte.
+    half = render_clip(0, 0, 0, num_frames, -(-max(width, height) // 2))
+    with av.open(str(folder / "class" / f"video.{suffix}"), "w") as container:
+        stream = container.add_stream(encoder, rate=FPS, options={**options, "threads": "1"})
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        for small in half:
+            frame = small.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+            frame = (frame + random.normal(0, 4, frame.shape)).clip(0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
     return build_index(folder, folder / "index.jsonl", num_workers=0, progress=False)[0]

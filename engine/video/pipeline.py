@@ -63,6 +63,7 @@ def _clip_pipeline(
     num_frames: int,
     frame_stride: int,
     resolution: int,
+    resized: bool,
 ) -> Any:
     number, rotation, crop_x, crop_y, flip, *video = fn.external_source(
         source, num_outputs=6 if decoder == "pyav" else 7, batch=True
@@ -70,12 +71,13 @@ def _clip_pipeline(
     frames: Any = decoded(video, decoder, num_frames, frame_stride)
     if on_gpu:
         frames = frames.gpu()
-    frames = fn.resize(
-        frames,
-        resize_shorter=resolution,
-        interp_type=types.DALIInterpType.INTERP_LINEAR,
-        antialias=True,
-    )
+    if resized:
+        frames = fn.resize(
+            frames,
+            resize_shorter=resolution,
+            interp_type=types.DALIInterpType.INTERP_LINEAR,
+            antialias=True,
+        )
     # By quarter turns, 0 included, the nearest pixel is the pixel itself.
     frames = fn.rotate(frames, angle=rotation, interp_type=types.DALIInterpType.INTERP_NN)
     frames = fn.crop(frames, crop=(resolution, resolution), crop_pos_x=crop_x, crop_pos_y=crop_y)
@@ -120,6 +122,8 @@ class ClipStream:
             num_frames,
             frame_stride,
             resolution,
+            # To the same size it changes no value, but takes a third of a CPU pipeline's time.
+            any(min(entry.width, entry.height) != resolution for entry in index.entries),
             batch_size=batch_size,
             num_threads=num_threads,
             device_id=(device.index or 0) if on_gpu else None,
