@@ -54,7 +54,7 @@ def decoder_for(session: Session, where: str, codec: str) -> Decoder:
 
 def run(
     session: Session,
-    case: str,
+    request: pytest.FixtureRequest,
     config: Config,
     index: VideoIndex,
     decoder: Decoder,
@@ -62,6 +62,7 @@ def run(
 ) -> None:
     """Measure every part with one decoding thread and with two."""
     stage, entry = config.stages[2], index.entries[0]
+    feeds = []  # a case counts only as a whole
     parts: dict[str, Any] = dict(loading.PARTS)
     if session.device.type == "cuda" and decoder != "dali-gpu":
         parts["transfer"] = loading.transfer
@@ -76,9 +77,9 @@ def run(
                 found = pace(
                     pull, source.batch_size, session.seconds_per_case, session.least_rounds
                 )
-            session.feeds.append(
+            feeds.append(
                 Feed(
-                    case=case,
+                    case=request.node.name.removeprefix("test_"),
                     clips=clips,
                     decoder=decoder,
                     num_threads=num_threads,
@@ -90,11 +91,13 @@ def run(
                     needed_per_s=needed_per_s,
                 )
             )
+    session.feeds.extend(feeds)
 
 
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 def test_loader_sample(
     session: Session,
+    request: pytest.FixtureRequest,
     ranks: Ranks,  # noqa: F811
     tmp_path: Path,
     where: str,
@@ -111,7 +114,7 @@ def test_loader_sample(
     steps = [measure(trainer.train_step, session.device) for _ in range(1 if session.quick else 3)]
     training = config.stages[2].training
     needed = training.discriminator_steps * training.global_batch / spread(steps).median
-    run(session, f"loader_sample[{where}]", config, index, decoder, needed)
+    run(session, request, config, index, decoder, needed)
 
 
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
@@ -127,5 +130,4 @@ def test_loader_kinetics(
     config = load_config(KINETICS)
     index = loading.write_video(tmp_path / "videos", *made)
     needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
-    case = request.node.name.removeprefix("test_")
-    run(session, case, config, index, decoder, needed)
+    run(session, request, config, index, decoder, needed)

@@ -202,7 +202,9 @@ def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
         cells += [f"{1 / decode.seconds.median:.0f}", f"{whole.needed_per_s:.3g}"]
         cells += [f"{median / whole.needed_per_s:.2g}"]
         cells += [", ".join(f"{1e3 * part.cpu_seconds:.2f}" for part in (decode, pipeline, whole))]
-        cells += [f"{2 * whole.needed_per_s * whole.cpu_seconds:.1f}"]
+        # With NVDEC the process's CPU time is mostly waiting for the GPU.
+        cores = 2 * whole.needed_per_s * whole.cpu_seconds
+        cells += ["" if decoder == "dali-gpu" else f"{cores:.1f}"]
         if on_gpu:
             transfer = parts.get("transfer")
             cells += [f"{1 / transfer.seconds.median:.0f}" if transfer else ""]
