@@ -102,10 +102,10 @@ def normalized_weights(
     end of the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
 
     Nothing is prepared, and every layer divides its own weight, where "auto" would run the
-    reference, which is no faster for a list; and where weights are partitioned (ZeRO-3): those are
+    reference, which is no faster for a list; where weights are partitioned (ZeRO-3): those are
     whole only inside their own module's forward and backward, also if they happen to be gathered
-    now; and inside `one_by_one`. A layer that is asked for another dtype than was prepared divides
-    its own, too.
+    now; and inside `divided_one_by_one`. A layer that is asked for another dtype than was prepared
+    divides its own, too.
     """
     if _one_by_one:
         return NormalizedWeights({})
@@ -129,7 +129,7 @@ def normalized_weights(
 
 
 @contextmanager
-def one_by_one() -> Iterator[None]:
+def divided_one_by_one() -> Iterator[None]:
     """Within this context no pass prepares its weights: every layer divides its own."""
     global _one_by_one
     before, _one_by_one = _one_by_one, True

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from engine.models.layers import one_by_one
+from engine.models.layers import divided_one_by_one
 
 _NUM_WARM_UPS = 2  # Triton compiles, cuDNN chooses, the allocator grows
 
@@ -56,7 +56,7 @@ class _Recording:
         self.addresses = addresses
         self._inputs = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         # Weights divided all at once take addresses from memory of the host, gone in a replay.
-        with one_by_one():
+        with divided_one_by_one():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):

@@ -16,8 +16,10 @@ from torch._dynamo.utils import counters
 
 from engine.configuration import Config
 from engine.models.activation_checkpointing import Block
+from engine.models.construction import build_generator
 from engine.trainer import recorded_passes
 from engine.trainer.acceleration import accelerate
+from engine.trainer.previous import PreviousStages, load_cascade
 from engine.trainer.ranks import Ranks
 from engine.trainer.recorded_passes import RecordedPasses, record_passes
 from engine.trainer.step import Trainer
@@ -58,14 +60,13 @@ def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("checkpointing", ["norms", "blocks"])
-def test_compiled_blocks(
-    tiny: Tiny, ranks: Ranks, checkpointing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Traced and differentiated by the compiler, but not translated into C++, which takes long."""
+def test_compiled_blocks(tiny: Tiny, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated by the compiler, but not translated into C++, which takes long;
+    and computed again in the backward pass."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
-    settings = [f"training.checkpointing={checkpointing}"]
+    settings = ["training.checkpointing=blocks"]
     plain, _ = trainer(ranks, tiny.config(*settings), 1)
     expected = [plain.train_step() for _ in range(2)]
     assert counters["stats"]["unique_graphs"] == 0
@@ -105,6 +106,12 @@ def test_what_is_left_out_says_why(tiny: Tiny, ranks: Ranks) -> None:
         f"acceleration=compile leaves out the discriminators: {why}",
     ]
     assert compiled(made.g_engine.module) == compiled(made.d_engine.module) == {False}
+
+    # Frozen stages are not partitioned, and reduce over no ranks.
+    states = {1: build_generator(config, 1).state_dict()}
+    previous = PreviousStages(load_cascade(config, states, ranks.device), "")
+    assert len(accelerate(config.stages[1], ranks, made, previous)) == 2
+    assert compiled(previous.cascade) == {True}
 
     made, notes = trainer(ranks, tiny.config("training.acceleration=compile"), 1, world_size=2)
     assert notes == [
