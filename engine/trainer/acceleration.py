@@ -7,6 +7,8 @@ cuda_graphs  passes without gradients are recorded once and replayed: those of t
              stages, whose ConvGRU launches some ten small kernels for every frame, and the
              generator's in the discriminators' step.
 
+A recording keeps the memory that its pass needs at most, for as long as the run takes.
+
 Decided: passes with gradients are not recorded. DeepSpeed reduces gradients in hooks of the
 parameters, on streams of its own, and a replay would run neither.
 """

@@ -61,6 +61,7 @@ def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_compiler")
 def test_compiled_blocks(tiny: Tiny, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and differentiated by the compiler, but not translated into C++, which takes long;
@@ -83,6 +84,7 @@ def test_compiled_blocks(tiny: Tiny, ranks: Ranks, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_compiler")
 def test_compiled_discriminators(tiny: Tiny, ranks: Ranks) -> None:
     """In C++, for a D update."""
