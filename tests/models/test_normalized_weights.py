@@ -13,12 +13,14 @@ from torch import Tensor, nn
 import kernels
 from engine.models import discriminators as discriminators_module
 from engine.models import generator as generator_module
+from engine.models.activation_checkpointing import set_checkpointing
 from engine.models.discriminators import Discriminators, ResidualTower
 from engine.models.generator import GeneratorTrunk
 from engine.models.layers import (
     Convolution,
     Embedding,
     SpectralWeight,
+    divided_one_by_one,
     normalized_weights,
     spectral_weights,
     update_spectral_norm,
@@ -134,7 +136,7 @@ def test_recomputing_sees_the_same_tensors(name: str, singles: list[Tensor]) -> 
     network = build(name)
     assert isinstance(network, GeneratorTrunk)
     plain = results(network)
-    network.checkpoint_units = True
+    set_checkpointing(network, "blocks")
     y = run(network)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     prepared: list[Tensor] = []
@@ -269,6 +271,10 @@ def test_on_the_meta_device_they_are_prepared_in_their_dtypes() -> None:
     assert kept == expected
     assert {tensor.dtype for tensor in prepared.values()} == {torch.float32, torch.bfloat16}
     assert nothing_prepared(network)
+    with divided_one_by_one(), normalized_weights(network, torch.bfloat16):
+        assert nothing_prepared(network)
+    with normalized_weights(network, torch.bfloat16):
+        assert not nothing_prepared(network)
 
 
 def test_what_a_layer_gets() -> None:
