@@ -147,6 +147,8 @@ def pytest_runtest_makereport(
             session.skip(_case_of(item), str(call.excinfo.value))
         elif outcome.failed:
             session.failed.append(_case_of(item))
+        elif call.when == "call":
+            session.passed.append(_case_of(item))
     return outcome
 
 
@@ -163,7 +165,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write the file and show its tables."""
     config = terminalreporter.config
     session = config.stash.get(SESSION, None)
-    if session is None or not (session.rows or session.counts):
+    if session is None or not (session.rows or session.counts or session.steps):
         return
     document = session.document()
     path = config.getoption("add_to")
@@ -171,7 +173,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         path = results.write(document, config.getoption("results"))
     else:  # checked at the start; should the file have changed since, nothing is lost
         try:
-            document = results.added(results.read(path), document)
+            document = results.added(results.read(path), document, session.passed)
         except UserError as error:
             terminalreporter.write_line(f"error: {error}")
             path = results.write(document, config.getoption("results"))
