@@ -6,12 +6,13 @@ an operator, and what an operator of our own allocates and frees again before it
 """
 
 import weakref
+from functools import cache
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
@@ -70,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
         """Count these from now on, or from now on in this category."""
         for tensor in tensors:
             self._see(tensor, category)
-        self._compare()
+        self.changed()
 
     def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count what a backward pass leaves in `.grad` as gradients, until this context ends.
@@ -86,6 +87,12 @@ class LiveBytes(TorchDispatchMode):
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
 
+    def __enter__(self) -> "LiveBytes":
+        """Count from here on."""
+        _references_of_a_sum()  # not within an operator, where nothing can be differentiated
+        super().__enter__()
+        return self
+
     def __exit__(self, *exception: Any) -> None:
         """Stop counting new tensors."""
         for hook in self._hooks:
@@ -100,10 +107,12 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
             self._see(tensor)
+        if func is torch.ops.aten.add.Tensor and _is_in_place_unwatched(args[0]):
+            func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._see(tensor)
-        self._compare()
+        self.changed()
         return result
 
     def _see(self, tensor: Tensor, category: str | None = None) -> None:
@@ -123,7 +132,8 @@ class LiveBytes(TorchDispatchMode):
         del self._storages[storage.address]
         self.now[storage.category] -= storage.num_bytes
 
-    def _compare(self) -> None:
+    def changed(self) -> None:
+        """Called after every operator and registration, when the bytes may have changed."""
         for category, num_bytes in self.now.items():
             if num_bytes > self.largest[category]:
                 self.largest[category] = num_bytes
@@ -148,3 +158,44 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+# ------------------------------------------------- what autograd does otherwise when watched
+
+# Where a tensor has several gradients autograd adds them up: in place if nothing else holds the
+# first, but never while a mode watches. Which is which can be told by the references to it.
+
+
+def _is_in_place_unwatched(first: Any) -> bool:
+    """Whether an addition in progress is autograd's, of gradients that it alone holds."""
+    if torch._C._current_graph_task_id() == -1 or not isinstance(first, Tensor):
+        return False
+    return _references(first) == _references_of_a_sum()
+
+
+def _references(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+@cache
+def _references_of_a_sum() -> tuple[int, int]:
+    """To a gradient that only autograd holds, as seen from within such an addition."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            for tensor in _tensors((args, kwargs)):
+                tensor.untyped_storage()  # as the counter does
+            if func is torch.ops.aten.add.Tensor:
+                seen.append(_references(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(1, requires_grad=True)
+    with torch.enable_grad(), _disable_current_modes(), Watch():
+        y = x.exp()
+        torch.autograd.grad([y * 2, y * 3], [x], [torch.ones(1), torch.ones(1)])
+    (found,) = seen
+    return found
