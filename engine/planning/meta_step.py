@@ -8,6 +8,7 @@ update ends.
 The same code runs on a CPU with real tensors, which is how the tests hold it against an allocator.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 import kernels
 from engine.configuration import Config
@@ -52,10 +53,8 @@ class Update:
     most: dict[tuple[str, int], int] = field(default_factory=dict)
     """(phase, bytes of gradients in it) → the most bytes of everything but gradients, parameters
     and optimizer state that lived at such a moment."""
-    flops: int = 0
-    """Executed, two per multiply-add, without the frozen stages'."""
-    frozen_flops: int = 0
-    """Of the frozen stages that the update runs."""
+    flops: Counter[str] = field(default_factory=Counter)
+    """Executed in each phase: convolutions and matrix products, two per multiply-add."""
 
 
 @dataclass
@@ -154,6 +153,24 @@ class UpdateBytes(LiveBytes):
             self._most[key] = self.now[ACTIVATIONS]
 
 
+class FlopsByPhase(TorchDispatchMode):
+    """Counts as `FlopCounterMode` does, whose hooks on modules would keep tensors alive."""
+
+    def __init__(self, update: Update, phases: Phases) -> None:
+        super().__init__()
+        self._flops, self._phases = update.flops, phases
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run, then count."""
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self._flops[self._phases.now] += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 class ChannelsLastConvolutions(TorchDispatchMode):
     """Convolutions answer channels last where their input is, as cuDNN's and oneDNN's do.
 
@@ -185,19 +202,16 @@ def _laid_out(result: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(result, memory_format=layout)
 
 
-class CountedWindows:
-    """A source of windows whose operations are counted apart."""
+class FrozenWindows:
+    """Windows of the frozen stages, in a phase of their own."""
 
     def __init__(self, source: WindowSource, phases: Phases) -> None:
         self._source, self._phases = source, phases
-        self.flops = 0
 
     def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
         """As the source's."""
-        with FlopCounterMode(display=False) as counter, self._phases.during(FROZEN):
-            windows = self._source(batch_size)
-        self.flops += counter.get_total_flops()
-        return windows
+        with self._phases.during(FROZEN):
+            return self._source(batch_size)
 
 
 class MetaStep:
@@ -215,12 +229,14 @@ class MetaStep:
         counts = (1,) * (config.data.num_classes or 1)
         latents = LatentSource(config, counts, seed=0, device=self._device)
         reals = Reals(EmptyClips(config, number, self._device), config, number)
-        self._windows: CountedWindows | None = None
-        if number > 1 and not stage.joint:
-            source: WindowSource = (
-                RealWindows(reals) if frozen is None else GeneratedWindows(frozen, number, latents)
-            )
-            self._windows = CountedWindows(source, self._phases)
+        fakes: Fakes = ClipFakes(config, number, latents)
+        if stage.joint:
+            fakes = JointFakes(config, number, latents)
+        elif frozen is not None:
+            windows = FrozenWindows(GeneratedWindows(frozen, number, latents), self._phases)
+            fakes = WindowFakes(number, latents, windows)
+        elif number > 1:
+            fakes = WindowFakes(number, latents, RealWindows(reals))
         engines = [
             cast(deepspeed.DeepSpeedEngine, PlainEngine(network, self._device, self._phases))
             for network in (generator, discriminators)
@@ -232,7 +248,7 @@ class MetaStep:
             stage=stage.model_copy(update={"training": training}),
             g_engine=engines[0],
             d_engine=engines[1],
-            fakes=self._fakes(latents),
+            fakes=fakes,
             reals=reals,
             random=latents.random,
             accumulation_steps=1,
@@ -252,17 +268,14 @@ class MetaStep:
         for run in (self._trainer.d_step, self._trainer.g_step):
             update = Update()
             with ExitStack() as stack:
-                counter = stack.enter_context(FlopCounterMode(display=False))
-                stack.enter_context(ChannelsLastConvolutions())  # within: counters see its results
+                stack.enter_context(ChannelsLastConvolutions())  # within: others see its results
+                stack.enter_context(FlopsByPhase(update, self._phases))
                 live = UpdateBytes(update, self._phases, block_bytes=block_bytes)
                 stack.enter_context(live)
                 live.register(PARAMETERS, self._tensors)
                 live.watch_gradients(self._trained)
                 run()
                 parameter_bytes = live.now[PARAMETERS]
-            if self._windows is not None:
-                update.frozen_flops, self._windows.flops = self._windows.flops, 0
-            update.flops = counter.get_total_flops() - update.frozen_flops
             updates.append(update)
         micro_batch = self._config.stages[self._number].training.micro_batch
         return Step(micro_batch, *updates, parameter_bytes)
@@ -279,13 +292,6 @@ class MetaStep:
                 channels = norm.gain.normalized.u.numel()
                 norm.fix((torch.zeros(num_frames, channels), torch.ones(num_frames, channels)))
         return Cascade(generators, self._config).requires_grad_(False)
-
-    def _fakes(self, latents: LatentSource) -> Fakes:
-        if self._config.stages[self._number].joint:
-            return JointFakes(self._config, self._number, latents)
-        if self._windows is None:
-            return ClipFakes(self._config, self._number, latents)
-        return WindowFakes(self._number, latents, self._windows)
 
 
 def run_step(
