@@ -6,13 +6,12 @@ an operator, and what an operator of our own allocates and frees again before it
 """
 
 import weakref
-from functools import cache
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.hooks import RemovableHandle
 
@@ -35,7 +34,9 @@ class LiveBytes(TorchDispatchMode):
     `block_bytes` every storage is rounded up to a multiple of that.
 
     Autograd's own work is seen too, since a backward pass is made of operators: gradients appear
-    as they are computed, and what a node saved disappears as the pass goes by.
+    as they are computed, and what a node saved disappears as the pass goes by. Only where several
+    gradients of one tensor are added up may it count one tensor too many: autograd would do that
+    in place if nothing watched.
     """
 
     def __init__(self, *, block_bytes: int = 1) -> None:
@@ -87,12 +88,6 @@ class LiveBytes(TorchDispatchMode):
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
 
-    def __enter__(self) -> "LiveBytes":
-        """Count from here on."""
-        _references_of_a_sum()  # not within an operator, where nothing can be differentiated
-        super().__enter__()
-        return self
-
     def __exit__(self, *exception: Any) -> None:
         """Stop counting new tensors."""
         for hook in self._hooks:
@@ -107,8 +102,6 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
             self._see(tensor)
-        if func is torch.ops.aten.add.Tensor and _is_in_place_unwatched(args[0]):
-            func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._see(tensor)
@@ -158,44 +151,3 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
-
-
-# ------------------------------------------------- what autograd does otherwise when watched
-
-# Where a tensor has several gradients autograd adds them up: in place if nothing else holds the
-# first, but never while a mode watches. Which is which can be told by the references to it.
-
-
-def _is_in_place_unwatched(first: Any) -> bool:
-    """Whether an addition in progress is autograd's, of gradients that it alone holds."""
-    if torch._C._current_graph_task_id() == -1 or not isinstance(first, Tensor):
-        return False
-    return _references(first) == _references_of_a_sum()
-
-
-def _references(tensor: Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
-
-
-@cache
-def _references_of_a_sum() -> tuple[int, int]:
-    """To a gradient that only autograd holds, as seen from within such an addition."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            for tensor in _tensors((args, kwargs)):
-                tensor.untyped_storage()  # as the counter does
-            if func is torch.ops.aten.add.Tensor:
-                seen.append(_references(args[0]))
-            return func(*args, **(kwargs or {}))
-
-    x = torch.zeros(1, requires_grad=True)
-    with torch.enable_grad(), _disable_current_modes(), Watch():
-        y = x.exp()
-        torch.autograd.grad([y * 2, y * 3], [x], [torch.ones(1), torch.ones(1)])
-    (found,) = seen
-    return found

@@ -256,9 +256,7 @@ class MetaStep:
         )
         networks = [generator, discriminators, *([] if frozen is None else [frozen])]
         self._tensors = [
-            tensor
-            for network in networks
-            for tensor in (*network.parameters(), *network.buffers())
+            tensor for network in networks for tensor in (*network.parameters(), *network.buffers())
         ]
         self._trained = [p for network in networks[:2] for p in network.parameters()]
 
@@ -295,7 +293,12 @@ class MetaStep:
 
 
 def run_step(
-    config: Config, number: int, *, forms: str = "cuda", device: str = "meta", block_bytes: int = 512
+    config: Config,
+    number: int,
+    *,
+    forms: str = "cuda",
+    device: str = "meta",
+    block_bytes: int = 512,
 ) -> Step:
     """One micro-batch of stage `number` with the operators' forms of `forms`, "cuda" or "cpu"."""
     with kernels.meta_as(forms):

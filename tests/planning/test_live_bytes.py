@@ -180,17 +180,3 @@ def test_an_operator_of_ours() -> None:
         # before and after they are divided.
         assert live.peak_bytes == 4 * (4 * 768 + kept + 96 + 2 * 16 + 2 * 48)
         assert live.now_bytes == 4 * (3 * 768 + 2 * 16)
-
-
-@DEVICES
-def test_gradients_of_one_tensor_are_added_in_place(device: str) -> None:
-    """As autograd does where nothing watches: measured by an allocator, see below."""
-    x = torch.empty(100, device=device, requires_grad=True)
-    with LiveBytes() as live:
-        y = x.exp()
-        a, b = y * 2, y * 3
-        del y
-        upstream = torch.empty(100, device=device)
-        torch.autograd.backward([a, b], [upstream, upstream])
-    # x, y that exp keeps, a, b, upstream, and its gradients by 2 and by 3, summed into the first
-    assert live.peak_bytes == 7 * 400
