@@ -98,6 +98,9 @@ class Training(Section):
     """Scale larger gradients down to this norm; the paper does not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What activations are computed in; weights and optimiser state are always fp32."""
+    checkpointing: Literal["none", "norms", "blocks"] = "norms"
+    """What is made again in the backward pass instead of being kept, the same bit for bit: nothing;
+    norms with their ReLU, which costs little; or every residual block, a forward pass more."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     synchronized_norms: bool = True
     """Per-frame norm statistics over all ranks' micro-batches; else over each rank's own. Decided:

@@ -7,10 +7,9 @@ so that checkpointed, repeated and accumulated passes all see one and the same Ï
 divides all its weights at once, in `normalized_weights`, where there is an operator for that.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
     exception too, brings back what there was before.
     """
 
-    def __init__(self, prepared: dict[SpectralWeight, Tensor]) -> None:
+    def __init__(self, prepared: Mapping[SpectralWeight, Tensor | None]) -> None:
         self._prepared = prepared
         self._before: list[list[Tensor | None]] = []
 
@@ -91,16 +90,6 @@ class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
     ) -> None:
         for layer, tensor in zip(self._prepared, self._before.pop(), strict=True):
             layer.prepared = tensor
-
-    def checkpoint_contexts(
-        self,
-    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """For the `context_fn` of `torch.utils.checkpoint.checkpoint`.
-
-        Recomputing, in the backward pass, comes after this context's end: it enters it again, and
-        so sees the very tensors of the forward pass. They are kept until then.
-        """
-        return nullcontext(), self
 
 
 def normalized_weights(
@@ -133,6 +122,11 @@ def normalized_weights(
         impl=impl,
     )
     return NormalizedWeights(dict(zip(layers, prepared, strict=True)))
+
+
+def prepared_weights(module: nn.Module) -> NormalizedWeights:
+    """What is prepared at this moment for the layers of a part of a network, to be used again."""
+    return NormalizedWeights({layer: layer.prepared for layer in spectral_weights(module)})
 
 
 def _is_partitioned(weight: Tensor) -> bool:

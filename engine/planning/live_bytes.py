@@ -34,7 +34,9 @@ class LiveBytes(TorchDispatchMode):
     `block_bytes` every storage is rounded up to a multiple of that.
 
     Autograd's own work is seen too, since a backward pass is made of operators: gradients appear
-    as they are computed, and what a node saved disappears as the pass goes by.
+    as they are computed, and what a node saved disappears as the pass goes by. Only where several
+    gradients of one tensor are added up may it count one tensor too many: autograd would do that
+    in place if nothing watched.
     """
 
     def __init__(self, *, block_bytes: int = 1) -> None:
@@ -70,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
         """Count these from now on, or from now on in this category."""
         for tensor in tensors:
             self._see(tensor, category)
-        self._compare()
+        self.changed()
 
     def watch_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count what a backward pass leaves in `.grad` as gradients, until this context ends.
@@ -103,7 +105,7 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             self._see(tensor)
-        self._compare()
+        self.changed()
         return result
 
     def _see(self, tensor: Tensor, category: str | None = None) -> None:
@@ -123,7 +125,8 @@ class LiveBytes(TorchDispatchMode):
         del self._storages[storage.address]
         self.now[storage.category] -= storage.num_bytes
 
-    def _compare(self) -> None:
+    def changed(self) -> None:
+        """Called after every operator and registration, when the bytes may have changed."""
         for category, num_bytes in self.now.items():
             if num_bytes > self.largest[category]:
                 self.largest[category] = num_bytes
