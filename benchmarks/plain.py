@@ -36,17 +36,20 @@ from kernels.layout import channels_last
 
 
 class PlainOperators:
-    """Every operator that models call, under the same name.
+    """Every operator that models call, under the same name."""
 
-    `compiled` is for networks that torch.compile traces: of a ConvGRU it is given one step, since
-    tracing all of them, 50 frames in five units, compiles for longer than anyone waits.
-    """
-
-    def __init__(self, *, channels_last: bool, compiled: bool = False) -> None:
+    def __init__(self, *, channels_last: bool) -> None:
         self.channels_last = channels_last
-        self._gru_cell = torch.compile(_gru_cell) if compiled else _gru_cell
-        if compiled:
-            self.conv_gru = torch.compiler.disable(self.conv_gru, recursive=False)  # type: ignore[method-assign]
+        self._gru_cell = _gru_cell
+
+    def compile(self) -> None:
+        """For networks that torch.compile traces: of a ConvGRU it is given one step.
+
+        All of them, 50 frames in five units, would compile for longer than anyone waits.
+        """
+        self._gru_cell = torch.compile(_gru_cell)
+        disabled = torch.compiler.disable(self.conv_gru, recursive=False)
+        setattr(self, "conv_gru", disabled)  # noqa: B010 - mypy refuses a method's assignment
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -193,6 +196,7 @@ class PlainOperators:
         bias: Tensor,
         statistics: tuple[Tensor, Tensor] | None = None,
         *_: Any,
+        **__: Any,
     ) -> Tensor:
         """The norm and its ReLU, computed here and now."""
         if statistics is None:
@@ -273,5 +277,7 @@ def _gru_cell(
 
 
 INSTALLED = tuple(
-    name for name in vars(PlainOperators) if not name.startswith("_") and name != "installed"
+    name
+    for name in vars(PlainOperators)
+    if not name.startswith("_") and name not in ("installed", "compile")
 )

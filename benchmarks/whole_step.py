@@ -22,14 +22,15 @@ same count.
 
 import gc
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PlainOperators
-from benchmarks.results import Attempt
+from benchmarks.results import Attempt, WholeStep
 from benchmarks.timing import measure, num_rounds, spread
 from benchmarks.trainers import (
     SameClips,
@@ -39,6 +40,8 @@ from benchmarks.trainers import (
     trainer_around,
 )
 from engine.configuration import Config, load_config
+from engine.errors import UserError
+from engine.planning.meta_step import run_step
 from engine.trainer.ranks import Ranks
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -135,41 +138,112 @@ def operators_of(build: Build) -> PlainOperators | None:
     if not build.plain:
         return None
     in_fp32 = "training.precision=fp32" in build.overrides
-    return PlainOperators(channels_last=not in_fp32, compiled=build.compiled)
+    return PlainOperators(channels_last=not in_fp32)
 
 
-Iteration = Callable[[], object]
+class Iterations:
+    """A build of a setup: its networks, initialised once, and iterations of any micro-batch."""
 
+    def __init__(
+        self, setup: Setup, build: Build, ranks: Ranks, overrides: tuple[str, ...] = ()
+    ) -> None:
+        self._setup, self._build, self._overrides = setup, build, overrides
+        config = config_of(setup, build, setup.samples, overrides)
+        self._builder = stage_builder(config, setup.number, ranks)
+        self.operators = operators_of(build)
+        if self.operators is None:
+            with ranks.device:
+                loader = SameClips(config, setup.number, ranks.device)
+                self.trainer = self._builder.trainer(loader)
+        else:
+            self.trainer = trainer_around(self._builder, *plain_engines(self._builder))
 
-def make_iteration(
-    setup: Setup, build: Build, ranks: Ranks, overrides: tuple[str, ...] = ()
-) -> Callable[[int], Iteration]:
-    """Builds the networks once. Returns a function: micro-batch → one iteration of it."""
-    config = config_of(setup, build, setup.samples, overrides)
-    builder = stage_builder(config, setup.number, ranks)
-    operators = operators_of(build)
-    if operators is None:
-        with ranks.device:
-            trainer = builder.trainer(SameClips(config, setup.number, ranks.device))
-    else:
-        engines = plain_engines(builder)
-        if build.compiled:
-            torch._dynamo.reset()
-            for engine in engines:
-                engine.module.compile()
-        trainer = trainer_around(builder, *engines)
-
-    def at(micro_batch: int) -> Iteration:
-        config = config_of(setup, build, micro_batch, overrides)
-        resized = at_micro_batch(builder, config, trainer)
+    def at(self, micro_batch: int) -> Callable[[], None]:
+        """One iteration of so many samples."""
+        config = config_of(self._setup, self._build, micro_batch, self._overrides)
+        trainer = at_micro_batch(self._builder, config, self.trainer)
 
         def iteration() -> None:
-            with nullcontext() if operators is None else operators.installed():
-                resized.train_step()
+            with self.installed():
+                trainer.train_step()
 
         return iteration
 
-    return at
+    def installed(self) -> AbstractContextManager[None]:
+        """Within this context the networks run on what the build says."""
+        return nullcontext() if self.operators is None else self.operators.installed()
+
+    def compile(self) -> None:
+        """From now on both networks' forward passes are compiled."""
+        assert self.operators is not None, "this engine is not compiled"
+        torch._dynamo.reset()
+        self.operators.compile()
+        for engine in (self.trainer.g_engine, self.trainer.d_engine):
+            engine.module.compile()
+
+
+# ---------------------------------------------------------------------- on the meta device
+
+
+class Counted(NamedTuple):
+    """An iteration that was not run."""
+
+    samples: int
+    tflop_per_sample: float
+    peak_bytes: int
+
+
+def count_iteration(
+    setup: Setup, build: Build, samples: int, overrides: tuple[str, ...] = ()
+) -> Counted:
+    """FLOPs and peak memory of one iteration on a GPU.
+
+    Of DeepSpeed's own memory nothing is counted: in every build the optimizer is PyTorch's Adam.
+    """
+    config = config_of(setup, build, samples, overrides)
+    operators = operators_of(build)
+    with nullcontext() if operators is None else operators.installed():
+        step = run_step(config, setup.number)
+    updates = step.discriminator_update, step.generator_update
+    flops = [sum(update.flops.values()) for update in updates]
+    gradients = [max(grads for _, grads in update.most) for update in updates]
+    beside = max(most + key[1] for update in updates for key, most in update.most.items())
+    return Counted(
+        samples=samples,
+        tflop_per_sample=(2 * flops[0] + flops[1]) / samples / 1e12,
+        peak_bytes=step.parameter_bytes + 2 * sum(gradients) + beside,  # Adam keeps two of each
+    )
+
+
+def largest_that_fits(first: Counted, second: Counted, usable_bytes: int) -> int:
+    """The most samples, a power of two or 0, on the line through two counts.
+
+    Memory is the largest of several lines in the number of samples, so this is exact where one of
+    them is the largest throughout.
+    """
+    slope = (second.peak_bytes - first.peak_bytes) / (second.samples - first.samples)
+    samples, most = 1, 0
+    while first.peak_bytes + slope * (samples - first.samples) <= usable_bytes:
+        most, samples = samples, 2 * samples
+    return most
+
+
+def counted_step(name: str, build_name: str, *, search: bool = True) -> WholeStep:
+    """The record of a setup in a build. With `search` also how many samples fit."""
+    setup, build = SETUPS[name], BUILDS[build_name]
+    usual = count_iteration(setup, build, setup.samples)
+    fits: dict[str, int | None] = dict.fromkeys(USABLE_BYTES)
+    if search:
+        more = count_iteration(setup, build, 8 * setup.samples)
+        fits = {gpu: largest_that_fits(usual, more, size) for gpu, size in USABLE_BYTES.items()}
+    return WholeStep(
+        setup=name,
+        build=build_name,
+        how="counted",
+        tflop_per_sample=usual.tflop_per_sample,
+        usual=Attempt(samples=usual.samples, seconds=None, peak_bytes=usual.peak_bytes),
+        fits=fits,
+    )
 
 
 # ------------------------------------------------------------------------------- on a GPU
@@ -179,80 +253,102 @@ class Search(NamedTuple):
     """What was tried, from the fewest samples up."""
 
     attempts: list[Attempt]
-    exhausted: bool
-    """Whether the last one was followed by one that did not fit."""
-
-    def at(self, samples: int) -> Attempt | None:
-        """None where it was not tried or did not fit."""
-        return next((a for a in self.attempts if a.samples == samples), None)
+    limit_bytes: int | None
+    """Of memory, where the next size did not fit into it; None where none was too large."""
 
     @property
     def best(self) -> Attempt | None:
-        """The least time per sample."""
-        timed = [a for a in self.attempts if a.seconds is not None]
-        return min(timed, key=lambda a: a.seconds.median / a.samples, default=None)  # type: ignore[union-attr]
+        """The least time per sample; None where nothing fits."""
+        return min(self.attempts, key=_seconds_per_sample, default=None)
 
     def fits(self, usable_bytes: int) -> int | None:
-        """Most samples that stay below; None where larger ones were not tried."""
+        """Most samples that stay below; None where it was not tried up to there."""
         below = [a.samples for a in self.attempts if (a.peak_bytes or 0) <= usable_bytes]
-        if len(below) == len(self.attempts) and not self.exhausted:
-            return None
-        return max(below, default=0)
+        if len(below) < len(self.attempts) or (self.limit_bytes or 0) >= usable_bytes:
+            return max(below, default=0)
+        return None
+
+
+def _seconds_per_sample(attempt: Attempt) -> float:
+    assert attempt.seconds is not None
+    return attempt.seconds.median / attempt.samples
 
 
 def search(
-    at: Callable[[int], Iteration],
-    device: torch.device,
+    attempt: Callable[[int], Attempt | None],
     *,
     first: int,
+    card_bytes: int,
     usable_bytes: int,
-    seconds: float,
     most_samples: int = 512,
 ) -> Search:
-    """Double the micro-batch until it does not fit, into the card or into `usable_bytes`."""
+    """Double the samples until they do not fit, into the card (None) or into `usable_bytes`."""
     attempts: list[Attempt] = []
     samples = first
     while samples <= most_samples:
-        attempt = try_samples(at, samples, device, seconds)
-        if attempt is None:
-            return Search(attempts, exhausted=True)
-        if (attempt.peak_bytes or 0) > usable_bytes:
-            return Search(attempts, exhausted=True)
-        attempts.append(attempt)
+        tried = attempt(samples)
+        if tried is None:
+            return Search(attempts, min(card_bytes, usable_bytes))
+        if (tried.peak_bytes or 0) > usable_bytes:
+            return Search(attempts, usable_bytes)
+        attempts.append(tried)
         samples *= 2
-    return Search(attempts, exhausted=False)
+    return Search(attempts, None)
 
 
 def try_samples(
-    at: Callable[[int], Iteration], samples: int, device: torch.device, seconds: float
+    iterations: Iterations, samples: int, device: torch.device, seconds: float
 ) -> Attempt | None:
-    """Measure at one micro-batch, in `seconds` or three iterations; None where it does not fit."""
+    """Measure at one micro-batch, for about `seconds`; None where it does not fit into the card."""
     try:
-        iteration = at(samples)
+        iteration = iterations.at(samples)
         iteration()  # compilation, autotuning, the optimizer's state
         torch.cuda.reset_peak_memory_stats(device)
         once = measure(iteration, device)
-        taken = [measure(iteration, device) for _ in range(num_rounds(once, seconds, 2, 20))]
+        rounds = num_rounds(once, seconds, 2, 20)
+        taken = [once, *(measure(iteration, device) for _ in range(rounds))]
         peak = torch.cuda.max_memory_allocated(device)
-        return Attempt(samples=samples, seconds=spread([once, *taken]), peak_bytes=peak)
+        return Attempt(samples=samples, seconds=spread(taken), peak_bytes=peak)
     except torch.cuda.OutOfMemoryError:
         return None
-    finally:
-        free_memory()
 
 
 def free_memory() -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
-def sides(
-    setup: Setup, names: dict[str, str], ranks: Ranks, overrides: tuple[str, ...], samples: int
-) -> dict[str, Any]:
-    """Iterations of several builds: side → build's name."""
-    return {
-        side: make_iteration(setup, BUILDS[name], ranks, overrides)(samples)
-        for side, name in names.items()
-    }
+def measured_step(
+    name: str, build_name: str, ranks: Ranks, matmul_tflop_per_s: float, *, seconds: float = 2.0
+) -> WholeStep:
+    """The record of a setup in a build, on a GPU. Raises UserError where nothing fits."""
+    setup, build, device = SETUPS[name], BUILDS[build_name], ranks.device
+    iterations = Iterations(setup, build, ranks)
+    with FlopCounterMode(display=False) as counter:
+        iterations.at(1)()
+    if build.compiled:
+        iterations.compile()
+
+    def attempt(samples: int) -> Attempt | None:
+        free_memory()
+        return try_samples(iterations, samples, device, seconds)
+
+    found = search(
+        attempt,
+        first=setup.samples,
+        card_bytes=torch.cuda.get_device_properties(device).total_memory,
+        usable_bytes=max(USABLE_BYTES.values()),
+    )
+    if not found.attempts:
+        raise UserError(f"{setup.samples} samples of {setup.title} do not fit, {build.title}")
+    return WholeStep(
+        setup=name,
+        build=build_name,
+        how="measured",
+        tflop_per_sample=counter.get_total_flops() / 1e12,
+        usual=found.attempts[0],
+        best=found.best,
+        fits={gpu: found.fits(size) for gpu, size in USABLE_BYTES.items()},
+        matmul_tflop_per_s=matmul_tflop_per_s,
+    )
