@@ -251,9 +251,7 @@ class PlainOperators:
         weight = weight if self.channels_last else weight.contiguous()
         return weight, None if bias_O is None else bias_O.to(x.dtype)
 
-    def _plus(
-        self, y: Tensor, residual: Tensor | None, skip: kernels.LowSkip | None
-    ) -> Tensor:
+    def _plus(self, y: Tensor, residual: Tensor | None, skip: kernels.LowSkip | None) -> Tensor:
         y = y if residual is None else y + residual
         return y if skip is None else self.add_low_skip(y, skip)
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.operators import OURS, Case
-from benchmarks.results import Count, Rates, Row, Skip, WholeStep
+from benchmarks.results import Count, Feed, Rates, Row, Skip, WholeStep
 from benchmarks.timing import Stopwatch, Turns, measure, num_rounds, paired_ratios, spread
 
 MOST_ROUNDS = 51
@@ -34,6 +34,7 @@ class Session:
     counts: list[Count] = field(default_factory=list)
     steps: list[WholeStep] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
+    feeds: list[Feed] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     commit: tuple[str | None, bool | None] = field(default_factory=results.this_commit)
@@ -104,6 +105,7 @@ class Session:
             rows=self.rows,
             counts=self.counts,
             steps=self.steps,
+            feeds=self.feeds,
             skipped=self.skipped,
             failed=self.failed,
         )
