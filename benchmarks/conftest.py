@@ -28,7 +28,7 @@ import os
 # Before torch is imported: CPU times are of one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,9 @@ import kernels
 from benchmarks import report, results
 from benchmarks.calls import Call, kinetics, network_calls
 from benchmarks.session import Session
+from benchmarks.trainers import one_rank
 from engine.errors import UserError
+from engine.trainer.ranks import Ranks
 
 SESSION = pytest.StashKey[Session]()
 FOLDER = Path(__file__).resolve().parent
@@ -188,3 +190,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def session(request: pytest.FixtureRequest) -> Session:
     """The run that collects results."""
     return request.config.stash[SESSION]
+
+
+@pytest.fixture
+def ranks(session: Session) -> Iterator[Ranks]:
+    """A job of one, connected for the test."""
+    with one_rank(session.device) as ranks:
+        yield ranks

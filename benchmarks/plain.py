@@ -189,7 +189,7 @@ class PlainOperators:
 
     # ---------------------------------------------------------------- everything else
 
-    def Normalized(  # noqa: N802 - the name that models call
+    def Normalized(
         self,
         video: Tensor,
         gain: Tensor,
@@ -240,7 +240,7 @@ class PlainOperators:
         return channels_last(x_BTCHW) if self.channels_last else x_BTCHW.contiguous()
 
     def _volume(self, x_BTIHW: Tensor) -> Tensor:
-        """[B, I, T, H, W], a view: of contiguous frames PyTorch makes a contiguous volume itself."""
+        """[B, I, T, H, W], a view; PyTorch makes it contiguous itself where it should be."""
         return self._video(x_BTIHW).transpose(1, 2)
 
     def _parameters(

@@ -1,4 +1,4 @@
-"""Trainers of a stage without a data set, around DeepSpeed's engines or plain PyTorch in their place.
+"""Trainers of a stage without a data set, around DeepSpeed or around plain PyTorch in its place.
 
 The training step is the engine's own in all of them (engine/trainer/step.py).
 """

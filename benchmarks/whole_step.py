@@ -148,7 +148,7 @@ class Iterations:
         self, setup: Setup, build: Build, ranks: Ranks, overrides: tuple[str, ...] = ()
     ) -> None:
         self._setup, self._build, self._overrides = setup, build, overrides
-        config = config_of(setup, build, setup.samples, overrides)
+        self.config = config = config_of(setup, build, setup.samples, overrides)
         self._builder = stage_builder(config, setup.number, ranks)
         self.operators = operators_of(build)
         if self.operators is None:
@@ -180,6 +180,33 @@ class Iterations:
         self.operators.compile()
         for engine in (self.trainer.g_engine, self.trainer.d_engine):
             engine.module.compile()
+
+
+# ----------------------------------------------------------------------------- on a CPU
+
+REDUCED_CHANNELS = 4
+REDUCED_SIDES = {
+    "ours": "ours",
+    "contiguous": "fp32",
+    "channels last": "bf16",  # in fp32 here, as all of them
+    "compiled": "compiled",
+}
+"""Side of a reduced case → build."""
+
+
+def reduced(setup: Setup, build: Build, ranks: Ranks) -> Iterations:
+    """A setup at a thirty-second of its channels, in fp32, for one sample."""
+    channels = [
+        f"stages.{number}.{network}.channels={REDUCED_CHANNELS}"
+        for number in range(1, setup.number + 1)
+        for network in ("generator", "discriminators")
+    ]
+    iterations = Iterations(
+        setup._replace(samples=1), build, ranks, (*channels, "training.precision=fp32")
+    )
+    if build.compiled:
+        iterations.compile()
+    return iterations
 
 
 # ---------------------------------------------------------------------- on the meta device
