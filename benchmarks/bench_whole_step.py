@@ -1,4 +1,4 @@
-"""Whole training iterations against DVD-GAN and the paper's Table 3; see benchmarks/whole_step.py.
+"""Whole training iterations against DVD-GAN and the paper's Table 3; see benchmarks/setups.py.
 
 On a GPU they are measured at the paper's sizes. Without one they are measured at a few channels,
 where most of the time is Python's and memory's, and counted at the paper's sizes.
@@ -12,11 +12,10 @@ import pytest
 from benchmarks.network_check import check_networks
 from benchmarks.operators import OURS, Case
 from benchmarks.session import Session
+from benchmarks.setups import BUILDS, SETUPS
 from benchmarks.whole_step import (
-    BUILDS,
     REDUCED_CHANNELS,
     REDUCED_SIDES,
-    SETUPS,
     Iterations,
     counted_step,
     free_memory,

@@ -93,7 +93,7 @@ class Attempt(Record):
 
 
 class WholeStep(Record):
-    """The training iteration of one setup in one build; see benchmarks/whole_step.py for both."""
+    """The training iteration of one setup in one build; benchmarks/setups.py has both."""
 
     setup: str
     build: str
