@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 import kernels
 from engine.configuration import Config
+from engine.models.cascade import Cascade
 from engine.models.construction import (
     build_discriminators,
     build_generator,
@@ -39,7 +40,6 @@ from engine.trainer.fakes import (
     WindowFakes,
     WindowSource,
 )
-from engine.models.cascade import Cascade
 from engine.trainer.reals import Reals
 from engine.trainer.step import Trainer
 
