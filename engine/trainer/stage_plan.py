@@ -18,6 +18,7 @@ from engine.trainer.checkpoints import (
 )
 from engine.trainer.previous import check_same_networks
 from engine.trainer.ranks import Ranks
+from engine.trainer.sample_bank import batches_per_rank
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     stage = config.stages[number]
     condition_on = stage.training.condition_on
     accumulation_steps(stage.training, ranks.world_size)
+    if stage.training.sample_bank is not None:
+        batches_per_rank(stage.training.sample_bank, stage.training, ranks.world_size)
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
