@@ -97,7 +97,7 @@ def find_device(
         ("bandwidth_gb_per_second", bandwidth_gb_per_second),
         ("link_gb_per_second", link_gb_per_second),
     ):
-        if value is not None:
+        if value is not None and value != getattr(device, field):
             changes[field] = value
     if not changes:
         return device

@@ -177,10 +177,18 @@ class MetaStep:
         self._networks: tuple[nn.Module, ...] = generator, discriminators
         self._frozen_networks = [] if frozen is None else [frozen]
 
+    def d_step(self) -> object:
+        """D's update."""
+        return self._trainer.d_step()
+
+    def g_step(self) -> object:
+        """G's update."""
+        return self._trainer.g_step()
+
     def run(self, *, block_bytes: int = 1) -> Step:
         """One D update and one G update of a micro-batch."""
         updates, parameter_bytes = [], 0
-        for run in (self._trainer.d_step, self._trainer.g_step):
+        for run in (self.d_step, self.g_step):
             update = Update()
             with ExitStack() as stack:
                 stack.enter_context(ChannelsLastConvolutions())  # within: others see its results

@@ -83,14 +83,15 @@ def _rows(plan: Plan) -> str:
     micro_batch = plan.config.stages[plan.number].training.micro_batch
     headers = [
         *("ZeRO", "checkpointing", "parameters", "optimizer", "gradients", "activations"),
-        *("peak", "|", "largest", "accumulated", "peak", "s/iteration", "days"),
+        *("peak", "in", "|", "largest", "accumulated", "peak", "s/iteration", "days"),
     ]
     lines = []
     for row in plan.rows:
         peak = row.peak
         parts = (peak.parameters, peak.optimizer, peak.gradients, peak.activations)
         line = [str(row.zero_stage), row.checkpointing, *(f"{part / GB:.3g}" for part in parts)]
-        line += [f"{peak.total / GB:.3g}" + ("" if row.fits else " !"), "|"]
+        line += [f"{peak.total / GB:.3g}" + ("" if row.fits else " !")]
+        line += [f"{peak.update} {peak.phase}", "|"]
         found = row.largest
         line += (
             ["none fits", "", "", "", ""]

@@ -4,10 +4,11 @@ The longer of FLOPs at a stated fraction of the device's peak and of all operato
 memory's full rate, and communication after it, none of it hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.configuration import Training
-from engine.planning.counters import FROZEN
+from engine.planning.counters import FROZEN, Update
 from engine.planning.devices import Device
 from engine.planning.meta_step import Step
 from engine.planning.peak import Scaling, networks_of
@@ -31,16 +32,27 @@ class Work:
 
 
 def work_of(step: Step, training: Training) -> Work:
-    """Counted in `step`."""
+    """Counted in `step`, where frozen stages make every window anew, unless there is a bank."""
     times = {"D": training.discriminator_steps, "G": 1}
 
-    def per_sample(counts: dict[str, int]) -> float:
-        return sum(times[name] * count for name, count in counts.items()) / step.micro_batch
+    def per_sample(count: Callable[[Update], int]) -> float:
+        return sum(n * count(step.updates[name]) for name, n in times.items()) / step.micro_batch
 
-    frozen = per_sample({name: update.flops[FROZEN] for name, update in step.updates.items()})
-    flops = per_sample({name: update.flops.total() for name, update in step.updates.items()})
-    moved = per_sample({name: update.moved.total() for name, update in step.updates.items()})
-    return Work(flops - frozen, frozen, moved)
+    frozen_flops = per_sample(lambda update: update.flops[FROZEN])
+    frozen_bytes = per_sample(lambda update: update.moved[FROZEN])
+    flops = per_sample(lambda update: update.flops.total()) - frozen_flops
+    moved = per_sample(lambda update: update.moved.total()) - frozen_bytes
+    part = _made_anew(training)
+    return Work(flops, part * frozen_flops, moved + part * frozen_bytes)
+
+
+def _made_anew(training: Training) -> float:
+    """Videos that the frozen stages make, of one for each window."""
+    bank = training.sample_bank
+    if bank is None:
+        return 1.0
+    windows = (training.discriminator_steps + 1) * training.global_batch
+    return bank.num_videos / bank.refresh_every / windows
 
 
 @dataclass(frozen=True)
