@@ -6,7 +6,7 @@ an operator, and what an operator of our own allocates and frees again before it
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -100,10 +100,10 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run, then count what is new."""
         kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             self._see(tensor)
         result = func(*args, **kwargs)
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             self._see(tensor)
         self.changed()
         return result
@@ -149,5 +149,6 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
         self.address, self.category, self.num_bytes = storage._cdata, category, 0
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of an operator's arguments or results."""
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]

@@ -8,27 +8,33 @@ update ends.
 The same code runs on a CPU with real tensors, which is how the tests hold it against an allocator.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import kernels
 from engine.configuration import Config
+from engine.models.cascade import Cascade
 from engine.models.construction import (
     build_discriminators,
     build_generator,
     build_joint_generator,
 )
 from engine.models.norms import frame_norms
-from engine.planning.live_bytes import ACTIVATIONS, GRADIENTS, PARAMETERS, LiveBytes
+from engine.planning.counters import (
+    BACKWARD,
+    FROZEN,
+    ChannelsLastConvolutions,
+    Phases,
+    Update,
+    UpdateBytes,
+    WorkByPhase,
+)
+from engine.planning.live_bytes import PARAMETERS
 from engine.trainer.fakes import (
     ClipFakes,
     Fakes,
@@ -39,22 +45,8 @@ from engine.trainer.fakes import (
     WindowFakes,
     WindowSource,
 )
-from engine.models.cascade import Cascade
 from engine.trainer.reals import Reals
 from engine.trainer.step import Trainer
-
-FROZEN, FORWARD, BACKWARD = "frozen stages", "forward", "backward"
-
-
-@dataclass
-class Update:
-    """What one update, of D or of G, of one micro-batch keeps and computes."""
-
-    most: dict[tuple[str, int], int] = field(default_factory=dict)
-    """(phase, bytes of gradients in it) → the most bytes of everything but gradients, parameters
-    and optimizer state that lived at such a moment."""
-    flops: Counter[str] = field(default_factory=Counter)
-    """Executed in each phase: convolutions and matrix products, two per multiply-add."""
 
 
 @dataclass
@@ -66,6 +58,14 @@ class Step:
     generator_update: Update
     parameter_bytes: int
     """Of G, D and the frozen stages, with the buffers of spectral norm."""
+    generator_sizes: list[int]
+    """How many values each of G's parameters has, in their order."""
+    discriminator_sizes: list[int]
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """By the network that is updated."""
+        return {"D": self.discriminator_update, "G": self.generator_update}
 
 
 class Clips(NamedTuple):
@@ -122,86 +122,6 @@ class PlainEngine:
             parameter.grad = None
 
 
-class Phases:
-    """Says in which phase of an update the code is."""
-
-    def __init__(self) -> None:
-        self.now = FORWARD
-
-    @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Until the context ends."""
-        before, self.now = self.now, phase
-        try:
-            yield
-        finally:
-            self.now = before
-
-
-class UpdateBytes(LiveBytes):
-    """Live bytes, the most of them beside every amount of gradients, by phase."""
-
-    def __init__(self, update: Update, phases: Phases, *, block_bytes: int) -> None:
-        super().__init__(block_bytes=block_bytes)
-        self._most, self._phases = update.most, phases
-
-    def changed(self) -> None:
-        """Take note."""
-        super().changed()
-        key = self._phases.now, self.now[GRADIENTS]
-        if self.now[ACTIVATIONS] > self._most.get(key, -1):
-            self._most[key] = self.now[ACTIVATIONS]
-
-
-class FlopsByPhase(TorchDispatchMode):
-    """Counts as `FlopCounterMode` does, whose hooks on modules would keep tensors alive."""
-
-    def __init__(self, update: Update, phases: Phases) -> None:
-        super().__init__()
-        self._flops, self._phases = update.flops, phases
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run, then count."""
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self._flops[self._phases.now] += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-class ChannelsLastConvolutions(TorchDispatchMode):
-    """Convolutions answer channels last where their input is, as cuDNN's and oneDNN's do.
-
-    PyTorch's meta convolution answers in another layout than the real one, after which the
-    networks would seem to copy.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run; lay out the result anew."""
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution.default:
-            return _laid_out(result, like=args[0])
-        if func is torch.ops.aten.convolution_backward.default:
-            return tuple(
-                None if grad is None else _laid_out(grad, like=args[1] if grad.ndim > 1 else grad)
-                for grad in result
-            )
-        return result
-
-
-def _laid_out(result: Tensor, like: Tensor) -> Tensor:
-    if not result.is_meta or like.ndim not in (4, 5):
-        return result
-    layout = torch.channels_last if like.ndim == 4 else torch.channels_last_3d
-    if not like.is_contiguous(memory_format=layout):
-        return result
-    return torch.empty_like(result, memory_format=layout)
-
-
 class FrozenWindows:
     """Windows of the frozen stages, in a phase of their own."""
 
@@ -254,29 +174,37 @@ class MetaStep:
             accumulation_steps=1,
             average=None,
         )
-        networks = [generator, discriminators, *([] if frozen is None else [frozen])]
-        self._tensors = [
-            tensor for network in networks for tensor in (*network.parameters(), *network.buffers())
-        ]
-        self._trained = [p for network in networks[:2] for p in network.parameters()]
+        self._networks: tuple[nn.Module, ...] = generator, discriminators
+        self._frozen_networks = [] if frozen is None else [frozen]
+
+    def d_step(self) -> object:
+        """D's update."""
+        return self._trainer.d_step()
+
+    def g_step(self) -> object:
+        """G's update."""
+        return self._trainer.g_step()
 
     def run(self, *, block_bytes: int = 1) -> Step:
         """One D update and one G update of a micro-batch."""
         updates, parameter_bytes = [], 0
-        for run in (self._trainer.d_step, self._trainer.g_step):
+        for run in (self.d_step, self.g_step):
             update = Update()
             with ExitStack() as stack:
                 stack.enter_context(ChannelsLastConvolutions())  # within: others see its results
-                stack.enter_context(FlopsByPhase(update, self._phases))
+                stack.enter_context(WorkByPhase(update, self._phases))
                 live = UpdateBytes(update, self._phases, block_bytes=block_bytes)
                 stack.enter_context(live)
-                live.register(PARAMETERS, self._tensors)
-                live.watch_gradients(self._trained)
+                for network in (*self._networks, *self._frozen_networks):
+                    live.register(PARAMETERS, network.parameters())
+                    live.register(PARAMETERS, network.buffers())
+                    live.watch_gradients(network.parameters())
                 run()
                 parameter_bytes = live.now[PARAMETERS]
             updates.append(update)
         micro_batch = self._config.stages[self._number].training.micro_batch
-        return Step(micro_batch, *updates, parameter_bytes)
+        sizes = [[p.numel() for p in network.parameters()] for network in self._networks]
+        return Step(micro_batch, updates[0], updates[1], parameter_bytes, sizes[0], sizes[1])
 
     def _frozen(self) -> Cascade | None:
         """The stages before, on fixed statistics, where they make this one's windows."""

@@ -1,0 +1,97 @@
+"""The stages beside DVD-GAN, and both beside what the paper measured (its Table 3)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.configuration import Config, load_config
+from engine.planning.peak import Scaling
+from engine.planning.stage_memory import with_training
+from engine.planning.step_time import predict
+from engine.planning.training_plan import Assumptions, Planner
+
+BASELINE_FRAMES = 50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of Table 3; GPUs of 32 GB, batch 512 on as many as that takes."""
+
+    samples_per_gpu: int
+    memory_mb: int
+    seconds_per_iteration: float
+
+
+# (resolution, frames) of what is trained.
+TABLE_3 = {
+    (32, 25): Measured(4, 27_897, 3.45),
+    (128, 12): Measured(4, 29_073, 3.2),
+    # It has 2.975 s for one sample, to be taken four times for as many samples.
+    (128, 50): Measured(1, 32_203, 2.975),
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one model takes at as many samples per GPU as the paper had, all in one pass."""
+
+    name: str
+    stage: int
+    resolution: int
+    num_frames: int
+    samples_per_gpu: int
+    memory_mb: float
+    """Predicted."""
+    seconds_per_iteration: float
+    """Predicted, of these samples."""
+    paper: Measured | None
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Of one GPU."""
+        return self.seconds_per_iteration / self.samples_per_gpu
+
+
+def baseline(path: Path) -> Config:
+    """DVD-GAN at the length of Table 3."""
+    overrides = ["variant=frames48", f"stages.1.num_frames={BASELINE_FRAMES}"]
+    return load_config(path, overrides)
+
+
+def compare(
+    planner: Planner, assumptions: Assumptions, config: Config, dvdgan: Config
+) -> list[Compared]:
+    """All stages of a configuration, then DVD-GAN, each trained as its file says."""
+    return [
+        _compared(planner, assumptions, each, number)
+        for each in (config, dvdgan)
+        for number in each.stages
+    ]
+
+
+def _compared(planner: Planner, assumed: Assumptions, config: Config, number: int) -> Compared:
+    stage = config.stages[number]
+    paper = TABLE_3.get((stage.resolution, stage.num_frames))
+    samples = stage.training.micro_batch if paper is None else paper.samples_per_gpu
+    config = with_training(config, number, micro_batch=samples)
+    memory = planner.memory(config, number)
+    training = config.stages[number].training
+    scaling = Scaling(training.zero_stage, assumed.num_gpus, accumulates=False)
+    seconds = predict(
+        memory.step(samples),
+        training,
+        scaling,
+        assumed.device,
+        hfu=assumed.hfu,
+        num_samples=samples,
+        num_micro_batches=1,
+    )
+    return Compared(
+        name=config.name,
+        stage=number,
+        resolution=stage.resolution,
+        num_frames=stage.num_frames,
+        samples_per_gpu=samples,
+        memory_mb=memory.peak(samples, scaling).total / 1e6,
+        seconds_per_iteration=seconds.total,
+        paper=paper,
+    )
