@@ -19,17 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.configuration import Config, load_config
+from engine.planning.paper import TABLE_3, Measured
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-
-
-class Paper(NamedTuple):
-    """A line of the paper's Table 3."""
-
-    samples: int
-    megabytes: int
-    seconds: float
-    """Per iteration of 4 samples per GPU."""
 
 
 class Setup(NamedTuple):
@@ -41,7 +33,8 @@ class Setup(NamedTuple):
     overrides: tuple[str, ...]
     samples: int
     """Per GPU and pass, in the paper where it says."""
-    paper: Paper | None = None
+    paper: Measured | None = None
+    """The line of Table 3."""
 
 
 # x_l is free: read from a bank of samples drawn ahead, as real clips' f(x) is here.
@@ -49,7 +42,7 @@ _READ = "training.condition_on=data"
 
 SETUPS = {
     "stage1": Setup(
-        "stage 1 32x32/25", "kinetics600.yaml", 1, (), 4, Paper(4, 27897, 3.45)
+        "stage 1 32x32/25", "kinetics600.yaml", 1, (), 4, TABLE_3[32, 25]
     ),
     "stage2_6": Setup(
         "stage 2 128x128/6", "kinetics600.yaml", 2, ("variant=window3", _READ), 4
@@ -60,17 +53,18 @@ SETUPS = {
     # As the paper trains it: x_l is generated for every update.
     "stage2_generated": Setup(
         "stage 2 128x128/12 and stage 1 for its x_l", "kinetics600.yaml", 2, ("variant=window6",),
-        4, Paper(4, 29073, 3.2),
+        4, TABLE_3[128, 12],
     ),
     "dvdgan_12": Setup("DVD-GAN 128x128/12", "dvdgan.yaml", 1, ("variant=frames12",), 4),
     "dvdgan_50": Setup(
         "DVD-GAN 128x128/50", "dvdgan.yaml", 1, ("variant=frames48", "stages.1.num_frames=50"),
-        1, Paper(1, 32203, 4 * 2.975),
+        1, TABLE_3[128, 50],
     ),
 }  # fmt: skip
 
 PAPER_GPUS, PAPER_SAMPLES, ITERATIONS = 128, 4, 300_000
 """On so many GPUs each of the paper's 300 000 iterations is of 4 samples per GPU, 512 in all."""
+NODE_GPUS = 8
 
 
 class Build(NamedTuple):

@@ -19,6 +19,7 @@ from benchmarks.results import Attempt, Document, Row, WholeStep
 from benchmarks.setups import (
     BUILDS,
     ITERATIONS,
+    NODE_GPUS,
     PAPER_GPUS,
     PAPER_SAMPLES,
     SETUPS,
@@ -27,7 +28,6 @@ from benchmarks.setups import (
 )
 
 OPERATOR = "whole_step"
-NODE_GPUS = 8
 NODE_SAMPLES = PAPER_GPUS * PAPER_SAMPLES // NODE_GPUS
 STAGES_GENERATED, STAGES_READ = ("stage1", "stage2_generated"), ("stage1", "stage2_12")
 BASELINE = "dvdgan_50"
@@ -67,18 +67,18 @@ def _measured(steps: Steps) -> Iterator[Sequence[str]]:
         for step in measured:
             yield _measured_row(setup, step, _plain_tflop(steps, name))
         if not measured:
-            yield [setup.title, "plain and this engine", *[NOT_RUN] * 11]
+            yield [setup.title, "plain and this engine", NOT_RUN, *[""] * 10]
 
 
 def _paper_row(setup: Setup) -> Sequence[str]:
     paper = setup.paper
     assert paper is not None
-    days = f"{_days(paper.seconds):.1f}"
-    memory = f"{paper.megabytes} at {paper.samples}"
-    blank = [""] * 5
+    seconds = PAPER_SAMPLES * paper.seconds_per_iteration / paper.samples_per_gpu
     return [
-        *(setup.title, "the paper's", str(paper.samples), "", memory),
-        *(f"{paper.seconds:.3g}", *blank, days, ""),
+        *(setup.title, "the paper's", str(paper.samples_per_gpu), ""),
+        *(f"{paper.memory_mb} at {paper.samples_per_gpu}", f"{seconds:.3g}"),
+        *([""] * 5),
+        *(f"{_days(seconds):.1f}", ""),
     ]
 
 
@@ -194,7 +194,8 @@ def _paper_cost(name: str) -> Cost:
     paper = SETUPS[name].paper
     if paper is None:
         return Cost(None, None)
-    return Cost(paper.seconds, paper.megabytes / paper.samples)
+    samples = paper.samples_per_gpu
+    return Cost(paper.seconds_per_iteration / samples, paper.memory_mb / samples)
 
 
 def _step_cost(steps: Steps, build: str, how: str, name: str) -> Cost:

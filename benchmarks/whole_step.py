@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PlainOperators
 from benchmarks.results import Attempt, WholeStep
-from benchmarks.setups import BUILDS, SETUPS, USABLE_BYTES, Build, Setup, config_of
+from benchmarks.setups import BUILDS, NODE_GPUS, SETUPS, USABLE_BYTES, Build, Setup, config_of
 from benchmarks.timing import measure, num_rounds, spread
 from benchmarks.trainers import (
     SameClips,
@@ -26,7 +26,9 @@ from benchmarks.trainers import (
     trainer_around,
 )
 from engine.errors import UserError
-from engine.planning.meta_step import run_step
+from engine.planning.meta_step import Step, run_step
+from engine.planning.peak import Scaling, find_peak
+from engine.planning.zero_memory import VALUE_BYTES
 from engine.trainer.ranks import Ranks
 
 
@@ -122,20 +124,35 @@ def count_iteration(
 ) -> Counted:
     """FLOPs and peak memory of one iteration on a GPU.
 
-    Of DeepSpeed's own memory nothing is counted: in every build the optimizer is PyTorch's Adam.
+    The engine's builds share their optimizer state with `NODE_GPUS` ranks (ZeRO-1) and hold what
+    DeepSpeed holds besides; the plain ones have PyTorch's Adam.
     """
     config = config_of(setup, build, samples, overrides)
     operators = operators_of(build)
     with nullcontext() if operators is None else operators.installed():
         step = run_step(config, setup.number)
-    updates = step.discriminator_update, step.generator_update
-    flops = [sum(update.flops.values()) for update in updates]
-    gradients = [max(grads for _, grads in update.most) for update in updates]
-    beside = max(most + key[1] for update in updates for key, most in update.most.items())
-    return Counted(
-        samples=samples,
-        tflop_per_sample=(2 * flops[0] + flops[1]) / samples / 1e12,
-        peak_bytes=step.parameter_bytes + 2 * sum(gradients) + beside,  # Adam keeps two of each
+    training = config.stages[setup.number].training
+    d_flops, g_flops = (sum(update.flops.values()) for update in step.updates.values())
+    flops = training.discriminator_steps * d_flops + g_flops
+    if build.plain:
+        peak_bytes = plain_peak_bytes(step)
+    else:
+        scaling = Scaling(training.zero_stage, num_ranks=NODE_GPUS, accumulates=False)
+        peak_bytes = find_peak(step, training, scaling).total
+    return Counted(samples, tflop_per_sample=flops / samples / 1e12, peak_bytes=peak_bytes)
+
+
+def plain_peak_bytes(step: Step) -> int:
+    """With Adam's two moments of every weight; gradients are freed after each update."""
+    moments = 2 * VALUE_BYTES * sum(step.generator_sizes + step.discriminator_sizes)
+    return (
+        step.parameter_bytes
+        + moments
+        + max(
+            most + gradients
+            for update in step.updates.values()
+            for (_, gradients), most in update.most.items()
+        )
     )
 
 

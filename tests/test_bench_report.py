@@ -191,7 +191,9 @@ def test_calls_are_added_to_one_file() -> None:
     assert len(both.counts) == 1
     fed = document(feeds=[feed("loader", 0.004, 0.005), feed("loader", 1, 1, case="other")])
     again = document(feeds=[feed("loader", 0.002, 0.005)])
-    both = results.added(*(results.Document.model_validate(tree) for tree in (fed, again)))
+    both = results.added(
+        results.Document.model_validate(fed), results.Document.model_validate(again)
+    )
     assert [(f.case, f.seconds.median) for f in both.feeds] == [
         ("other", 1),
         ("loader_sample[cpu]", 0.002),
