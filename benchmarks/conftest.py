@@ -12,12 +12,20 @@ thread, against eager PyTorch. Every run writes a JSON file to benchmarks/result
 writes it elsewhere).
 
 A session on a GPU in calls of less than eight minutes each, all into one file, F being what the
-first has written:
+first has written (benchmarks/gpu_session.sh does the same where nothing stays between the calls):
 
     pytest benchmarks/ --benchmark --budget 400 -k "frame_norm or conv_gru or spectral"
     pytest benchmarks/ --benchmark --budget 400 --add-to F -k "upsample_conv or separable"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or step"
+    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or test_step"
     pytest benchmarks/ --benchmark --budget 400 --add-to F -k "loader"
+
+and whole iterations, one case per setup and build, up to a minute each, compiled ones several; the
+names are those of benchmarks/setups.py:
+
+    ... --add-to F -k "whole_step and stage2 and not compiled"
+    ... --add-to F -k "whole_step and (stage1 or dvdgan) and not compiled"
+    ... --add-to F -k "whole_step and stage2_12 and compiled"
+    ... --add-to F -k "whole_step and dvdgan_50 and ours"
 
 What did not fit into the budget is listed as skipped; the same command with `--add-to` and a
 narrower -k fills it in. `--quick` alone tells in a minute or two whether everything runs.
@@ -192,8 +200,8 @@ def session(request: pytest.FixtureRequest) -> Session:
     return request.config.stash[SESSION]
 
 
-@pytest.fixture
-def ranks(session: Session) -> Iterator[Ranks]:
-    """A job of one, connected for the test."""
-    with one_rank(session.device) as ranks:
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """A job of one; connected once, because DeepSpeed keeps its first connection's groups."""
+    with one_rank(request.config.stash[SESSION].device) as ranks:
         yield ranks

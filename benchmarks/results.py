@@ -115,6 +115,12 @@ class WholeStep(Record):
         """What there is one of in a file."""
         return self.setup, self.build, self.how
 
+    @property
+    def case(self) -> str:
+        """How it is named where it is skipped or fails."""
+        suffix = "" if self.how == "measured" else "_counted"
+        return f"whole_step{suffix}[{self.setup}-{self.build}]"
+
 
 class Feed(Record):
     """How fast clips come from a part of the loader, pulled as fast as they come."""

@@ -1,9 +1,11 @@
 """Whole iterations: what is counted, how the largest micro-batch is found, and the tables."""
 
+from pathlib import Path
+
 import pytest
 from result_files import CPU, document, row
 
-from benchmarks import report, results, step_report
+from benchmarks import merge, report, results, step_report
 from benchmarks.results import Attempt, Document
 from benchmarks.setups import BUILDS, SETUPS, USABLE_BYTES, config_of
 from benchmarks.timing import Spread
@@ -201,10 +203,28 @@ def test_steps_of_a_second_call_replace_the_first_ones() -> None:
                  skipped=[case])
     )  # fmt: skip
     more = Document.model_validate(document(steps=[step("stage1", "ours")], skipped=[]))
-    both = results.added(before, more, passed=["whole_step[stage1-ours]"])
+    assert [s.case for s in more.steps] == [case["case"]]
+    both = results.added(before, more, passed=[s.case for s in more.steps])
     assert [(s.setup, s.tflop_per_sample) for s in both.steps] == [("stage2_6", 12), ("stage1", 12)]
     assert both.skipped == []
     assert results.added(before, more).skipped == before.skipped
+
+
+def test_files_of_several_calls_become_one(tmp_path: Path) -> None:
+    skipped = [{"case": "whole_step[stage1-ours]", "reason": "budget"}]
+    first = Document.model_validate(document(steps=[step("stage2_6", "ours")], skipped=skipped))
+    second = Document.model_validate(
+        document(steps=[step("stage1", "ours")], skipped=[], rows=[row(shape="other")])
+    )
+    paths = [tmp_path / "first.json", tmp_path / "second.json"]
+    for path, made in zip(paths, (first, second), strict=True):
+        results.save(made, path)
+    merge.main([*map(str, paths), "--results", str(tmp_path / "all")])
+    [path] = (tmp_path / "all").iterdir()
+    merged = results.read(path)
+    assert [s.setup for s in merged.steps] == ["stage2_6", "stage1"]
+    assert len(merged.rows) == len(first.rows) + 1
+    assert merged.skipped == []
 
 
 def test_caps_leave_room() -> None:
