@@ -95,11 +95,15 @@ class Training(Section):
         0.0,
         0.999,
     )
+    adam: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    """Whose fused Adam; auto is PyTorch's. The others are alternatives on GPUs."""
     max_gradient_norm: PositiveFloat | None = None
     """Scale larger gradients down to this norm; the paper does not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What activations are computed in; weights and optimiser state are always fp32."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    offload_optimizer: bool = False
+    """Keep Adam's moments and the weights it updates in the CPU's memory, and run it there."""
     synchronized_norms: bool = True
     """Per-frame norm statistics over all ranks' micro-batches; else over each rank's own. Decided:
     the paper does not say. Accumulated micro-batches never share them."""

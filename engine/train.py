@@ -167,17 +167,22 @@ def batch_lines(training: Training, ranks: Ranks) -> list[str]:
     """How the global batch comes about, and whose samples the norms' statistics are over."""
     world_size, micro_batch = ranks.world_size, training.micro_batch
     num_accumulated = accumulation_steps(training, world_size)
-    devices = f"{world_size} {ranks.device.type.upper().replace('CUDA', 'GPU')}"
-    devices += "s" if world_size > 1 else ""
-    batch = f"{devices} x {micro_batch} samples x {num_accumulated} accumulated"
+    devices = _counted(world_size, "GPU" if ranks.device.type == "cuda" else "CPU")
+    samples = _counted(micro_batch, "sample")
     if training.synchronized_norms and world_size > 1:
-        statistics = f"{micro_batch * world_size} samples, synchronized over {devices}"
+        sharing = f"{micro_batch * world_size} samples, synchronized over {devices}"
     else:
-        statistics = f"{micro_batch} samples"
-        statistics += ", not synchronized" if world_size > 1 else ""
+        sharing = samples + (", not synchronized" if world_size > 1 else "")
     if num_accumulated > 1:
-        statistics += "; accumulated micro-batches have their own"
-    return [f"batch {training.global_batch} = {batch}", f"norm statistics: over {statistics}"]
+        sharing += "; accumulated micro-batches have their own"
+    return [
+        f"batch {training.global_batch} = {devices} x {samples} x {num_accumulated} accumulated",
+        f"norm statistics: over {sharing}",
+    ]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count > 1 else "")
 
 
 def train(plan: Plan, ranks: Ranks, console: Console) -> None:

@@ -309,6 +309,10 @@ MISTAKES_IN_A_KEY = {
         "stages.1.training.adam_betas has too few items (found a list of 1)",
     "training.adam_betas=[0, 0.9, 1]":
         "stages.1.training.adam_betas should have at most 2 items (found a list of 3)",
+    "training.adam=sgd":
+        "stages.1.training.adam should be 'auto', 'torch', 'deepspeed' or 'apex' (found 'sgd')",
+    "training.offload_optimizer=cpu":
+        "stages.1.training.offload_optimizer should be a valid boolean (found 'cpu')",
     "training.precision=fp16":
         "stages.1.training.precision should be 'fp32' or 'bf16' (found 'fp16')",
     "training.zero_stage=4":
