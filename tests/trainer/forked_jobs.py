@@ -5,8 +5,12 @@ are forks. JOBS.json lists [number of ranks, "train" or "share", arguments]; eve
 function below with them. All jobs must succeed.
 """
 
-import json
 import os
+
+# Before torch is imported. As many ranks as are wanted, and forks: on CPUs, also where GPUs are.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
+
+import json
 import sys
 import traceback
 from collections.abc import Callable
@@ -86,7 +90,6 @@ def become_rank(rank: int, name: str, arguments: list[Any]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if not run_job(*job):
             sys.exit(f"failed: {job}")

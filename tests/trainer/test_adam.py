@@ -10,11 +10,13 @@ import deepspeed.ops.adam
 import pytest
 import torch
 from small_runs import Tiny
+from small_trainers import make
 from torch import Tensor, nn
 
 from engine.configuration import Training
 from engine.errors import UserError
 from engine.trainer.adam import check_adam, make_adam
+from engine.trainer.ranks import Ranks
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
@@ -215,3 +217,18 @@ def test_pytorchs_fused_adam_is_adam(tiny: Tiny, betas: tuple[float, float]) -> 
     for weight in weights:
         assert ((weight.detach() - expected).abs() <= tolerance).all()
     assert (expected - start).abs().min() > 100 * tolerance.min()
+
+
+@pytest.mark.parametrize(("zero_stage", "flag"), [(1, "cpu_offload"), (3, "offload_optimizer")])
+def test_deepspeed_offloads_when_asked(
+    tiny: Tiny, ranks: Ranks, zero_stage: int, flag: str
+) -> None:
+    """On a CPU that changes no value, which test_zero.py checks; so ask DeepSpeed itself."""
+    for offload in (False, True):
+        settings = f"zero_stage={zero_stage}", f"offload_optimizer={str(offload).lower()}"
+        trainer = make(ranks, tiny.config(*(f"training.{setting}" for setting in settings)))
+        for engine in (trainer.g_engine, trainer.d_engine):
+            assert engine.zero_use_cpu_optimizer() == offload
+            assert getattr(engine.optimizer, flag) == offload
+            assert isinstance(engine.basic_optimizer, torch.optim.Adam)
+            assert engine.basic_optimizer.defaults["fused"] is True
