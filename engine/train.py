@@ -155,6 +155,7 @@ def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
     console.say(
         f"stage {options.stage_number} of {plan.config.name}: {made}; {training.precision}, "
         f"ZeRO-{training.zero_stage}"
+        + (", optimizer on the CPU" if training.offload_optimizer else "")
     )
     for line in batch_lines(training, ranks):
         console.say(line)

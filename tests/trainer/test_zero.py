@@ -21,24 +21,34 @@ class Run(NamedTuple):
     stage: int
     zero: int
     offload: bool = False
+    wide: bool = False
+    """So that ZeRO-3 shards weights too: it leaves those of less than 10,000 values whole."""
 
     @property
     def overrides(self) -> list[str]:
         """As after `--set`."""
         offload = str(self.offload).lower()
         keys = {"zero_stage": self.zero, "offload_optimizer": offload, "discriminator_steps": 1}
-        return [f"training.{key}={value}" for key, value in keys.items()]
+        channels = 20 if self.wide else 4
+        return [
+            *(f"training.{key}={value}" for key, value in keys.items()),
+            *(
+                f"stages.{self.stage}.{n}.channels={channels}"
+                for n in ("generator", "discriminators")
+            ),
+        ]
 
 
 # By number of ranks. All of stage 1, with its ConvGRU; of stage 2, with windows and a matching
 # discriminator, what costs more than it adds is left out.
-OFFLOADED = [Run(1, 1, True), Run(1, 3, True)]
+OFFLOADED = [Run(1, 1, offload=True), Run(1, 3, offload=True)]
+WIDE = [Run(stage, zero, wide=True) for stage in (1, 2) for zero in (0, 3)]
 SHARED = {
     1: [Run(1, 0), Run(2, 0)],
-    2: [*(Run(1, zero) for zero in ZERO_STAGES), *OFFLOADED, Run(2, 0), Run(2, 2)],
+    2: [*(Run(1, zero) for zero in ZERO_STAGES), *OFFLOADED, Run(2, 2)],
     4: [*(Run(1, zero) for zero in ZERO_STAGES), Run(2, 1), Run(2, 3)],
 }
-RESUMED = [*(Run(1, zero) for zero in ZERO_STAGES), *OFFLOADED, Run(2, 3)]
+RESUMED = [*(Run(1, zero) for zero in (0, 1, 2)), *OFFLOADED, WIDE[1], WIDE[3]]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +75,7 @@ def jobs(tiny: Tiny, folder: Path) -> list[Any]:
             "share",
             [str(tiny.config_file), *(sharing(folder, num_ranks, r) for r in runs)],
         ]
-        for num_ranks, runs in SHARED.items()
+        for num_ranks, runs in [*SHARED.items(), (2, WIDE)]
     ]
     alone = sharing(folder, 2, Run(1, 0))
     alone["overrides"].append("training.synchronized_norms=false")
@@ -128,20 +138,36 @@ def test_ranks_train_as_one_process_does(outs: Path, num_ranks: int, run: Run) -
     rounding. Adam divides that by its own size, so such biases wander by up to lr a step.
     """
     alone = torch.load(shared_file(outs, 1, Run(run.stage, 0)), weights_only=True)
-    ranks = torch.load(shared_file(outs, num_ranks, run), weights_only=True)
-    tolerance = 20 * torch.finfo(torch.float32).eps
-    assert ranks["measures"] == [
-        pytest.approx(step, rel=tolerance, abs=tolerance) for step in alone["measures"]
-    ]
     assert alone["measures"][0]["loss_G"] != alone["measures"][1]["loss_G"]
+    assert_same(alone, torch.load(shared_file(outs, num_ranks, run), weights_only=True))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_sharded_weights_train_as_whole_ones(outs: Path, stage: int) -> None:
+    """On two ranks both: a sum of two has one order."""
+    whole, sharded = (
+        torch.load(shared_file(outs, 2, Run(stage, zero, wide=True)), weights_only=True)
+        for zero in (0, 3)
+    )
+    for weights in whole["weights"].values():
+        assert sum(value.numel() > 10_000 for value in weights.values()) >= 4
+    assert_same(whole, sharded)
+
+
+def assert_same(expected: dict[str, Any], compared: dict[str, Any]) -> None:
+    """Measures and weights, within the roundings of `test_ranks_train_as_one_process_does`."""
+    tolerance = 20 * torch.finfo(torch.float32).eps
+    assert compared["measures"] == [
+        pytest.approx(step, rel=tolerance, abs=tolerance) for step in expected["measures"]
+    ]
     for network, lr in (("G", 1e-4), ("D", 5e-4)):
         updates = 2 * lr
-        weights, compared = alone["weights"][network], ranks["weights"][network]
-        assert compared.keys() == weights.keys()
+        weights, others = expected["weights"][network], compared["weights"][network]
+        assert others.keys() == weights.keys()
         for name, value in weights.items():
             normalized_away = name.startswith("units.") and name.endswith("bias")
             atol = 2 * updates if normalized_away else 1e-3 * updates + 2.4e-7
-            error = (compared[name] - value).abs().max().item()
+            error = (others[name] - value).abs().max().item()
             assert error <= atol, (network, name, error, atol)
 
 
@@ -170,15 +196,15 @@ def test_resumed_run_equals_an_uninterrupted_one(outs: Path, run: Run) -> None:
 
 def test_generator_file_is_whole(outs: Path, tiny: Tiny) -> None:
     """Unsharded at ZeRO-3 too: the same names and shapes, and not the first step's values."""
-    network = build_generator(tiny.config(), 1)
-    expected = {name: value.shape for name, value in network.state_dict().items()}
     for run in RESUMED:
-        if run.stage == 2:
-            continue
+        network = build_generator(tiny.config(*run.overrides), run.stage)
+        expected = {name: value.shape for name, value in network.state_dict().items()}
         whole = outs / str(tuple(run)) / "whole"
-        first, second = (generator(checkpoint(whole, 1, step))["generators"][1] for step in (1, 2))
-        shapes = {name: value.shape for name, value in second.items()}
-        assert shapes == expected
+        first, second = (
+            generator(checkpoint(whole, run.stage, step))["generators"][run.stage]
+            for step in (1, 2)
+        )
+        assert {name: value.shape for name, value in second.items()} == expected
         assert len(differences(first, second)) > 10
 
 
