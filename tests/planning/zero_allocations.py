@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.configuration import Training
-from engine.trainer.deepspeed_engines import deepspeed_settings, make_engine
+from engine.trainer import deepspeed_engines
 
-AS_TRAINED = deepspeed_settings
+AS_TRAINED = deepspeed_engines.deepspeed_settings
 WIDTH, DEPTH, BUCKET = 200, 5, 60_000  # one and a half layers in a bucket
 
 
@@ -31,6 +31,7 @@ CASES = [(ranks, False) for ranks in (1, 2, 8)] + [(2, True)]
 
 def main() -> list[dict[str, Any]]:
     warnings.filterwarnings("ignore")
+    deepspeed_engines.deepspeed_settings = settings
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
         torch.ones(1)  # the first profile of a process loses events
     return [
@@ -53,29 +54,25 @@ def pretend(num_ranks: int) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 
-def shrink_buckets(offload: bool) -> None:
-    """To the network's size; else as it is trained."""
-    from engine.trainer import deepspeed_engines
-
-    def settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        found = AS_TRAINED(*args, **kwargs)
-        zero = found["zero_optimization"]
-        zero.update(reduce_bucket_size=BUCKET, allgather_bucket_size=BUCKET)
-        zero["stage3_param_persistence_threshold"] = WIDTH
-        if offload:
-            zero["offload_optimizer"] = {"device": "cpu"}
-        return found
-
-    deepspeed_engines.deepspeed_settings = settings
+def settings(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """As it is trained, but for the size of buckets, which is the network's."""
+    found = AS_TRAINED(*args, **kwargs)
+    zero = found["zero_optimization"]
+    zero.update(reduce_bucket_size=BUCKET, allgather_bucket_size=BUCKET)
+    zero["stage3_param_persistence_threshold"] = WIDTH
+    return found
 
 
 def allocations(
     stage: int, num_ranks: int, offload: bool, num_micro_batches: int
 ) -> dict[str, Any]:
     pretend(num_ranks)
-    shrink_buckets(offload)
     training = Training(
-        iterations=1, global_batch=num_ranks * num_micro_batches, micro_batch=1, zero_stage=stage
+        iterations=1,
+        global_batch=num_ranks * num_micro_batches,
+        micro_batch=1,
+        zero_stage=stage,
+        offload_optimizer=offload,
     )
     gc.collect()
     marks: list[tuple[int, str]] = []
@@ -86,7 +83,7 @@ def allocations(
 
         mark("building")
         network = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)])
-        engine = make_engine(
+        engine = deepspeed_engines.make_engine(
             network,
             lr=1e-3,
             training=training,
