@@ -4,6 +4,7 @@ On a GPU they are measured at the paper's sizes. Without one they are measured a
 where most of the time is Python's and memory's, and counted at the paper's sizes.
 """
 
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,6 @@ from benchmarks.whole_step import (
     REDUCED_SIDES,
     Iterations,
     counted_step,
-    free_memory,
     measured_step,
     operators_of,
     reduced,
@@ -43,7 +43,6 @@ def test_whole_step(session: Session, ranks: Ranks, setup: str, build: str) -> N
     if session.device.type != "cuda":
         pytest.skip("an iteration of the paper's size needs a GPU")
     leave_out(session, setup, build, ("bf16", "ours"))
-    free_memory()
     session.steps.append(measured_step(setup, build, ranks, session.rates.matmul_tflop_per_s))
 
 
@@ -56,18 +55,22 @@ def test_whole_step_reduced(session: Session, benchmark: Any, ranks: Ranks, setu
     names = {side: name for side, name in REDUCED_SIDES.items() if name != "compiled"}
     if session.compiled:
         names["compiled"] = "compiled"
-    builds = {side: reduced(SETUPS[setup], BUILDS[name], ranks) for side, name in names.items()}
-    ours = builds[OURS]
-    case = Case(
-        operator="whole_step",
-        shape=f"{SETUPS[setup].title}, {REDUCED_CHANNELS} channels",
-        direction="step",
-        dtype=compute_dtype(ours.config.stages[SETUPS[setup].number]),
-        cost=None,
-        check=partial(check_plain, ours),
-        sides=lambda: {side: iterations.at(1) for side, iterations in builds.items()},
-    )
-    session.run(case, benchmark)
+    with ExitStack() as stack:
+        builds = {
+            side: stack.enter_context(closing(reduced(SETUPS[setup], BUILDS[name], ranks)))
+            for side, name in names.items()
+        }
+        ours = builds[OURS]
+        case = Case(
+            operator="whole_step",
+            shape=f"{SETUPS[setup].title}, {REDUCED_CHANNELS} channels",
+            direction="step",
+            dtype=compute_dtype(ours.config.stages[SETUPS[setup].number]),
+            cost=None,
+            check=partial(check_plain, ours),
+            sides=lambda: {side: iterations.at(1) for side, iterations in builds.items()},
+        )
+        session.run(case, benchmark)
 
 
 def check_plain(ours: Iterations) -> None:

@@ -10,12 +10,14 @@ from os import environ
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from engine.configuration import Config
 from engine.models import build_discriminators, build_generator
 from engine.models.cascade import Cascade
 from engine.models.norms import fix_norm_statistics, frame_norms
+from engine.trainer.deepspeed_engines import make_engine
 from engine.trainer.networks import LATENTS, StageBuilder
 from engine.trainer.previous import PreviousStages, load_cascade
 from engine.trainer.ranks import Ranks
@@ -133,19 +135,35 @@ def make_trainer(config: Config, number: int, ranks: Ranks) -> Trainer:
     return builder.trainer(SameClips(config, number, ranks.device))
 
 
-def plain_engines(builder: StageBuilder) -> tuple[PlainEngine, PlainEngine]:
-    """G's and D's, with freshly initialised networks on the builder's device."""
-    config, number = builder.config, builder.number
-    training = config.stages[number].training
+def build_networks(builder: StageBuilder) -> tuple[nn.Module, nn.Module]:
+    """G and D, freshly initialised on the builder's device."""
     torch.manual_seed(0)
     with builder.ranks.device:
-        networks = build_generator(config, number), build_discriminators(config, number)
-    rates = training.generator_lr, training.discriminator_lr
-    g_engine, d_engine = (
-        PlainEngine(network, lr, training.adam_betas)
-        for network, lr in zip(networks, rates, strict=True)
+        return (
+            build_generator(builder.config, builder.number),
+            build_discriminators(builder.config, builder.number),
+        )
+
+
+def plain_engines(builder: StageBuilder) -> tuple[PlainEngine, PlainEngine]:
+    """G's and D's in plain PyTorch."""
+    training = builder.config.stages[builder.number].training
+    generator, discriminators = build_networks(builder)
+    return (
+        PlainEngine(generator, training.generator_lr, training.adam_betas),
+        PlainEngine(discriminators, training.discriminator_lr, training.adam_betas),
     )
-    return g_engine, d_engine
+
+
+def deepspeed_engines(builder: StageBuilder) -> tuple[DeepSpeedEngine, DeepSpeedEngine]:
+    """G's and D's, as the engine makes them for one rank."""
+    training = builder.config.stages[builder.number].training
+    generator, discriminators = build_networks(builder)
+    one: dict[str, Any] = {"training": training, "world_size": 1, "accumulation_steps": 1}
+    return (
+        make_engine(generator, lr=training.generator_lr, **one),
+        make_engine(discriminators, lr=training.discriminator_lr, **one),
+    )
 
 
 def trainer_around(builder: StageBuilder, g_engine: Any, d_engine: Any) -> Trainer:

@@ -8,7 +8,7 @@ same count. torch.compile compiles for the first micro-batch, then anew for any 
 
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from benchmarks.results import Attempt, WholeStep
 from benchmarks.setups import BUILDS, NODE_GPUS, SETUPS, USABLE_BYTES, Build, Setup, config_of
 from benchmarks.timing import measure, num_rounds, spread
 from benchmarks.trainers import (
-    SameClips,
     at_micro_batch,
+    deepspeed_engines,
     plain_engines,
     stage_builder,
     trainer_around,
@@ -50,12 +50,8 @@ class Iterations:
         self.config = config = config_of(setup, build, setup.samples, overrides)
         self._builder = stage_builder(config, setup.number, ranks)
         self.operators = operators_of(build)
-        if self.operators is None:
-            with ranks.device:
-                loader = SameClips(config, setup.number, ranks.device)
-                self.trainer = self._builder.trainer(loader)
-        else:
-            self.trainer = trainer_around(self._builder, *plain_engines(self._builder))
+        make_engines = plain_engines if build.plain else deepspeed_engines
+        self.trainer = trainer_around(self._builder, *make_engines(self._builder))
 
     def at(self, micro_batch: int) -> Callable[[], None]:
         """One iteration of so many samples."""
@@ -71,6 +67,12 @@ class Iterations:
     def installed(self) -> AbstractContextManager[None]:
         """Within this context the networks run on what the build says."""
         return nullcontext() if self.operators is None else self.operators.installed()
+
+    def close(self) -> None:
+        """Let go of the networks, which DeepSpeed's hooks would keep alive for ever."""
+        if self.operators is None:
+            self.trainer.g_engine.destroy()
+            self.trainer.d_engine.destroy()
 
     def compile(self) -> None:
         """From now on both networks' forward passes are compiled."""
@@ -263,24 +265,30 @@ def free_memory() -> None:
 def measured_step(
     name: str, build_name: str, ranks: Ranks, matmul_tflop_per_s: float, *, seconds: float = 2.0
 ) -> WholeStep:
-    """The record of a setup in a build, on a GPU. Raises UserError where nothing fits."""
+    """The record of a setup in a build, on a GPU. Raises UserError where nothing fits.
+
+    Raises RuntimeError where an earlier case still holds memory, which this one would lack.
+    """
     setup, build, device = SETUPS[name], BUILDS[build_name], ranks.device
-    iterations = Iterations(setup, build, ranks)
-    with FlopCounterMode(display=False) as counter:
-        iterations.at(1)()
-    if build.compiled:
-        iterations.compile()
+    free_memory()
+    if torch.cuda.memory_allocated(device) > 1 << 30:
+        raise RuntimeError("an earlier case still holds memory: run this one in a process alone")
+    with closing(Iterations(setup, build, ranks)) as iterations:
+        with FlopCounterMode(display=False) as counter:
+            iterations.at(1)()
+        if build.compiled:
+            iterations.compile()
 
-    def attempt(samples: int) -> Attempt | None:
-        free_memory()
-        return try_samples(iterations, samples, device, seconds)
+        def attempt(samples: int) -> Attempt | None:
+            free_memory()
+            return try_samples(iterations, samples, device, seconds)
 
-    found = search(
-        attempt,
-        first=setup.samples,
-        card_bytes=torch.cuda.get_device_properties(device).total_memory,
-        usable_bytes=max(USABLE_BYTES.values()),
-    )
+        found = search(
+            attempt,
+            first=setup.samples,
+            card_bytes=torch.cuda.get_device_properties(device).total_memory,
+            usable_bytes=max(USABLE_BYTES.values()),
+        )
     if not found.attempts:
         raise UserError(f"{setup.samples} samples of {setup.title} do not fit, {build.title}")
     return WholeStep(
