@@ -138,14 +138,16 @@ class Cost(NamedTuple):
     time: float | None
     """Seconds, or what stands for them."""
     memory: float | None
-    """Bytes or MB."""
+    """Bytes or MB, weights included."""
+    share: float | None = None
+    """Of a GPU of 80 GB: one over the samples that fit."""
 
 
 def _ratios(steps: Steps, rows: Sequence[Row]) -> Iterator[Sequence[str]]:
     """Training time is the sum over the stages; memory is that of the larger stage."""
     yield [
         f"stage-wise / {SETUPS[BASELINE].title}, per sample", "build", "time",
-        "time, x_l from a bank", "memory",
+        "time, x_l from a bank", "memory", "part of an 80 GB GPU",
     ]  # fmt: skip
     yield ["Table 3", "the paper's", *_ratio_cells(_paper_cost)]
     for build in BUILDS:
@@ -173,6 +175,7 @@ def _ratio_cells(cost: Callable[[str], Cost]) -> Sequence[str]:
         _of(generated.time, base.time),
         _of(read.time, base.time),
         _of(generated.memory, base.memory),
+        _of(generated.share, base.share),
     ]
 
 
@@ -180,9 +183,11 @@ def _total(stages: Sequence[Cost]) -> Cost:
     times = [stage.time for stage in stages if stage.time is not None]
     memories = [stage.memory for stage in stages if stage.memory is not None]
     whole = len(stages)
+    shares = [stage.share for stage in stages if stage.share is not None]
     return Cost(
         sum(times) if len(times) == whole else None,
         max(memories) if len(memories) == whole else None,
+        max(shares) if len(shares) == whole else None,
     )
 
 
@@ -204,11 +209,12 @@ def _step_cost(steps: Steps, build: str, how: str, name: str) -> Cost:
     if step is None or attempt is None:
         return Cost(None, None)
     memory = None if attempt.peak_bytes is None else attempt.peak_bytes / attempt.samples
+    fits = step.fits.get("80 GB")
+    share = 1 / fits if fits else None
     if how == "counted":
-        return Cost(step.tflop_per_sample, memory)
-    return Cost(
-        None if attempt.seconds is None else attempt.seconds.median / attempt.samples, memory
-    )
+        return Cost(step.tflop_per_sample, memory, share)
+    seconds = None if attempt.seconds is None else attempt.seconds.median / attempt.samples
+    return Cost(seconds, memory, share)
 
 
 def _row_cost(rows: Sequence[Row], side: str, name: str) -> Cost:

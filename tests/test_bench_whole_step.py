@@ -139,11 +139,12 @@ def step(setup: str, build: str, how: str = "measured", **changes: object) -> di
 
 def test_measured_steps_beside_table_3() -> None:
     steps = [
-        step("stage1", "ours"),
-        step("stage2_generated", "ours", tflop_per_sample=10.0),
+        step("stage1", "ours", fits={"32 GB": 4, "80 GB": 32}),
+        step("stage2_generated", "ours", tflop_per_sample=10.0, fits={"32 GB": 4, "80 GB": 64}),
         step("stage2_generated", "bf16", tflop_per_sample=15.0),
         step("dvdgan_50", "ours", usual={"samples": 1, "seconds": [0.5, 0.5, 0.5],
-                                         "peak_bytes": 20_000_000_000}),
+                                         "peak_bytes": 20_000_000_000},
+             fits={"32 GB": 1, "80 GB": 8}),
     ]  # fmt: skip
     made = Document.model_validate(document(steps=steps, rows=[]))
     lines = step_report.render({"cuda": made}).splitlines()
@@ -156,7 +157,7 @@ def test_measured_steps_beside_table_3() -> None:
     # 300 000 iterations of 0.5 s and of 64 samples: 1.7 and 13.9 days.
     title = "stage 2 128x128/12 and stage 1 for its x_l"
     assert (
-        f"| {title} | this engine | 4 |  | 40000 at 4 | 0.5 | 2 of 32 | 62.5 | 160 | 0.32 | 0.48 | "
+        f"| {title} | this engine | 4 | 64 | 40000 at 4 | 0.5 | 2 of 32 | 62.5 | 160 | 0.32 | 0.48 | "
         "1.7 | 13.9 |" in lines
     )
     # DVD-GAN's four samples are four passes.
@@ -164,11 +165,13 @@ def test_measured_steps_beside_table_3() -> None:
     assert baseline.split(" | ")[5] == "2"
     assert any("DVD-GAN 128x128/12 | plain and this engine | not run |" in x for x in lines)
     # The paper: (3.45 + 3.2) / (4 · 2.975), and 29073 / 4 / 32203.
-    assert "| Table 3 | the paper's | 0.56 |  | 0.23 |" in lines
-    # Ours: (0.5 / 4 + 0.5 / 4) / 0.5, and 10 of 20 GB.
-    assert "| measured, the paper's samples per GPU | this engine | 0.50 |  | 0.50 |" in lines
+    assert "| Table 3 | the paper's | 0.56 |  | 0.23 |  |" in lines
+    # Ours: (0.5 / 4 + 0.5 / 4) / 0.5, 10 of 20 GB, and 8 samples against 32.
+    assert (
+        "| measured, the paper's samples per GPU | this engine | 0.50 |  | 0.50 | 0.25 |" in lines
+    )
     tables = [x.count("|") for x in lines if x.startswith("|")]
-    assert set(tables) == {14, 6}, "every line as long as its header"
+    assert set(tables) == {14, 7}, "every line as long as its header"
 
 
 def test_counted_and_reduced_steps() -> None:
@@ -190,8 +193,8 @@ def test_counted_and_reduced_steps() -> None:
     assert "| stage 1 32x32/25 | plain fp32 | 4 |  | 40000 at 4 | 18.76 |" in lines
     assert f"| {shapes[2]} | 6 (6 to 6) | 3.00 (2.50 to 3.50) |" in lines
     # (18.76 + 12.37) / 56; (1 + 2) / 6.
-    assert "| counted, FLOPs as time | plain fp32 |  | 0.56 |  |" in lines
-    assert "| measured on a CPU, reduced | this engine |  | 0.50 |  |" in lines
+    assert "| counted, FLOPs as time | plain fp32 |  | 0.56 |  |  |" in lines
+    assert "| measured on a CPU, reduced | this engine |  | 0.50 |  |  |" in lines
     assert sum("whole_step" in x for x in lines) == 0, "not among the operators too"
     assert text.index("**GPU:** not run") < text.index("Table 3")
 
