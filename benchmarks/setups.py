@@ -85,7 +85,7 @@ BUILDS = {
 }
 
 _MIB = 1 << 20
-RESERVED_BYTES = 1536 * _MIB
+RESERVED_BYTES = 3 * 1024 * _MIB
 """For the CUDA context, libraries' workspaces and what fragmentation costs."""
 USABLE_BYTES = {
     "32 GB": 32510 * _MIB - RESERVED_BYTES,
