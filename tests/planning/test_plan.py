@@ -79,6 +79,16 @@ def test_zero_shards_what_it_should() -> None:
     assert networks_of(step_of(10), TRAINING, Scaling(3, 2, False))["G"].weights == 200
 
 
+def test_an_offloaded_optimizer() -> None:
+    """Of two ranks: of each network its largest weight's buffer stays, 60 and 50 values."""
+    offloading = TRAINING.model_copy(update={"offload_optimizer": True})
+    peak = find_peak(step_of(10), offloading, Scaling(1, 2, accumulates=False))
+    assert (peak.parameters, peak.optimizer) == (1600, 4 * (60 + 50))
+    # A copy, gradients, a buffer and two moments of each half; and a buffer of the largest.
+    assert peak.host == 5 * (200 + 104) + 4 * (60 + 50)
+    assert find_peak(step_of(10), offloading, ALONE).optimizer == 1200  # ZeRO-0: all stays
+
+
 def test_the_largest_micro_batch_that_fits() -> None:
     """Accumulating: rest 2800, gradients 400; 30 B, or 20 B + 900 up to 90 samples."""
     counted = []
