@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from engine.planning.assumptions import GOAL_HFU
 from engine.planning.comparison import Compared
-from engine.planning.step_time import GOAL_HFU, LINK_FRACTION, Work
+from engine.planning.step_time import LINK_FRACTION, Work
 from engine.planning.training_plan import Plan, Row
 
 GB = 1e9
@@ -62,7 +63,7 @@ def _heading(plan: Plan) -> str:
         (
             f"stage {plan.number} of {plan.config.name}: {stage.resolution}x{stage.resolution}, "
             f"{stage.num_frames} frames, {training.precision}; "
-            f"{assumed.num_gpus} x {assumed.device.title}",
+            f"{assumed.num_gpus} x {assumed.device.title} of {assumed.device.memory_gb:g} GB",
             f"batch {training.global_batch} = {assumed.num_gpus} GPUs x {plan.share} samples; "
             f"configured: micro-batch {training.micro_batch}, ZeRO-{training.zero_stage}, "
             f"checkpointing {training.checkpointing}",

@@ -11,11 +11,12 @@ from small_runs import Tiny, call
 import engine.plan
 from engine.configuration import Config, load_config
 from engine.errors import UserError
+from engine.planning.assumptions import share_of
 from engine.planning.counters import BACKWARD, FORWARD, FROZEN, Update
 from engine.planning.devices import DEVICES, find_device
 from engine.planning.meta_step import Step, run_step
 from engine.planning.peak import Scaling, find_peak, networks_of
-from engine.planning.stage_memory import StageMemory, divisors, share_of
+from engine.planning.stage_memory import StageMemory, divisors
 from engine.planning.step_time import predict, work_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
