@@ -8,6 +8,8 @@ from pathlib import Path
 
 from engine.command_line import ArgumentParser, run
 from engine.configuration import load_config
+from engine.planning.assumptions import GOAL_HFU, Assumptions, checked
+from engine.planning.devices import find_device
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPILOG = """\
