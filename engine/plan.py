@@ -6,9 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-# Run as a file: only engine/ is on Python's path.
 from engine.command_line import ArgumentParser, run
 from engine.configuration import load_config
+from engine.planning.assumptions import GOAL_HFU, Assumptions, checked
+from engine.planning.devices import find_device
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPILOG = """\
@@ -20,7 +21,7 @@ examples:
 No GPU is needed: the stage's own networks take a training step on tensors without values. What it
 prints as predicted has not been measured.
 """
-NO_BASELINE = "none"
+DVDGAN_OF_TABLE_3 = "variant=frames48", "stages.1.num_frames=50"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -81,33 +82,30 @@ def main(arguments: list[str]) -> None:
     """Parse, check, count, print."""
     options = parse(arguments)
     config = load_config(find_config(options.config), options.overrides)
-    against = options.against or (
-        "configs/dvdgan.yaml" if config.resolution == 128 else NO_BASELINE
+    device = find_device(
+        options.device,
+        memory_gb=options.gpu_memory,
+        tflops=options.tflops,
+        bandwidth_gb_per_second=options.bandwidth,
+        link_gb_per_second=options.link,
     )
+    assumptions = Assumptions(
+        device=device,
+        num_gpus=options.gpus,
+        reserve_gb=2 + device.memory_gb / 20 if options.reserve is None else options.reserve,
+        hfu=options.hfu or GOAL_HFU,
+    )
+    checked(config, options.stage, assumptions)
+    against = options.against or ("configs/dvdgan.yaml" if config.resolution == 128 else "none")
+    dvdgan = None if against == "none" else load_config(find_config(against), DVDGAN_OF_TABLE_3)
+
     # Imported late: these pull in DeepSpeed, which talks while it is imported. What it says goes
     # where progress does.
     with contextlib.redirect_stdout(sys.stderr):
-        from engine.planning.comparison import baseline, compare
-        from engine.planning.devices import find_device
+        from engine.planning.comparison import compare
         from engine.planning.report import as_json, as_text
-        from engine.planning.step_time import GOAL_HFU
-        from engine.planning.training_plan import Assumptions, Planner, checked
+        from engine.planning.training_plan import Planner
 
-        device = find_device(
-            options.device,
-            memory_gb=options.gpu_memory,
-            tflops=options.tflops,
-            bandwidth_gb_per_second=options.bandwidth,
-            link_gb_per_second=options.link,
-        )
-        assumptions = Assumptions(
-            device=device,
-            num_gpus=options.gpus,
-            reserve_gb=2 + device.memory_gb / 20 if options.reserve is None else options.reserve,
-            hfu=options.hfu or GOAL_HFU,
-        )
-        checked(config, options.stage, assumptions)
-        dvdgan = None if against == NO_BASELINE else baseline(find_config(against))
         planner = Planner(assumptions, say)
         plan = planner.plan(config, options.stage)
         compared = [] if dvdgan is None else compare(planner, assumptions, config, dvdgan)

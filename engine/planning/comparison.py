@@ -1,16 +1,14 @@
 """The stages beside DVD-GAN, and both beside what the paper measured (its Table 3)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from engine.configuration import Config, load_config
+from engine.configuration import Config
+from engine.planning.assumptions import Assumptions
 from engine.planning.paper import TABLE_3, Measured
 from engine.planning.peak import Scaling
 from engine.planning.stage_memory import with_training
 from engine.planning.step_time import predict
-from engine.planning.training_plan import Assumptions, Planner
-
-BASELINE_FRAMES = 50
+from engine.planning.training_plan import Planner
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,6 @@ class Compared:
     def seconds_per_sample(self) -> float:
         """Of one GPU."""
         return self.seconds_per_iteration / self.samples_per_gpu
-
-
-def baseline(path: Path) -> Config:
-    """DVD-GAN at the length of Table 3."""
-    overrides = ["variant=frames48", f"stages.1.num_frames={BASELINE_FRAMES}"]
-    return load_config(path, overrides)
 
 
 def compare(

@@ -42,35 +42,35 @@ DEVICES = {
     device.name: device
     for device in (
         Device(
-            *("v100", "V100 SXM2 32 GB", 32, None, 15.7, 900, 150),
+            *("v100", "V100 SXM2", 32, None, 15.7, 900, 150),
             source="NVIDIA V100 datasheet, January 2020",
         ),
         Device(
-            *("a100-40", "A100 SXM4 40 GB", 40, 312, 19.5, 1555, 300),
+            *("a100-40", "A100 SXM4", 40, 312, 19.5, 1555, 300),
             source="NVIDIA A100 datasheet, June 2021",
         ),
         Device(
-            *("a100", "A100 SXM4 80 GB", 80, 312, 19.5, 2039, 300),
+            *("a100", "A100 SXM4", 80, 312, 19.5, 2039, 300),
             source="NVIDIA A100 datasheet, June 2021",
         ),
         Device(
-            *("h100", "H100 SXM5 80 GB", 80, 989.4, 66.9, 3350, 450),
+            *("h100", "H100 SXM5", 80, 989.4, 66.9, 3350, 450),
             source="NVIDIA H100 datasheet; half of the rates that it gives with sparsity",
         ),
         Device(
-            *("h200", "H200 SXM5 141 GB", 141, 989.4, 66.9, 4800, 450),
+            *("h200", "H200 SXM5", 141, 989.4, 66.9, 4800, 450),
             source="NVIDIA H200 datasheet; half of the rates that it gives with sparsity",
         ),
         Device(
-            *("b200", "B200 (HGX) 180 GB", 180, 2250, 80, 8000, 900),
+            *("b200", "B200 (HGX)", 180, 2250, 80, 8000, 900),
             source="NVIDIA Blackwell datasheet, HGX B200; half of the rates with sparsity",
         ),
         Device(
-            *("l40s", "L40S 48 GB", 48, 362.05, 91.6, 864, 32),
+            *("l40s", "L40S", 48, 362.05, 91.6, 864, 32),
             source="NVIDIA L40S datasheet; PCIe 4.0 x16",
         ),
         Device(
-            *("rtx4090", "GeForce RTX 4090 24 GB", 24, 165.2, 82.6, 1008, 32),
+            *("rtx4090", "GeForce RTX 4090", 24, 165.2, 82.6, 1008, 32),
             source="NVIDIA Ada GPU architecture whitepaper, appendix A; PCIe 4.0 x16",
         ),
     )

@@ -16,7 +16,6 @@ class Scaling(NamedTuple):
     zero_stage: int
     num_ranks: int
     accumulates: bool
-    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Peak:
     """With the buckets that reduce them."""
     activations: int
     """All else."""
+    host: int
+    """Besides, in main memory, of an optimizer that is offloaded; not in the total."""
 
     @property
     def total(self) -> int:
@@ -52,7 +53,7 @@ def networks_of(step: Step, training: Training, scaling: Scaling) -> dict[str, Z
             scaling.num_ranks,
             bucket_bytes(training),
             accumulates=scaling.accumulates,
-            offload=scaling.offload,
+            offload=training.offload_optimizer and scaling.zero_stage > 0,
         )
         for name, network in sizes.items()
     }
@@ -61,7 +62,8 @@ def networks_of(step: Step, training: Training, scaling: Scaling) -> dict[str, Z
 def find_peak(step: Step, training: Training, scaling: Scaling) -> Peak:
     """Over both updates, their passes and what follows each backward pass.
 
-    ZeRO-3 is counted with the activations of the other stages, and all weights gathered.
+    ZeRO-0 offloads nothing. ZeRO-3 is counted with the activations of the other stages, and all
+    weights gathered.
     """
     networks = networks_of(step, training, scaling)
     # What a step's `parameter_bytes` has of G and D is what they are without ZeRO.
@@ -71,9 +73,10 @@ def find_peak(step: Step, training: Training, scaling: Scaling) -> Peak:
     if training.ema_decay is not None:
         parameters += VALUE_BYTES * sum(step.generator_sizes)
     optimizer = sum(network.optimizer for network in networks.values())
+    host = sum(network.host for network in networks.values())
     return max(
         (
-            Peak(name, phase, parameters, optimizer, gradients, activations)
+            Peak(name, phase, parameters, optimizer, gradients, activations, host)
             for name, network in networks.items()
             for phase, gradients, activations in _moments(step, name, network)
         ),

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from engine.planning.assumptions import GOAL_HFU
 from engine.planning.comparison import Compared
-from engine.planning.step_time import GOAL_HFU, LINK_FRACTION, Work
+from engine.planning.step_time import LINK_FRACTION, Work
 from engine.planning.training_plan import Plan, Row
 
 GB = 1e9
@@ -56,25 +57,21 @@ def _heading(plan: Plan) -> str:
     stage, assumed = plan.config.stages[plan.number], plan.assumptions
     training = stage.training
     flops = ", ".join(f"{mode} {work.flops / 1e12:.3g}" for mode, work in plan.work.items())
-    any_work: Work = plan.work["norms"]
-    frozen = (
-        f"; the frozen stages {any_work.frozen_flops / 1e12:.3g} more"
-        if any_work.frozen_flops
-        else ""
-    )
+    used: Work = plan.work[training.checkpointing]
+    frozen = f"; the frozen stages {used.frozen_flops / 1e12:.3g} more" if used.frozen_flops else ""
     return "\n".join(
         (
             f"stage {plan.number} of {plan.config.name}: {stage.resolution}x{stage.resolution}, "
             f"{stage.num_frames} frames, {training.precision}; "
-            f"{assumed.num_gpus} x {assumed.device.title}",
+            f"{assumed.num_gpus} x {assumed.device.title} of {assumed.device.memory_gb:g} GB",
             f"batch {training.global_batch} = {assumed.num_gpus} GPUs x {plan.share} samples; "
             f"configured: micro-batch {training.micro_batch}, ZeRO-{training.zero_stage}, "
             f"checkpointing {training.checkpointing}",
             f"parameters: G {plan.generator_parameters / 1e6:.1f} M, "
             f"D {plan.discriminator_parameters / 1e6:.1f} M",
-            f"TFLOP per sample and iteration: {flops}{frozen}",
-            f"bytes moved by operators per sample and iteration: "
-            f"{any_work.moved_bytes / GB:.3g} GB (norms)",
+            f"TFLOP per sample and iteration: {flops}{frozen}; per GPU and iteration "
+            f"{plan.share * (used.flops + used.frozen_flops) / 1e12:.4g}",
+            f"bytes moved by operators per sample and iteration: {used.moved_bytes / GB:.3g} GB",
         )
     )
 
@@ -112,12 +109,23 @@ def _rows(plan: Plan) -> str:
     return f"{title}\n{_table(headers, lines)}"
 
 
+def _host(plan: Plan) -> list[str]:
+    """Main memory, where the optimizer is offloaded."""
+    most = max(row.peak.host for row in plan.rows)
+    if not most:
+        return []
+    return [
+        f"Offloaded to main memory: up to {most / GB:.3g} GB per GPU; its time is not predicted."
+    ]
+
+
 def _assumed(plan: Plan) -> str:
     assumed, device = plan.assumptions, plan.assumptions.device
     goal = ", the project's goal, which is not measured" if assumed.hfu == GOAL_HFU else ""
     rate = device.tflops(plan.config.stages[plan.number].training.precision)
     return "\n".join(
         (
+            *_host(plan),
             "Memory is counted on the meta device and from what DeepSpeed allocates. "
             f"{assumed.reserve_gb:g} of {device.memory_gb:g} GB are left",
             "to CUDA, cuDNN, NCCL, prefetched clips and fragmentation (--reserve). ZeRO-3 is an "

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from engine.configuration import Config
-from engine.errors import UserError
 from engine.planning.meta_step import Step, run_step
 from engine.planning.peak import Peak, Scaling, find_peak
 
@@ -72,17 +71,3 @@ class StageMemory:
 def divisors(number: int) -> Iterator[int]:
     """From the largest on."""
     return (divisor for divisor in range(number, 0, -1) if number % divisor == 0)
-
-
-def share_of(config: Config, number: int, num_ranks: int) -> int:
-    """Samples of a rank per update. Raises UserError where the ranks cannot share them evenly."""
-    batch = config.stages[number].training.global_batch
-    share, remainder = divmod(batch, num_ranks)
-    if share == 0 or remainder:
-        fewer = next(ranks for ranks in range(min(num_ranks, batch), 0, -1) if batch % ranks == 0)
-        more = (batch // num_ranks + 1) * num_ranks
-        raise UserError(
-            f"--gpus {num_ranks} cannot share training.global_batch {batch} evenly; use --gpus "
-            f"{fewer}, or --set stages.{number}.training.global_batch={more}"
-        )
-    return share

@@ -14,8 +14,6 @@ from engine.planning.meta_step import Step
 from engine.planning.peak import Scaling, networks_of
 from engine.planning.zero_memory import communicated_bytes
 
-GOAL_HFU = 0.55
-"""Of executed FLOPs (`HFU`), the project's goal on an H100. Not measured on any device yet."""
 LINK_FRACTION = 0.7
 """Of a link's rate that collectives reach. Assumed."""
 

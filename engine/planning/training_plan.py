@@ -3,35 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.configuration import Config, accumulation_steps, share_among
-from engine.errors import UserError
+from engine.configuration import Config
 from engine.models.activation_checkpointing import Checkpointing
-from engine.planning.devices import Device
+from engine.planning.assumptions import Assumptions, checked, share_of
 from engine.planning.meta_step import Step, run_step
 from engine.planning.peak import Peak, Scaling
-from engine.planning.stage_memory import StageMemory, share_of, with_training
+from engine.planning.stage_memory import StageMemory, with_training
 from engine.planning.step_time import Seconds, Work, predict, work_of
 from engine.planning.zero_memory import ZERO_STAGES
 
 MODES: tuple[Checkpointing, ...] = ("none", "norms", "blocks")
 SECONDS_PER_DAY = 86_400
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What a plan takes for granted; each can be given on the command line."""
-
-    device: Device
-    num_gpus: int
-    reserve_gb: float
-    """Of the device's memory that no tensor gets: CUDA's context, cuDNN's and NCCL's buffers,
-    prefetched clips, and what lies broken in the allocator. Decided, not measured."""
-    hfu: float
-
-    @property
-    def limit_bytes(self) -> float:
-        """What tensors get."""
-        return (self.device.memory_gb - self.reserve_gb) * 1e9
 
 
 @dataclass(frozen=True)
@@ -156,20 +138,3 @@ class Planner:
             days=seconds.total * training.iterations / SECONDS_PER_DAY,
         )
         return Row(zero_stage, mode, peak, fits, largest)
-
-
-def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
-    """With a micro-batch no larger than a GPU's share, as train.py trains. Raises UserError."""
-    if number not in config.stages:
-        raise UserError(f"--stage {number}: {config.name} has stages 1 to {len(config.stages)}")
-    share_of(config, number, assumptions.num_gpus)
-    config = share_among(config, number, assumptions.num_gpus)
-    training = config.stages[number].training
-    accumulation_steps(training, assumptions.num_gpus)
-    assumptions.device.tflops(training.precision)
-    if assumptions.limit_bytes <= 0:
-        raise UserError(
-            f"--reserve {assumptions.reserve_gb:g} leaves nothing of --gpu-memory "
-            f"{assumptions.device.memory_gb:g}"
-        )
-    return config

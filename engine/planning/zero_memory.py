@@ -1,16 +1,17 @@
 """What DeepSpeed allocates for one network on one rank, beside the network's activations.
 
-DeepSpeed 0.19.8 with fp32 weights, the settings of `engine.trainer.deepspeed_engines` and Adam.
-Taken from its source and held against what it really allocates by a test. In bytes, with P all
-weights, p = P / ranks a rank's partition, q the gradients of all weights that a partition touches,
-and B a bucket that gradients are copied into to be reduced:
+DeepSpeed 0.19.8 with fp32 weights, the settings of `engine.trainer.deepspeed_engines` and a fused
+Adam, which needs no memory of its own in an update. Taken from its source and held against what it
+really allocates by a test. In bytes, with P all weights, p = P / ranks a rank's partition, q the
+gradients of all weights that a partition touches, and B a bucket that gradients are copied into to
+be reduced:
 
 | ZeRO | at rest               | gradients in a backward pass      | from its end on       |
 |------|-----------------------|-----------------------------------|-----------------------|
 | 0    | P, moments 2P         | what there is, up to P            | P, and P to reduce it |
 | 1    | P, copy p, moments 2p | what there is, and B              | P + B or P + q        |
-| 2    | as 1                  | B, and up to q; accumulated q     | q + 2p                |
-| 3    | 3p, moments 2p, B     | no more; all weights P gathered   | 3p                    |
+| 2    | as 1                  | B, and up to q; accumulated q     | q + p                 |
+| 3    | 3p, moments 2p, B     | no more; all weights P gathered   | p                     |
 
 With accumulated micro-batches the gradients of the first are there during the others' passes. With
 the optimizer offloaded the copy, the moments and the gradients to apply are in main memory.
@@ -107,11 +108,6 @@ class ZeroMemory:
         return 5 * self.partition + accumulated + (0 if self.zero_stage == 3 else self.largest)
 
     @property
-    def host_update(self) -> int:
-        """There besides while Adam runs."""
-        return 2 * self.partition if self.offload else 0
-
-    @property
     def gathered(self) -> int:
         """Whole weights that a pass gathers, at most."""
         return self.whole if self.zero_stage == 3 and self.num_ranks > 1 else 0
@@ -135,7 +131,7 @@ class ZeroMemory:
     @property
     def update(self) -> int:
         """The most that there is, beside what rests, from the last backward pass on."""
-        applied = self.touched + 2 * self.partition  # flat, and Adam's own
+        applied = self.touched + self.partition  # in one piece, as Adam takes them
         match self.zero_stage:
             case 0:
                 return 2 * self.whole
@@ -148,7 +144,7 @@ class ZeroMemory:
             case 2:
                 return self.bucket_bytes if self.offload else applied
             case _:
-                return self.largest if self.offload else 3 * self.partition
+                return self.largest if self.offload else self.partition
 
 
 def bucket_bytes(training: Training) -> int:

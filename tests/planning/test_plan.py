@@ -11,11 +11,12 @@ from small_runs import Tiny, call
 import engine.plan
 from engine.configuration import Config, load_config
 from engine.errors import UserError
+from engine.planning.assumptions import share_of
 from engine.planning.counters import BACKWARD, FORWARD, FROZEN, Update
 from engine.planning.devices import DEVICES, find_device
 from engine.planning.meta_step import Step, run_step
 from engine.planning.peak import Scaling, find_peak, networks_of
-from engine.planning.stage_memory import StageMemory, divisors, share_of
+from engine.planning.stage_memory import StageMemory, divisors
 from engine.planning.step_time import predict, work_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -77,6 +78,16 @@ def test_zero_shards_what_it_should() -> None:
     peak = find_peak(step_of(10), TRAINING, Scaling(1, 2, accumulates=False))
     assert (peak.parameters, peak.optimizer) == (1600, 3 * (200 + 104))
     assert networks_of(step_of(10), TRAINING, Scaling(3, 2, False))["G"].weights == 200
+
+
+def test_an_offloaded_optimizer() -> None:
+    """Of two ranks: of each network its largest weight's buffer stays, 60 and 50 values."""
+    offloading = TRAINING.model_copy(update={"offload_optimizer": True})
+    peak = find_peak(step_of(10), offloading, Scaling(1, 2, accumulates=False))
+    assert (peak.parameters, peak.optimizer) == (1600, 4 * (60 + 50))
+    # A copy, gradients, a buffer and two moments of each half; and a buffer of the largest.
+    assert peak.host == 5 * (200 + 104) + 4 * (60 + 50)
+    assert find_peak(step_of(10), offloading, ALONE).optimizer == 1200  # ZeRO-0: all stays
 
 
 def test_the_largest_micro_batch_that_fits() -> None:
