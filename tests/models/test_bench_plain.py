@@ -114,12 +114,21 @@ def test_plain_adam_takes_the_step_that_deepspeed_takes(tiny: Any, ranks: Ranks)
     torch.manual_seed(4)  # the clips
     plain = trainer_around(builder, *engines)
     theirs._reals = plain._reals
+    before = [weights_of(engine.module) for engine in engines]
     expected, got = theirs.train_step(), plain.train_step()
     assert got == pytest.approx(expected, rel=1e-5)
-    for engine, other in zip(engines, (theirs.g_engine, theirs.d_engine), strict=True):
-        for a, b in zip(engine.module.parameters(), other.module.parameters(), strict=True):
-            # Adam's first steps are of the learning rate's size whatever the gradient's.
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    others = theirs.g_engine.module, theirs.d_engine.module
+    for start, engine, other in zip(before, engines, others, strict=True):
+        a, b = weights_of(engine.module), weights_of(other)
+        # Where a gradient is rounding alone Adam moves by the learning rate in any direction, as
+        # biases in front of a norm do, and a few of the weights.
+        assert (a - b).norm() <= 1e-3 * (b - start).norm()
+        assert (b - start).norm() > 0
+
+
+def weights_of(network: nn.Module) -> Tensor:
+    """Copies of all that are not biases, in a row."""
+    return torch.cat([p.detach().flatten() for p in network.parameters() if p.ndim > 1])
 
 
 @pytest.mark.slow
