@@ -1,5 +1,4 @@
 """What the operators and the training step cost: `pytest benchmarks/ --benchmark`.
 
-Start with conftest.py, which says how to run it; accounting.py counts without running anything,
-report.py writes the tables.
+Start with conftest.py, which says how to run it; report.py writes the tables.
 """

@@ -4,17 +4,13 @@ import pytest
 import torch
 
 import kernels
-from benchmarks.accounting import (
-    count_forward,
-    count_frozen,
-    count_parametrization_launches,
-    count_spectral_launches,
-    generator_saved_for_backward,
-)
 from benchmarks.calls import KINETICS, kinetics
+from benchmarks.launches import count_parametrization_launches, count_spectral_launches
 from benchmarks.session import Session
 from engine.configuration import load_config
 from engine.models import build_generator
+from engine.planning.forward_flops import count_forward, count_frozen
+from engine.planning.saved_bytes import generator_saved_for_backward
 
 
 def leave_out_stage_1_if_quick(session: Session, stage_number: int) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from benchmarks import loading
-from benchmarks.bench_step import make_trainer, ranks  # noqa: F401 — a fixture
 from benchmarks.calls import CONFIGS, KINETICS
 from benchmarks.loading import Source, pace
 from benchmarks.results import Feed
 from benchmarks.session import Session
 from benchmarks.timing import measure, spread
+from benchmarks.trainers import make_trainer
 from engine.configuration import Config, load_config
 from engine.trainer.ranks import Ranks
 from engine.video.dataset import open_dataset
@@ -98,7 +98,7 @@ def run(
 def test_loader_sample(
     session: Session,
     request: pytest.FixtureRequest,
-    ranks: Ranks,  # noqa: F811
+    ranks: Ranks,
     tmp_path: Path,
     where: str,
 ) -> None:

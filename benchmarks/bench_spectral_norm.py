@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from benchmarks.accounting import parametrized, parametrized_weight
 from benchmarks.calls import kinetics
 from benchmarks.correctness import check
 from benchmarks.floors import spectral_cost
+from benchmarks.launches import parametrized, parametrized_weight
 from benchmarks.operators import OURS, REFERENCE, Case
 from benchmarks.session import Session
 from engine.models import build_generator

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
-from benchmarks.accounting import generator_inputs
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
+from engine.planning.forward_flops import generator_inputs
 from kernels.convolution import Normalized
 from kernels.layout import channels_last
 

@@ -12,12 +12,20 @@ thread, against eager PyTorch. Every run writes a JSON file to benchmarks/result
 writes it elsewhere).
 
 A session on a GPU in calls of less than eight minutes each, all into one file, F being what the
-first has written:
+first has written (benchmarks/gpu_session.sh does the same where nothing stays between the calls):
 
     pytest benchmarks/ --benchmark --budget 400 -k "frame_norm or conv_gru or spectral"
     pytest benchmarks/ --benchmark --budget 400 --add-to F -k "upsample_conv or separable"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or step"
+    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or test_step"
     pytest benchmarks/ --benchmark --budget 400 --add-to F -k "loader"
+
+and whole iterations, one case per setup and build, up to a minute each, compiled ones several; the
+names are those of benchmarks/setups.py:
+
+    ... --add-to F -k "whole_step and stage2 and not compiled"
+    ... --add-to F -k "whole_step and (stage1 or dvdgan) and not compiled"
+    ... --add-to F -k "whole_step and stage2_12 and compiled"
+    ... --add-to F -k "whole_step and dvdgan_50 and ours"
 
 What did not fit into the budget is listed as skipped; the same command with `--add-to` and a
 narrower -k fills it in. `--quick` alone tells in a minute or two whether everything runs.
@@ -28,7 +36,7 @@ import os
 # Before torch is imported: CPU times are of one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +46,9 @@ import kernels
 from benchmarks import report, results
 from benchmarks.calls import Call, kinetics, network_calls
 from benchmarks.session import Session
+from benchmarks.trainers import one_rank
 from engine.errors import UserError
+from engine.trainer.ranks import Ranks
 
 SESSION = pytest.StashKey[Session]()
 FOLDER = Path(__file__).resolve().parent
@@ -148,6 +158,8 @@ def pytest_runtest_makereport(
             session.skip(_case_of(item), str(call.excinfo.value))
         elif outcome.failed:
             session.failed.append(_case_of(item))
+        elif call.when == "call":
+            session.passed.append(_case_of(item))
     return outcome
 
 
@@ -164,7 +176,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write the file and show its tables."""
     config = terminalreporter.config
     session = config.stash.get(SESSION, None)
-    if session is None or not (session.rows or session.counts or session.feeds):
+    if session is None or not (session.rows or session.counts or session.steps or session.feeds):
         return
     document = session.document()
     path = config.getoption("add_to")
@@ -172,7 +184,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         path = results.write(document, config.getoption("results"))
     else:  # checked at the start; should the file have changed since, nothing is lost
         try:
-            document = results.added(results.read(path), document)
+            document = results.added(results.read(path), document, session.passed)
         except UserError as error:
             terminalreporter.write_line(f"error: {error}")
             path = results.write(document, config.getoption("results"))
@@ -186,3 +198,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def session(request: pytest.FixtureRequest) -> Session:
     """The run that collects results."""
     return request.config.stash[SESSION]
+
+
+@pytest.fixture(scope="session")
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """A job of one; connected once, because DeepSpeed keeps its first connection's groups."""
+    with one_rank(request.config.stash[SESSION].device) as ranks:
+        yield ranks

@@ -7,7 +7,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, its folder is on the path and the repository is not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import results
+from benchmarks import results, step_report
+from benchmarks.markdown import line
 from benchmarks.results import Count, Device, Document, Feed, Row
 from engine.command_line import ArgumentParser, run
 from engine.errors import UserError
@@ -100,17 +101,22 @@ def write_between_markers(path: Path, text: str) -> None:
 
 
 def render(found: dict[str, Document]) -> str:
-    """Markdown: the GPU's tables, or that it was not run, then the CPU's."""
-    parts = [render_document(found["cuda"]) if "cuda" in found else _not_run()]
+    """Markdown: the GPU's tables, or that it was not run, the CPU's, then whole iterations."""
+    parts = [_of_document(found["cuda"]) if "cuda" in found else _not_run()]
     if "cpu" in found:
-        parts.append(render_document(found["cpu"]))
-    return "\n\n".join(parts)
+        parts.append(_of_document(found["cpu"]))
+    return "\n\n".join(part for part in (*parts, step_report.render(found)) if part)
 
 
 def render_document(document: Document) -> str:
     """Markdown of one file."""
+    parts = _of_document(document), step_report.render({document.device.kind: document})
+    return "\n\n".join(part for part in parts if part)
+
+
+def _of_document(document: Document) -> str:
     parts = [_heading(document)]
-    if document.rows:
+    if any(row.operator != step_report.OPERATOR for row in document.rows):
         parts.append("\n".join(_measured(document)))
     if document.counts:
         parts.append("\n".join(_counted(document.counts)))
@@ -155,14 +161,15 @@ def _measured(document: Document) -> Iterator[str]:
     """A line per case: our time, what it comes to, and the other sides' times over ours."""
     cases: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in document.rows:
-        cases.setdefault(row.key[:3], {})[row.side] = row
+        if row.operator != step_report.OPERATOR:
+            cases.setdefault(row.key[:3], {})[row.side] = row
     sides = [side for side in SIDES if any(side in rows for rows in cases.values())]
     clock = "ms" if document.device.kind == "cuda" else "CPU ms"
     on_gpu = document.device.kind == "cuda"
     memory = ["peak MB (reference)"] if on_gpu else []
     header = ["operator", "size, direction", f"{clock} (p20 to p80)", "GB/s, of copy"]
     header += ["TFLOP/s, of matmul", *memory, *(f"{side} / ours" for side in sides)]
-    yield _line(header)
+    yield line(header)
     yield "|" + "---|" * len(header)
     for (operator, shape, direction), rows in cases.items():
         ours = rows.get("ours")
@@ -173,15 +180,15 @@ def _measured(document: Document) -> Iterator[str]:
         cells += [_rate(ours.tflop_per_s, ours.share_of_matmul)]
         if on_gpu:
             cells.append(f"{_megabytes(ours)} ({_megabytes(rows.get('reference'))})")
-        yield _line([*cells, *(_ratio(rows.get(side)) for side in sides)])
+        yield line([*cells, *(_ratio(rows.get(side)) for side in sides)])
 
 
 def _counted(counts: Sequence[Count]) -> Iterator[str]:
-    yield _line(["counted on the meta device", "of", "plain PyTorch", "ours", "unit"])
+    yield line(["counted on the meta device", "of", "plain PyTorch", "ours", "unit"])
     yield "|---|---|---|---|---|"
     for count in counts:
         plain = "" if count.plain is None else _number(count.plain)
-        yield _line([count.what, count.of, plain, _number(count.ours), count.unit])
+        yield line([count.what, count.of, plain, _number(count.ours), count.unit])
 
 
 def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
@@ -193,7 +200,7 @@ def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
     header += ["needed", "times that", "CPU ms per clip: decode, to crop, all", "cores for 2x"]
     on_gpu = any("transfer" in parts for parts in loaded.values())
     header += ["transfer alone"] if on_gpu else []
-    yield _line(header)
+    yield line(header)
     yield "|" + "---|" * len(header)
     for (clips, decoder, num_threads), parts in loaded.items():
         decode, pipeline, whole = (parts[name] for name in ("decode", "pipeline", "loader"))
@@ -208,7 +215,7 @@ def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
         if on_gpu:
             transfer = parts.get("transfer")
             cells += [f"{1 / transfer.seconds.median:.0f}" if transfer else ""]
-        yield _line(cells)
+        yield line(cells)
 
 
 def _skipped(document: Document) -> Iterator[str]:
@@ -221,10 +228,6 @@ def _skipped(document: Document) -> Iterator[str]:
     for reason, cases in reasons.items():
         some = cases[0] if len(cases) == 1 else f"{len(cases)} cases ({cases[0]}, ...)"
         yield f"- {some}: {reason}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _milliseconds(row: Row) -> str:

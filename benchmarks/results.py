@@ -8,6 +8,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,6 +82,46 @@ class Count(Record):
     unit: str
 
 
+class Attempt(Record):
+    """A training iteration at one micro-batch."""
+
+    samples: Annotated[int, Field(gt=0)]
+    seconds: Spread | None
+    """Of two D updates and one G update of so many samples each; None where it was not run."""
+    peak_bytes: Annotated[int, Field(ge=0)] | None
+    """Allocated at most in all, weights and optimizer included."""
+
+
+class WholeStep(Record):
+    """The training iteration of one setup in one build; benchmarks/setups.py has both."""
+
+    setup: str
+    build: str
+    how: Literal["measured", "counted"]
+    """On a GPU, or on the meta device, where nothing is run and there are no seconds."""
+    tflop_per_sample: Positive
+    """Executed per iteration."""
+    usual: Attempt
+    """At the paper's samples per GPU."""
+    best: Attempt | None = None
+    """The least time per sample; None where that was not looked for."""
+    fits: dict[str, int | None]
+    """Most samples per GPU, a power of two, by the GPU's memory; None where it is not known."""
+    matmul_tflop_per_s: Positive | None = None
+    """Measured in the same call."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What there is one of in a file."""
+        return self.setup, self.build, self.how
+
+    @property
+    def case(self) -> str:
+        """How it is named where it is skipped or fails."""
+        suffix = "" if self.how == "measured" else "_counted"
+        return f"whole_step{suffix}[{self.setup}-{self.build}]"
+
+
 class Feed(Record):
     """How fast clips come from a part of the loader, pulled as fast as they come."""
 
@@ -138,6 +179,7 @@ class Document(Record):
     """Of every call that added to the file; shares in `rows` are of their own call's."""
     rows: list[Row]
     counts: list[Count]
+    steps: list[WholeStep] = []
     feeds: list[Feed] = []
     skipped: list[Skip]
     failed: list[str]
@@ -221,9 +263,10 @@ def newest(folder: Path) -> dict[str, Document]:
     return found
 
 
-def added(before: Document, more: Document) -> Document:
+def added(before: Document, more: Document, passed: Collection[str] = ()) -> Document:
     """One file of two calls on the same device, versions and commit; later rows replace earlier.
 
+    `passed` names the cases of the second call that need no longer be listed as skipped or failed.
     Raises UserError where they are not the same.
     """
     for name in ("device", "versions", "commit", "quick"):
@@ -232,8 +275,9 @@ def added(before: Document, more: Document) -> Document:
             raise UserError(f"cannot add to a run with another {name}: {was} there, {now} here")
     again = {row.key for row in more.rows}
     counted = {(count.what, count.of) for count in more.counts}
+    stepped = {step.key for step in more.steps}
     fed = {feed.case for feed in more.feeds}
-    done = {case_name(*key[:3]) for key in again} | fed
+    done = {case_name(*key[:3]) for key in again} | fed | set(passed)
     return before.model_copy(
         update={
             "dirty": _either(before.dirty, more.dirty),
@@ -241,6 +285,7 @@ def added(before: Document, more: Document) -> Document:
             "rates": before.rates + more.rates,
             "rows": [row for row in before.rows if row.key not in again] + more.rows,
             "counts": [c for c in before.counts if (c.what, c.of) not in counted] + more.counts,
+            "steps": [step for step in before.steps if step.key not in stepped] + more.steps,
             "feeds": [feed for feed in before.feeds if feed.case not in fed] + more.feeds,
             "skipped": [s for s in before.skipped if s.case not in done] + more.skipped,
             "failed": [name for name in before.failed if name not in done] + more.failed,

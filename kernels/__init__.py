@@ -19,7 +19,13 @@ from kernels.conv_pool import (
 from kernels.convolution import Moments, Normalized
 from kernels.folding import Fold
 from kernels.frame_norm import frame_norm, frame_statistics
-from kernels.implementation import ImplementationError, implementations, set_default, use
+from kernels.implementation import (
+    ImplementationError,
+    implementations,
+    meta_as,
+    set_default,
+    use,
+)
 from kernels.low_skip import LowSkip, add_low_skip
 from kernels.separable_conv3d import separable_conv3d, separable_conv3d_with_moments
 from kernels.spectral_norm import power_iteration_, spectral_normalize
@@ -51,6 +57,7 @@ __all__ = [
     "frame_norm",
     "frame_statistics",
     "implementations",
+    "meta_as",
     "power_iteration_",
     "separable_conv3d",
     "separable_conv3d_with_moments",

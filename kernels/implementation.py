@@ -26,6 +26,7 @@ SETTINGS = (AUTO, REFERENCE)
 
 _TRITON_INSTALLED = find_spec("triton") is not None
 _setting = os.environ.get("KERNELS", AUTO)
+_meta_as = torch.device("meta")
 _operators: dict[str, "Operator"] = {}
 
 
@@ -74,6 +75,7 @@ class Operator:
     def explain(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
         """As `choose`, with the reason."""
         asked = _checked(_setting) if impl is None else impl
+        device = _meta_as if device.type == "meta" else device
         if asked != AUTO:
             return self._named(asked, device, dtype)
         passed_over = []
@@ -122,6 +124,20 @@ def use(impl: str) -> Iterator[None]:
         yield
     finally:
         _setting = before
+
+
+@contextmanager
+def meta_as(device: torch.device | str) -> Iterator[None]:
+    """Within this context, operators on meta tensors run the form that they run on `device`.
+
+    In the whole process. For planning: what a step on that device allocates, counted without one.
+    """
+    global _meta_as
+    before, _meta_as = _meta_as, torch.device(device)
+    try:
+        yield
+    finally:
+        _meta_as = before
 
 
 def set_default(impl: str) -> None:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from benchmarks import accounting
-from benchmarks.accounting import LaunchCounter, count_spectral_launches, saved_for_backward
 from benchmarks.bench_spectral_norm import check_weights, draw
 from benchmarks.calls import kinetics, network_calls
 from benchmarks.correctness import Refused, check, check_call
+from benchmarks.launches import LaunchCounter, count_spectral_launches
 from benchmarks.operators import Case, side_functions
 from benchmarks.session import Session
 from engine.models.layers import Linear
@@ -98,7 +97,7 @@ def test_spectral_norm_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     true = kernels.spectral_normalize_all
 
     def wrong(*arguments: Any) -> list[Tensor]:
-        by = 1 if accounting.kernels.implementation._setting == "reference" else 1.001
+        by = 1 if kernels.implementation._setting == "reference" else 1.001
         return [by * weight for weight in true(*arguments)]
 
     monkeypatch.setattr(kernels, "spectral_normalize_all", wrong)
@@ -149,38 +148,7 @@ def test_a_right_case_is_measured_on_every_side(monkeypatch: pytest.MonkeyPatch)
     assert session.rows[0].peak_bytes is None, "a CPU does not tell"
 
 
-# ----------------------------------------------------------------------------- accounting
-
-
-def test_saved_bytes_by_hand() -> None:
-    weight = torch.empty(10, requires_grad=True, device="meta")
-    table = torch.empty(99, device="meta")
-
-    def forward(batch: int) -> Tensor:
-        x = torch.empty(batch, 10, device="meta")
-        product = x * weight  # keeps x: 40 bytes
-        result = product.exp()  # keeps its result: 40
-        result = result.view(-1, 2, 5) * result.view(-1, 2, 5)  # the same storage, twice
-        return result.sum() + (weight.sum() * table).sum()  # keeps nothing of the batch
-
-    assert saved_for_backward(forward) == 80
-    assert saved_for_backward(forward, batches=(3, 7)) == 80
-    with pytest.raises(ValueError, match="not so many a sample"):
-        saved_for_backward(lambda batch: forward(1 + batch // 2), batches=(1, 4))
-
-
-def test_recomputed_units_keep_less() -> None:
-    """A block that is checkpointed keeps its input only."""
-    layers = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
-    layers.to("meta")
-
-    def inputs(batch: int) -> Tensor:
-        return torch.empty(batch, 4, device="meta", requires_grad=True)
-
-    # x 16 bytes, tanh's result 256.
-    assert saved_for_backward(lambda batch: layers(inputs(batch))) == 16 + 256
-    again = torch.utils.checkpoint.checkpoint
-    assert saved_for_backward(lambda b: again(layers, inputs(b), use_reentrant=False)) == 16
+# ------------------------------------------------------------------------------- launches
 
 
 def test_launches() -> None:

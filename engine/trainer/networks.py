@@ -1,6 +1,7 @@
 """Builds what one stage trains: networks, engines, fakes, reals, and the step that ties them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,9 @@ from engine.trainer.sample_bank import BankedWindows, batches_per_rank
 from engine.trainer.step import Trainer
 from engine.video.dataset import DataFacts
 from engine.video.index import VideoIndex
-from engine.video.loader import ClipLoader
+
+if TYPE_CHECKING:
+    from engine.video.loader import ClipLoader
 
 # The streams of random numbers of a stage's run.
 WEIGHTS, LATENTS, SAMPLES, CLIPS = "weights", "latents", "samples", "clips"
@@ -109,8 +112,11 @@ class StageBuilder:
         """A stream of z and labels."""
         return LatentSource(self.config, self.facts.class_counts, seed, self.ranks.device)
 
-    def loader(self, index: VideoIndex) -> ClipLoader:
+    def loader(self, index: VideoIndex) -> "ClipLoader":
         """This rank's share of the real clips, at this stage's resolution, length and stride."""
+        # Only decoding needs DALI, which is not installed wherever a step can run.
+        from engine.video.loader import ClipLoader
+
         stage, data = self.config.stages[self.number], self.config.data
         return ClipLoader(
             index,

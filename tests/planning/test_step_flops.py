@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import kernels
-from benchmarks.accounting import count_forward, count_frozen
 from engine.configuration import load_config
+from engine.planning.forward_flops import count_forward, count_frozen
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

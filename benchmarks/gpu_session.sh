@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# What a session on a borrowed GPU measures, in calls of less than eight minutes each.
+#
+#   benchmarks/gpu_session.sh wheels              here, once: what that machine's Python lacks
+#   benchmarks/gpu_session.sh tests               tests that need a GPU
+#   benchmarks/gpu_session.sh operators PART      every operator; PART is 1, 2 or 3
+#   benchmarks/gpu_session.sh steps SETUP...      whole iterations of these setups, without compiled
+#   benchmarks/gpu_session.sh compiled SETUP...   their torch.compile builds: minutes each
+#   benchmarks/gpu_session.sh plan                the planner's predictions against a real peak
+#   benchmarks/gpu_session.sh merge FILE...       here, at the end: one result file of all calls
+#
+# SETUP is stage1, stage2_6, stage2_12, stage2_generated, dvdgan_12 or dvdgan_50. Two of them fit
+# into one call. What is written lies in $OUT (default: ./gpu-session). Carry .whl with every call.
+# With DRY=1 commands are printed and not run. Never run on a GPU yet.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OUT=${OUT:-gpu-session}
+PYTHON=${PYTHON:-python3}
+BUDGET=${BUDGET:-400}
+
+run() {
+  printf '+ %s\n' "$*"
+  [[ -n ${DRY:-} ]] || "$@"
+}
+
+# Nothing can be fetched on the GPU's machine: packages travel as wheels for its Python.
+wheels() {
+  local exclude
+  exclude=$(git rev-parse --git-path info/exclude)
+  grep -qx '/.whl/' "$exclude" || run sh -c "echo /.whl/ >> '$exclude'"
+  local pure=() binary=() name
+  for name in deepspeed hjson; do pure+=("$(grep "^$name==" constraints.txt)"); done
+  for name in av msgpack pydantic pydantic_core annotated-types typing-inspection; do
+    binary+=("$(grep -i "^${name/_/[-_]}==" constraints.txt)")
+  done
+  DS_BUILD_OPS=0 run "$PYTHON" -m pip wheel -q --no-deps --no-build-isolation -w .whl "${pure[@]}"
+  run "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
+    --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+    --platform manylinux2014_x86_64 -d .whl "${binary[@]}"
+}
+
+prepare() {
+  run mkdir -p "$OUT"
+  if compgen -G '.whl/*.whl' > /dev/null; then
+    run "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+      --target /tmp/site .whl/*.whl
+  fi
+  export PYTHONPATH="/tmp/site:$PWD" PYTHONUNBUFFERED=1
+  if command -v nvcc > /dev/null && ! compgen -G 'kernels/_csrc*' > /dev/null; then
+    run "$PYTHON" setup.py -q build_ext --inplace  # csrc/, for this machine's torch
+  fi
+}
+
+benchmark() {
+  run "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark --budget "$BUDGET" --results "$OUT" "$@"
+}
+
+any_of() {  # "a b" → "a or b", for -k
+  local joined
+  printf -v joined '%s or ' "$@"
+  printf '%s' "${joined% or }"
+}
+
+case ${1:-} in
+  wheels) wheels ;;
+  tests)
+    prepare
+    # Named, because collecting tests/video needs DALI, which is too large to carry.
+    run timeout 460 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
+      --junit-xml "$OUT/gpu-tests.xml" tests/kernels tests/models tests/planning
+    ;;
+  operators)
+    prepare
+    case ${2:-} in
+      1) benchmark benchmarks/bench_operators.py benchmarks/bench_spectral_norm.py \
+           -k "frame_norm or conv_gru or spectral" ;;
+      2) benchmark benchmarks/bench_operators.py -k "upsample_conv or separable" ;;
+      3) benchmark benchmarks/bench_operators.py benchmarks/bench_step.py \
+           -k "conv2d or conv_pool or step" ;;
+      *) echo "error: operators takes 1, 2 or 3" >&2; exit 2 ;;
+    esac
+    ;;
+  steps | compiled)
+    [[ $# -gt 1 ]] || { echo "error: $1 takes setups; see benchmarks/setups.py" >&2; exit 2; }
+    prepare
+    builds="not compiled"
+    [[ $1 = steps ]] || builds="compiled"
+    benchmark benchmarks/bench_whole_step.py \
+      -k "test_whole_step and not reduced and not counted and $builds and ($(any_of "${@:2}"))"
+    ;;
+  plan)
+    prepare
+    for stage in 1 2; do
+      run sh -c "$PYTHON engine/plan.py --config configs/kinetics600.yaml --stage $stage \
+        --gpus 1 --gpu-memory 80 --json > '$OUT/plan-stage$stage.json'"
+    done
+    run timeout 300 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
+      --junit-xml "$OUT/plan-tests.xml" tests/planning
+    ;;
+  merge)
+    [[ $# -gt 1 ]] || { echo "error: merge takes result files" >&2; exit 2; }
+    run "$PYTHON" benchmarks/merge.py "${@:2}"
+    ;;
+  *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+esac

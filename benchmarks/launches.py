@@ -1,0 +1,119 @@
+"""Launches of spectral norm on a GPU, counted on the meta device."""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from engine.models.layers import SpectralWeight, spectral_weights
+
+# What one call of an operator of ours launches on a GPU; see the launchers in kernels/.
+LAUNCHES = {
+    "sswgan::power_iteration_": 4,
+    "sswgan::spectral_normalize": 2,
+    "sswgan::spectral_normalize_dw": 2,
+    "sswgan::spectral_normalize_all": 2,
+    "sswgan::spectral_normalize_all_dw": 2,
+}
+
+# Operators that only describe memory anew, or allocate it.
+_WITHOUT_LAUNCH = {
+    *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like"),
+    *("empty_strided", "expand", "flatten", "new_empty", "permute", "reshape", "select", "slice"),
+    *("split", "squeeze", "t", "transpose", "unsqueeze", "view"),
+}
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts launches: each of PyTorch's operators that computes is one at least, ours `LAUNCHES`.
+
+    Raises KeyError for an operator of ours that is not in the table.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count, then run."""
+        self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def launches(self) -> int:
+        """So far."""
+        return sum(count * _launches_of(name) for name, count in self.calls.items())
+
+
+def _launches_of(name: str) -> int:
+    namespace, operator = name.split("::")
+    if namespace == "aten":
+        return int(operator not in _WITHOUT_LAUNCH)
+    if name not in LAUNCHES:
+        raise KeyError(f"benchmarks/launches.py: LAUNCHES does not say what {name} launches")
+    return LAUNCHES[name]
+
+
+class SpectralLaunches(NamedTuple):
+    """Launches of one network's spectral norm, all weights together."""
+
+    iteration: int
+    """One power iteration, which also gives the singular values."""
+    forward: int
+    """Ŵ of every weight."""
+    backward: int
+    """dW of every weight."""
+
+
+def count_spectral_launches(network: nn.Module, impl: str) -> SpectralLaunches:
+    """Of a network on the meta device, in bf16. `impl` as the operators' own: "triton", ..."""
+    layers = spectral_weights(network)
+    with LaunchCounter() as iteration:
+        kernels.power_iteration_(*_lists(layers), impl=impl)
+    with LaunchCounter() as forward:
+        dtypes = [torch.bfloat16 for _ in layers]
+        folds = [layer.fold for layer in layers]
+        normalized = kernels.spectral_normalize_all(*_lists(layers), dtypes, folds, impl=impl)
+    upstream = [torch.empty_like(weight) for weight in normalized]
+    with LaunchCounter() as backward:
+        torch.autograd.grad(normalized, [layer.weight for layer in layers], upstream)
+    return SpectralLaunches(iteration.launches, forward.launches, backward.launches)
+
+
+def count_parametrization_launches(network: nn.Module) -> int:
+    """Forward pass of torch's own spectral norm (iteration and Ŵ, fp32) for the same weights.
+
+    Counted for one weight, because it does the same to every matrix.
+    """
+    layers = spectral_weights(network)
+    module = parametrized(layers[0].weight)
+    with LaunchCounter() as counter:
+        parametrized_weight(module)
+    return counter.launches * len(layers)
+
+
+def parametrized(weight: Tensor) -> nn.Module:
+    """A module whose `.weight` is torch's spectral norm of a copy of this one, read as a matrix."""
+    module = nn.Module()
+    module.weight = nn.Parameter(weight.detach().flatten(1).clone())
+    return nn.utils.parametrizations.spectral_norm(module, n_power_iterations=1)
+
+
+def parametrized_weight(module: nn.Module) -> Tensor:
+    """One power iteration, then W over its largest singular value."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _lists(layers: list[SpectralWeight]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return (
+        [layer.weight for layer in layers],
+        [layer.u for layer in layers],
+        [layer.v for layer in layers],
+    )

@@ -1,0 +1,38 @@
+"""One result file of several calls on the same device, versions and commit."""
+
+import sys
+from functools import reduce
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file, its folder is on the path and the repository is not
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import results
+from benchmarks.results import Document
+from engine.command_line import ArgumentParser, run
+
+EPILOG = """\
+example:
+  python benchmarks/merge.py FIRST.json SECOND.json       into benchmarks/results/
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Read all, add one to the other, write a new file named by the first one's date."""
+    parser = ArgumentParser(__doc__ or "", EPILOG)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in the calls' order")
+    parser.add_argument(
+        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where it goes"
+    )
+    options = parser.parse_args(arguments)
+    merged = reduce(_added, (results.read(path) for path in options.files))
+    print(results.write(merged, options.results))
+
+
+def _added(before: Document, more: Document) -> Document:
+    """A step that was measured is no longer one that was skipped; rows tell by themselves."""
+    return results.added(before, more, passed=[step.case for step in more.steps])
+
+
+if __name__ == "__main__":
+    run(main)

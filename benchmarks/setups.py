@@ -1,0 +1,103 @@
+"""Which training iterations are compared, in which builds.
+
+An iteration is the paper's: two D updates and one G update, each of a micro-batch of its own. What
+a loader would deliver is there already, nothing is communicated.
+
+Builds:
+
+- `fp32`: PyTorch alone, as the paper had it: fp32 without TF32, contiguous tensors, no folding;
+- `bf16`: the same with bf16 activations, channels last;
+- `compiled`: that with torch.compile of G's and D's forward passes;
+- `ours`: this engine with the configuration's defaults, DeepSpeed included;
+- `blocks`: ours, recomputing every residual block in the backward pass.
+
+The first three are the operators of benchmarks/plain.py in the same networks, with PyTorch's own
+Adam in place of DeepSpeed.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.configuration import Config, load_config
+from engine.planning.paper import TABLE_3, Measured
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class Setup(NamedTuple):
+    """What is trained."""
+
+    title: str
+    file: str
+    number: int
+    overrides: tuple[str, ...]
+    samples: int
+    """Per GPU and pass, in the paper where it says."""
+    paper: Measured | None = None
+    """The line of Table 3."""
+
+
+# x_l is free: read from a bank of samples drawn ahead, as real clips' f(x) is here.
+_READ = "training.condition_on=data"
+
+SETUPS = {
+    "stage1": Setup(
+        "stage 1 32x32/25", "kinetics600.yaml", 1, (), 4, TABLE_3[32, 25]
+    ),
+    "stage2_6": Setup(
+        "stage 2 128x128/6", "kinetics600.yaml", 2, ("variant=window3", _READ), 4
+    ),
+    "stage2_12": Setup(
+        "stage 2 128x128/12", "kinetics600.yaml", 2, ("variant=window6", _READ), 4
+    ),
+    # As the paper trains it: x_l is generated for every update.
+    "stage2_generated": Setup(
+        "stage 2 128x128/12 and stage 1 for its x_l", "kinetics600.yaml", 2, ("variant=window6",),
+        4, TABLE_3[128, 12],
+    ),
+    "dvdgan_12": Setup("DVD-GAN 128x128/12", "dvdgan.yaml", 1, ("variant=frames12",), 4),
+    "dvdgan_50": Setup(
+        "DVD-GAN 128x128/50", "dvdgan.yaml", 1, ("variant=frames48", "stages.1.num_frames=50"),
+        1, TABLE_3[128, 50],
+    ),
+}  # fmt: skip
+
+PAPER_GPUS, PAPER_SAMPLES, ITERATIONS = 128, 4, 300_000
+"""On so many GPUs each of the paper's 300 000 iterations is of 4 samples per GPU, 512 in all."""
+NODE_GPUS = 8
+
+
+class Build(NamedTuple):
+    """How it is trained."""
+
+    title: str
+    plain: bool
+    overrides: tuple[str, ...] = ()
+    compiled: bool = False
+
+
+BUILDS = {
+    "fp32": Build("plain fp32", True, ("training.precision=fp32",)),
+    "bf16": Build("plain bf16", True),
+    "compiled": Build("plain bf16, torch.compile", True, compiled=True),
+    "ours": Build("this engine", False),
+    "blocks": Build("this engine, blocks recomputed", False, ("training.checkpointing=blocks",)),
+}
+
+_MIB = 1 << 20
+RESERVED_BYTES = 3 * 1024 * _MIB
+"""For the CUDA context, libraries' workspaces and what fragmentation costs."""
+USABLE_BYTES = {
+    "32 GB": 32510 * _MIB - RESERVED_BYTES,
+    "80 GB": 81559 * _MIB - RESERVED_BYTES,
+}
+
+
+def config_of(
+    setup: Setup, build: Build, micro_batch: int, overrides: tuple[str, ...] = ()
+) -> Config:
+    """One micro-batch per update: accumulation repeats the same work."""
+    batch = f"training.micro_batch={micro_batch}", f"training.global_batch={micro_batch}"
+    zero = ("training.zero_stage=0",) if build.plain else ()
+    every = (*setup.overrides, *build.overrides, *overrides, *batch, *zero)
+    return load_config(CONFIGS / setup.file, every)

@@ -1,0 +1,303 @@
+"""How a whole training iteration is run, counted and measured; `setups` says which.
+
+Memory: bytes that PyTorch's allocator has handed out at most, in all, weights and optimizer state
+included; MB are 1e6 bytes. Samples per GPU are powers of two, because 512 is one. A GPU of "32 GB"
+or "80 GB" is a V100's or H100's memory less `RESERVED_BYTES`; a larger GPU stands in for it by the
+same count. torch.compile compiles for the first micro-batch, then anew for any size.
+"""
+
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.plain import PlainOperators
+from benchmarks.results import Attempt, WholeStep
+from benchmarks.setups import BUILDS, NODE_GPUS, SETUPS, USABLE_BYTES, Build, Setup, config_of
+from benchmarks.timing import measure, num_rounds, spread
+from benchmarks.trainers import (
+    at_micro_batch,
+    deepspeed_engines,
+    plain_engines,
+    stage_builder,
+    trainer_around,
+)
+from engine.errors import UserError
+from engine.planning.meta_step import Step, run_step
+from engine.planning.peak import Scaling, find_peak
+from engine.planning.zero_memory import VALUE_BYTES
+from engine.trainer.ranks import Ranks
+
+
+def operators_of(build: Build) -> PlainOperators | None:
+    """What the networks run on in place of `kernels`; None for the engine's own."""
+    if not build.plain:
+        return None
+    in_fp32 = "training.precision=fp32" in build.overrides
+    return PlainOperators(channels_last=not in_fp32)
+
+
+class Iterations:
+    """A build of a setup: its networks, initialised once, and iterations of any micro-batch."""
+
+    def __init__(
+        self, setup: Setup, build: Build, ranks: Ranks, overrides: tuple[str, ...] = ()
+    ) -> None:
+        self._setup, self._build, self._overrides = setup, build, overrides
+        self.config = config = config_of(setup, build, setup.samples, overrides)
+        self._builder = stage_builder(config, setup.number, ranks)
+        self.operators = operators_of(build)
+        make_engines = plain_engines if build.plain else deepspeed_engines
+        self.trainer = trainer_around(self._builder, *make_engines(self._builder))
+
+    def at(self, micro_batch: int) -> Callable[[], None]:
+        """One iteration of so many samples."""
+        config = config_of(self._setup, self._build, micro_batch, self._overrides)
+        trainer = at_micro_batch(self._builder, config, self.trainer)
+
+        def iteration() -> None:
+            with self.installed():
+                trainer.train_step()
+
+        return iteration
+
+    def installed(self) -> AbstractContextManager[None]:
+        """Within this context the networks run on what the build says."""
+        return nullcontext() if self.operators is None else self.operators.installed()
+
+    def close(self) -> None:
+        """Let go of the networks, which DeepSpeed's hooks would keep alive for ever."""
+        if self.operators is None:
+            self.trainer.g_engine.destroy()
+            self.trainer.d_engine.destroy()
+
+    def compile(self) -> None:
+        """From now on both networks' forward passes are compiled."""
+        assert self.operators is not None, "this engine is not compiled"
+        torch._dynamo.reset()
+        self.operators.compile()
+        for engine in (self.trainer.g_engine, self.trainer.d_engine):
+            engine.module.compile()
+
+
+# ----------------------------------------------------------------------------- on a CPU
+
+REDUCED_CHANNELS = 4
+REDUCED_SIDES = {
+    "ours": "ours",
+    "contiguous": "fp32",
+    "channels last": "bf16",  # in fp32 here, as all of them
+    "compiled": "compiled",
+}
+"""Side of a reduced case → build."""
+
+
+def reduced(setup: Setup, build: Build, ranks: Ranks) -> Iterations:
+    """A setup at a thirty-second of its channels, in fp32, for one sample."""
+    channels = [
+        f"stages.{number}.{network}.channels={REDUCED_CHANNELS}"
+        for number in range(1, setup.number + 1)
+        for network in ("generator", "discriminators")
+    ]
+    iterations = Iterations(
+        setup._replace(samples=1), build, ranks, (*channels, "training.precision=fp32")
+    )
+    if build.compiled:
+        iterations.compile()
+    return iterations
+
+
+# ---------------------------------------------------------------------- on the meta device
+
+
+class Counted(NamedTuple):
+    """An iteration that was not run."""
+
+    samples: int
+    tflop_per_sample: float
+    peak_bytes: int
+
+
+def count_iteration(
+    setup: Setup, build: Build, samples: int, overrides: tuple[str, ...] = ()
+) -> Counted:
+    """FLOPs and peak memory of one iteration on a GPU.
+
+    The engine's builds share their optimizer state with `NODE_GPUS` ranks (ZeRO-1) and hold what
+    DeepSpeed holds besides; the plain ones have PyTorch's Adam.
+    """
+    config = config_of(setup, build, samples, overrides)
+    operators = operators_of(build)
+    with nullcontext() if operators is None else operators.installed():
+        step = run_step(config, setup.number)
+    training = config.stages[setup.number].training
+    d_flops, g_flops = (sum(update.flops.values()) for update in step.updates.values())
+    flops = training.discriminator_steps * d_flops + g_flops
+    if build.plain:
+        peak_bytes = plain_peak_bytes(step)
+    else:
+        scaling = Scaling(training.zero_stage, num_ranks=NODE_GPUS, accumulates=False)
+        peak_bytes = find_peak(step, training, scaling).total
+    return Counted(samples, tflop_per_sample=flops / samples / 1e12, peak_bytes=peak_bytes)
+
+
+def plain_peak_bytes(step: Step) -> int:
+    """With Adam's two moments of every weight; gradients are freed after each update."""
+    moments = 2 * VALUE_BYTES * sum(step.generator_sizes + step.discriminator_sizes)
+    return (
+        step.parameter_bytes
+        + moments
+        + max(
+            most + gradients
+            for update in step.updates.values()
+            for (_, gradients), most in update.most.items()
+        )
+    )
+
+
+def largest_that_fits(first: Counted, second: Counted, usable_bytes: int) -> int:
+    """The most samples, a power of two or 0, on the line through two counts.
+
+    Memory is the largest of several lines in the number of samples, so this is exact where one of
+    them is the largest throughout.
+    """
+    slope = (second.peak_bytes - first.peak_bytes) / (second.samples - first.samples)
+    samples, most = 1, 0
+    while first.peak_bytes + slope * (samples - first.samples) <= usable_bytes:
+        most, samples = samples, 2 * samples
+    return most
+
+
+def counted_step(name: str, build_name: str, *, search: bool = True) -> WholeStep:
+    """The record of a setup in a build. With `search` also how many samples fit."""
+    setup, build = SETUPS[name], BUILDS[build_name]
+    usual = count_iteration(setup, build, setup.samples)
+    fits: dict[str, int | None] = dict.fromkeys(USABLE_BYTES)
+    if search:
+        more = count_iteration(setup, build, 8 * setup.samples)
+        fits = {gpu: largest_that_fits(usual, more, size) for gpu, size in USABLE_BYTES.items()}
+    return WholeStep(
+        setup=name,
+        build=build_name,
+        how="counted",
+        tflop_per_sample=usual.tflop_per_sample,
+        usual=Attempt(samples=usual.samples, seconds=None, peak_bytes=usual.peak_bytes),
+        fits=fits,
+    )
+
+
+# ------------------------------------------------------------------------------- on a GPU
+
+
+class Search(NamedTuple):
+    """What was tried, from the fewest samples up."""
+
+    attempts: list[Attempt]
+    limit_bytes: int | None
+    """Of memory, where the next size did not fit into it; None where none was too large."""
+
+    @property
+    def best(self) -> Attempt | None:
+        """The least time per sample; None where nothing fits."""
+        return min(self.attempts, key=_seconds_per_sample, default=None)
+
+    def fits(self, usable_bytes: int) -> int | None:
+        """Most samples that stay below; None where it was not tried up to there."""
+        below = [a.samples for a in self.attempts if (a.peak_bytes or 0) <= usable_bytes]
+        if len(below) < len(self.attempts) or (self.limit_bytes or 0) >= usable_bytes:
+            return max(below, default=0)
+        return None
+
+
+def _seconds_per_sample(attempt: Attempt) -> float:
+    assert attempt.seconds is not None
+    return attempt.seconds.median / attempt.samples
+
+
+def search(
+    attempt: Callable[[int], Attempt | None],
+    *,
+    first: int,
+    card_bytes: int,
+    usable_bytes: int,
+    most_samples: int = 512,
+) -> Search:
+    """Double the samples until they do not fit, into the card (None) or into `usable_bytes`."""
+    attempts: list[Attempt] = []
+    samples = first
+    while samples <= most_samples:
+        tried = attempt(samples)
+        if tried is None:
+            return Search(attempts, min(card_bytes, usable_bytes))
+        if (tried.peak_bytes or 0) > usable_bytes:
+            return Search(attempts, usable_bytes)
+        attempts.append(tried)
+        samples *= 2
+    return Search(attempts, None)
+
+
+def try_samples(
+    iterations: Iterations, samples: int, device: torch.device, seconds: float
+) -> Attempt | None:
+    """Measure at one micro-batch, for about `seconds`; None where it does not fit into the card."""
+    try:
+        iteration = iterations.at(samples)
+        iteration()  # compilation, autotuning, the optimizer's state
+        torch.cuda.reset_peak_memory_stats(device)
+        once = measure(iteration, device)
+        rounds = num_rounds(once, seconds, 2, 20)
+        taken = [once, *(measure(iteration, device) for _ in range(rounds))]
+        peak = torch.cuda.max_memory_allocated(device)
+        return Attempt(samples=samples, seconds=spread(taken), peak_bytes=peak)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measured_step(
+    name: str, build_name: str, ranks: Ranks, matmul_tflop_per_s: float, *, seconds: float = 2.0
+) -> WholeStep:
+    """The record of a setup in a build, on a GPU. Raises UserError where nothing fits.
+
+    Raises RuntimeError where an earlier case still holds memory, which this one would lack.
+    """
+    setup, build, device = SETUPS[name], BUILDS[build_name], ranks.device
+    free_memory()
+    if torch.cuda.memory_allocated(device) > 1 << 30:
+        raise RuntimeError("an earlier case still holds memory: run this one in a process alone")
+    with closing(Iterations(setup, build, ranks)) as iterations:
+        with FlopCounterMode(display=False) as counter:
+            iterations.at(1)()
+        if build.compiled:
+            iterations.compile()
+
+        def attempt(samples: int) -> Attempt | None:
+            free_memory()
+            return try_samples(iterations, samples, device, seconds)
+
+        found = search(
+            attempt,
+            first=setup.samples,
+            card_bytes=torch.cuda.get_device_properties(device).total_memory,
+            usable_bytes=max(USABLE_BYTES.values()),
+        )
+    if not found.attempts:
+        raise UserError(f"{setup.samples} samples of {setup.title} do not fit, {build.title}")
+    return WholeStep(
+        setup=name,
+        build=build_name,
+        how="measured",
+        tflop_per_sample=counter.get_total_flops() / 1e12,
+        usual=found.attempts[0],
+        best=found.best,
+        fits={gpu: found.fits(size) for gpu, size in USABLE_BYTES.items()},
+        matmul_tflop_per_s=matmul_tflop_per_s,
+    )

@@ -1,0 +1,1 @@
+"""What a training run will cost, counted on the meta device before anything is paid for."""

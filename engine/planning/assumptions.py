@@ -1,0 +1,58 @@
+"""What a plan takes for granted, and what can be refused before anything is counted."""
+
+from dataclasses import dataclass
+
+from engine.configuration import Config, accumulation_steps, share_among
+from engine.errors import UserError
+from engine.planning.devices import Device
+
+GOAL_HFU = 0.55
+"""Of executed FLOPs (`HFU`), the project's goal on an H100. Not measured on any device yet."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes for granted; each can be given on the command line."""
+
+    device: Device
+    num_gpus: int
+    reserve_gb: float
+    """Of the device's memory that no tensor gets: CUDA's context, cuDNN's and NCCL's buffers,
+    prefetched clips, and what lies broken in the allocator. Decided, not measured."""
+    hfu: float
+
+    @property
+    def limit_bytes(self) -> float:
+        """What tensors get."""
+        return (self.device.memory_gb - self.reserve_gb) * 1e9
+
+
+def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
+    """With a micro-batch no larger than a GPU's share, as train.py trains. Raises UserError."""
+    if number not in config.stages:
+        raise UserError(f"--stage {number}: {config.name} has stages 1 to {len(config.stages)}")
+    share_of(config, number, assumptions.num_gpus)
+    config = share_among(config, number, assumptions.num_gpus)
+    training = config.stages[number].training
+    accumulation_steps(training, assumptions.num_gpus)
+    assumptions.device.tflops(training.precision)
+    if assumptions.limit_bytes <= 0:
+        raise UserError(
+            f"--reserve {assumptions.reserve_gb:g} leaves nothing of --gpu-memory "
+            f"{assumptions.device.memory_gb:g}"
+        )
+    return config
+
+
+def share_of(config: Config, number: int, num_ranks: int) -> int:
+    """Samples of a rank per update. Raises UserError where the ranks cannot share them evenly."""
+    batch = config.stages[number].training.global_batch
+    share, remainder = divmod(batch, num_ranks)
+    if share == 0 or remainder:
+        fewer = next(ranks for ranks in range(min(num_ranks, batch), 0, -1) if batch % ranks == 0)
+        more = (batch // num_ranks + 1) * num_ranks
+        raise UserError(
+            f"--gpus {num_ranks} cannot share training.global_batch {batch} evenly; use --gpus "
+            f"{fewer}, or --set stages.{number}.training.global_batch={more}"
+        )
+    return share

@@ -1,0 +1,72 @@
+"""The stages beside DVD-GAN, and both beside what the paper measured (its Table 3)."""
+
+from dataclasses import dataclass
+
+from engine.configuration import Config
+from engine.planning.assumptions import Assumptions
+from engine.planning.paper import TABLE_3, Measured
+from engine.planning.peak import Scaling
+from engine.planning.stage_memory import with_training
+from engine.planning.step_time import predict
+from engine.planning.training_plan import Planner
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one model takes at as many samples per GPU as the paper had, all in one pass."""
+
+    name: str
+    stage: int
+    resolution: int
+    num_frames: int
+    samples_per_gpu: int
+    memory_mb: float
+    """Predicted."""
+    seconds_per_iteration: float
+    """Predicted, of these samples."""
+    paper: Measured | None
+
+    @property
+    def seconds_per_sample(self) -> float:
+        """Of one GPU."""
+        return self.seconds_per_iteration / self.samples_per_gpu
+
+
+def compare(
+    planner: Planner, assumptions: Assumptions, config: Config, dvdgan: Config
+) -> list[Compared]:
+    """All stages of a configuration, then DVD-GAN, each trained as its file says."""
+    return [
+        _compared(planner, assumptions, each, number)
+        for each in (config, dvdgan)
+        for number in each.stages
+    ]
+
+
+def _compared(planner: Planner, assumed: Assumptions, config: Config, number: int) -> Compared:
+    stage = config.stages[number]
+    paper = TABLE_3.get((stage.resolution, stage.num_frames))
+    samples = stage.training.micro_batch if paper is None else paper.samples_per_gpu
+    config = with_training(config, number, micro_batch=samples)
+    memory = planner.memory(config, number)
+    training = config.stages[number].training
+    scaling = Scaling(training.zero_stage, assumed.num_gpus, accumulates=False)
+    seconds = predict(
+        memory.step(samples),
+        training,
+        scaling,
+        assumed.device,
+        hfu=assumed.hfu,
+        num_samples=samples,
+        num_micro_batches=1,
+    )
+    return Compared(
+        name=config.name,
+        stage=number,
+        resolution=stage.resolution,
+        num_frames=stage.num_frames,
+        samples_per_gpu=samples,
+        memory_mb=memory.peak(samples, scaling).total / 1e6,
+        seconds_per_iteration=seconds.total,
+        paper=paper,
+    )

@@ -1,0 +1,95 @@
+"""FLOPs of a stage's networks, forward, and what a whole step comes to by the algorithm.
+
+Counted for one sample on the meta device; two per multiply-add. `meta_step` counts a step itself.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.configuration import Config
+from engine.models import build_discriminators, build_generator, draw_frame_indices
+
+
+class Forward(NamedTuple):
+    """GFLOP of one forward pass of one sample; two per multiply-add."""
+
+    generator: float
+    spatial: float
+    temporal: float
+    matching: float
+
+    @property
+    def step(self) -> float:
+        """TFLOP per sample of two D updates and one G update.
+
+        A backward pass costs twice its forward. D update: G forward, D forward and backward on
+        real and fake. G update: G forward and backward, D forward and, for its input only, back.
+        """
+        discriminators = self.spatial + self.temporal + self.matching
+        d_update = self.generator + 2 * 3 * discriminators
+        g_update = 3 * self.generator + 2 * discriminators
+        return (2 * d_update + g_update) / 1e3
+
+
+def count_forward(config: Config, stage_number: int) -> Forward:
+    """Count a stage's networks at their full size."""
+    stage = config.stages[stage_number]
+    with torch.device("meta"):
+        generator = build_generator(config, stage_number)
+        discriminators = build_discriminators(config, stage_number)
+        z, labels, low_or_length = generator_inputs(config, stage_number, 1, generator.latent_size)
+        video = torch.empty(1, stage.num_frames, 3, stage.resolution, stage.resolution)
+        frames = draw_frame_indices(1, stage.num_frames, stage.discriminators.spatial_frames)
+        matching = discriminators.matching
+        return Forward(
+            _gigaflops(generator, z, labels, low_or_length),
+            _gigaflops(discriminators.spatial, video, labels, frames.to("meta")),
+            _gigaflops(discriminators.temporal, video, labels),
+            0.0 if matching is None else _gigaflops(matching, video, labels, low_or_length),
+        )
+
+
+def count_frozen(config: Config, stage_number: int) -> float:
+    """TFLOP per sample and step that the frozen stages before this one add to its own.
+
+    Without a bank they make a video for each window that G upsamples, one per D update and one
+    for G's. A bank's videos are all replaced once in `refresh_every` steps.
+    """
+    training = config.stages[stage_number].training
+    gigaflops = sum(_generator_gigaflops(config, number) for number in range(1, stage_number))
+    bank = training.sample_bank
+    if bank is None:
+        return (training.discriminator_steps + 1) * gigaflops / 1e3
+    return bank.num_videos / bank.refresh_every / training.global_batch * gigaflops / 1e3
+
+
+def generator_inputs(
+    config: Config, stage_number: int, batch: int, latent_size: int
+) -> tuple[Tensor, Tensor | None, Tensor | int]:
+    """A generator's arguments on the current device: z, labels, and x_l or the clip's length."""
+    z = torch.empty(batch, latent_size)
+    labels = torch.empty(batch, dtype=torch.long) if config.data.num_classes else None
+    if stage_number == 1:
+        return z, labels, config.stages[1].num_frames
+    window = config.upsampling(stage_number)
+    return z, labels, torch.empty(batch, window.num_frames, 3, *2 * (window.resolution,))
+
+
+def _generator_gigaflops(config: Config, stage_number: int) -> float:
+    with torch.device("meta"):
+        generator = build_generator(config, stage_number)
+        return _gigaflops(
+            generator, *generator_inputs(config, stage_number, 1, generator.latent_size)
+        )
+
+
+def _gigaflops(network: nn.Module, *args: Any) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        result: Tensor = network(*args)
+    assert result.is_meta
+    assert math.prod(result.shape) > 0
+    return counter.get_total_flops() / 1e9

@@ -1,0 +1,233 @@
+"""A training step of the real networks on the meta device: what it keeps, and what it computes.
+
+The step is `engine.trainer.step.Trainer`'s own, D update and G update, including the frozen stages
+whose windows stage 2 and later upsample. Only DeepSpeed is left out: its memory does not depend on
+the batch and is in `zero_memory`; the gradients that it takes away stand here in `.grad` until the
+update ends.
+
+The same code runs on a CPU with real tensors, which is how the tests hold it against an allocator.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+import kernels
+from engine.configuration import Config
+from engine.models.cascade import Cascade
+from engine.models.construction import (
+    build_discriminators,
+    build_generator,
+    build_joint_generator,
+)
+from engine.models.norms import frame_norms
+from engine.planning.counters import (
+    BACKWARD,
+    FROZEN,
+    ChannelsLastConvolutions,
+    Phases,
+    Update,
+    UpdateBytes,
+    WorkByPhase,
+)
+from engine.planning.live_bytes import PARAMETERS
+from engine.trainer.fakes import (
+    ClipFakes,
+    Fakes,
+    GeneratedWindows,
+    JointFakes,
+    LatentSource,
+    RealWindows,
+    WindowFakes,
+    WindowSource,
+)
+from engine.trainer.reals import Reals
+from engine.trainer.step import Trainer
+
+
+@dataclass
+class Step:
+    """A micro-batch of a step."""
+
+    micro_batch: int
+    discriminator_update: Update
+    generator_update: Update
+    parameter_bytes: int
+    """Of G, D and the frozen stages, with the buffers of spectral norm."""
+    generator_sizes: list[int]
+    """How many values each of G's parameters has, in their order."""
+    discriminator_sizes: list[int]
+
+    @property
+    def updates(self) -> dict[str, Update]:
+        """By the network that is updated."""
+        return {"D": self.discriminator_update, "G": self.generator_update}
+
+
+class Clips(NamedTuple):
+    """One batch of a loader."""
+
+    video_BTCHW: Tensor
+    labels_B: Tensor
+
+
+class EmptyClips:
+    """A loader of clips that nobody filled, channels last in memory as decoded ones are."""
+
+    def __init__(self, config: Config, number: int, device: torch.device) -> None:
+        stage = config.stages[number]
+        self._shape = stage.num_frames, stage.resolution, stage.resolution, 3
+        self._batch, self._device = stage.training.micro_batch, device
+
+    def __next__(self) -> Clips:
+        video = torch.zeros(self._batch, *self._shape, device=self._device)
+        labels = torch.zeros(self._batch, dtype=torch.long, device=self._device)
+        return Clips(video.permute(0, 1, 4, 2, 3), labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """No position."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class PlainEngine:
+    """What `Trainer` needs of DeepSpeed's engine, without an optimizer and other ranks."""
+
+    def __init__(self, module: nn.Module, device: torch.device, phases: "Phases") -> None:
+        self.module, self.device = module, device
+        self._phases = phases
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward pass."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients into `.grad`."""
+        with self._phases.during(BACKWARD):
+            loss.backward()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Every micro-batch is the last."""
+        return True
+
+    def step(self) -> None:
+        """Drop the gradients, where DeepSpeed would use them."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+
+class FrozenWindows:
+    """Windows of the frozen stages, in a phase of their own."""
+
+    def __init__(self, source: WindowSource, phases: Phases) -> None:
+        self._source, self._phases = source, phases
+
+    def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
+        """As the source's."""
+        with self._phases.during(FROZEN):
+            return self._source(batch_size)
+
+
+class MetaStep:
+    """One stage's networks, and the step over them."""
+
+    def __init__(self, config: Config, number: int, device: torch.device | str = "meta") -> None:
+        self._config, self._number, self._device = config, number, torch.device(device)
+        stage = config.stages[number]
+        self._phases = Phases()
+        with torch.device(self._device):
+            build = build_joint_generator if stage.joint else build_generator
+            generator: nn.Module = build(config, number)
+            discriminators = build_discriminators(config, number)
+            frozen = self._frozen()
+        counts = (1,) * (config.data.num_classes or 1)
+        latents = LatentSource(config, counts, seed=0, device=self._device)
+        reals = Reals(EmptyClips(config, number, self._device), config, number)
+        fakes: Fakes = ClipFakes(config, number, latents)
+        if stage.joint:
+            fakes = JointFakes(config, number, latents)
+        elif frozen is not None:
+            windows = FrozenWindows(GeneratedWindows(frozen, number, latents), self._phases)
+            fakes = WindowFakes(number, latents, windows)
+        elif number > 1:
+            fakes = WindowFakes(number, latents, RealWindows(reals))
+        engines = [
+            cast(deepspeed.DeepSpeedEngine, PlainEngine(network, self._device, self._phases))
+            for network in (generator, discriminators)
+        ]
+        # DeepSpeed's part is left out, so there is nothing to gather.
+        training = stage.training.model_copy(update={"zero_stage": 0})
+        self._trainer = Trainer(
+            stage_number=number,
+            stage=stage.model_copy(update={"training": training}),
+            g_engine=engines[0],
+            d_engine=engines[1],
+            fakes=fakes,
+            reals=reals,
+            random=latents.random,
+            accumulation_steps=1,
+            average=None,
+        )
+        self._networks: tuple[nn.Module, ...] = generator, discriminators
+        self._frozen_networks = [] if frozen is None else [frozen]
+
+    def d_step(self) -> object:
+        """D's update."""
+        return self._trainer.d_step()
+
+    def g_step(self) -> object:
+        """G's update."""
+        return self._trainer.g_step()
+
+    def run(self, *, block_bytes: int = 1) -> Step:
+        """One D update and one G update of a micro-batch."""
+        updates, parameter_bytes = [], 0
+        for run in (self.d_step, self.g_step):
+            update = Update()
+            with ExitStack() as stack:
+                stack.enter_context(ChannelsLastConvolutions())  # within: others see its results
+                stack.enter_context(WorkByPhase(update, self._phases))
+                live = UpdateBytes(update, self._phases, block_bytes=block_bytes)
+                stack.enter_context(live)
+                for network in (*self._networks, *self._frozen_networks):
+                    live.register(PARAMETERS, network.parameters())
+                    live.register(PARAMETERS, network.buffers())
+                    live.watch_gradients(network.parameters())
+                run()
+                parameter_bytes = live.now[PARAMETERS]
+            updates.append(update)
+        micro_batch = self._config.stages[self._number].training.micro_batch
+        sizes = [[p.numel() for p in network.parameters()] for network in self._networks]
+        return Step(micro_batch, updates[0], updates[1], parameter_bytes, sizes[0], sizes[1])
+
+    def _frozen(self) -> Cascade | None:
+        """The stages before, on fixed statistics, where they make this one's windows."""
+        stage = self._config.stages[self._number]
+        if self._number == 1 or stage.joint or stage.training.condition_on != "generated":
+            return None
+        generators = [build_generator(self._config, n) for n in range(1, self._number)]
+        for n, generator in enumerate(generators, start=1):
+            num_frames = self._config.stages[n].num_frames
+            for norm in frame_norms(generator).values():
+                channels = norm.gain.normalized.u.numel()
+                norm.fix((torch.zeros(num_frames, channels), torch.ones(num_frames, channels)))
+        return Cascade(generators, self._config).requires_grad_(False)
+
+
+def run_step(
+    config: Config,
+    number: int,
+    *,
+    forms: str = "cuda",
+    device: str = "meta",
+    block_bytes: int = 512,
+) -> Step:
+    """One micro-batch of stage `number` with the operators' forms of `forms`, "cuda" or "cpu"."""
+    with kernels.meta_as(forms):
+        return MetaStep(config, number, device).run(block_bytes=block_bytes)

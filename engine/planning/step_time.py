@@ -1,0 +1,91 @@
+"""How long an iteration should take, from counts and stated rates: a prediction, not a measurement.
+
+The longer of FLOPs at a stated fraction of the device's peak and of all operators' bytes at its
+memory's full rate, and communication after it, none of it hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.configuration import Training
+from engine.planning.counters import FROZEN, Update
+from engine.planning.devices import Device
+from engine.planning.meta_step import Step
+from engine.planning.peak import Scaling, networks_of
+from engine.planning.zero_memory import communicated_bytes
+
+LINK_FRACTION = 0.7
+"""Of a link's rate that collectives reach. Assumed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one sample, in one iteration: all of D's updates and one of G."""
+
+    flops: float
+    frozen_flops: float
+    """More, by the frozen stages that make the windows."""
+    moved_bytes: float
+    """Read and written by operators, one by one."""
+
+
+def work_of(step: Step, training: Training) -> Work:
+    """Counted in `step`, where frozen stages make every window anew, unless there is a bank."""
+    times = {"D": training.discriminator_steps, "G": 1}
+
+    def per_sample(count: Callable[[Update], int]) -> float:
+        return sum(n * count(step.updates[name]) for name, n in times.items()) / step.micro_batch
+
+    frozen_flops = per_sample(lambda update: update.flops[FROZEN])
+    frozen_bytes = per_sample(lambda update: update.moved[FROZEN])
+    flops = per_sample(lambda update: update.flops.total()) - frozen_flops
+    moved = per_sample(lambda update: update.moved.total()) - frozen_bytes
+    part = _made_anew(training)
+    return Work(flops, part * frozen_flops, moved + part * frozen_bytes)
+
+
+def _made_anew(training: Training) -> float:
+    """Videos that the frozen stages make, of one for each window."""
+    bank = training.sample_bank
+    if bank is None:
+        return 1.0
+    windows = (training.discriminator_steps + 1) * training.global_batch
+    return bank.num_videos / bank.refresh_every / windows
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Per iteration."""
+
+    computing: float
+    moving: float
+    communicating: float
+
+    @property
+    def total(self) -> float:
+        """What is predicted."""
+        return max(self.computing, self.moving) + self.communicating
+
+
+def predict(
+    step: Step,
+    training: Training,
+    scaling: Scaling,
+    device: Device,
+    *,
+    hfu: float,
+    num_samples: int,
+    num_micro_batches: int,
+) -> Seconds:
+    """An iteration of `num_samples` on every rank."""
+    work = work_of(step, training)
+    networks = networks_of(step, training, scaling)
+    sent = training.discriminator_steps * communicated_bytes(
+        networks["D"], num_micro_batches
+    ) + communicated_bytes(networks["G"], num_micro_batches)
+    flops = num_samples * (work.flops + work.frozen_flops)
+    return Seconds(
+        computing=flops / (hfu * device.tflops(training.precision) * 1e12),
+        moving=num_samples * work.moved_bytes / (device.bandwidth_gb_per_second * 1e9),
+        communicating=sent / (LINK_FRACTION * device.link_gb_per_second * 1e9),
+    )

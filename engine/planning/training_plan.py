@@ -1,0 +1,140 @@
+"""The whole plan of a stage: what `engine/plan.py` prints."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.configuration import Config
+from engine.models.activation_checkpointing import Checkpointing
+from engine.planning.assumptions import Assumptions, checked, share_of
+from engine.planning.meta_step import Step, run_step
+from engine.planning.peak import Peak, Scaling
+from engine.planning.stage_memory import StageMemory, with_training
+from engine.planning.step_time import Seconds, Work, predict, work_of
+from engine.planning.zero_memory import ZERO_STAGES
+
+MODES: tuple[Checkpointing, ...] = ("none", "norms", "blocks")
+SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest micro-batch that fits."""
+
+    micro_batch: int
+    accumulation: int
+    peak_bytes: int
+    """At most."""
+    seconds: Seconds
+    days: float
+    """For all of training.iterations."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train the stage."""
+
+    zero_stage: int
+    checkpointing: str
+    peak: Peak
+    """At the configured micro-batch."""
+    fits: bool
+    largest: Largest | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one stage on some GPUs."""
+
+    config: Config
+    number: int
+    assumptions: Assumptions
+    share: int
+    """Samples of a GPU per update."""
+    generator_parameters: int
+    discriminator_parameters: int
+    work: dict[str, Work]
+    """Of a sample and iteration, by way of checkpointing."""
+    rows: list[Row]
+
+
+Say = Callable[[str], None]
+
+
+class Planner:
+    """Counts steps once and makes plans of them; `say` is told what is being counted."""
+
+    def __init__(self, assumptions: Assumptions, say: Say) -> None:
+        self._assumptions, self._say = assumptions, say
+        self._steps: dict[tuple[str, int], Step] = {}
+
+    def plan(self, config: Config, number: int) -> Plan:
+        """Every ZeRO stage and way of checkpointing. Raises UserError."""
+        config = checked(config, number, self._assumptions)
+        training = config.stages[number].training
+        share = share_of(config, number, self._assumptions.num_gpus)
+        memories = {
+            mode: self.memory(with_training(config, number, checkpointing=mode), number)
+            for mode in MODES
+        }
+        for memory in memories.values():
+            for micro_batch in sorted({training.micro_batch, share}):
+                memory.step(micro_batch)
+        counted = memories["norms"].step(share)
+        return Plan(
+            config=config,
+            number=number,
+            assumptions=self._assumptions,
+            share=share,
+            generator_parameters=sum(counted.generator_sizes),
+            discriminator_parameters=sum(counted.discriminator_sizes),
+            work={mode: work_of(memory.step(share), training) for mode, memory in memories.items()},
+            rows=[
+                self._row(memory, mode, zero_stage, share)
+                for zero_stage in ZERO_STAGES
+                for mode, memory in memories.items()
+            ],
+        )
+
+    def memory(self, config: Config, number: int) -> StageMemory:
+        """Which tells when it counts."""
+
+        def run(config: Config, number: int) -> Step:
+            key = config.model_dump_json(), number
+            if key not in self._steps:
+                training = config.stages[number].training
+                self._say(
+                    f"counting a step of {config.name}, stage {number}: checkpointing "
+                    f"{training.checkpointing}, micro-batch {training.micro_batch}"
+                )
+                self._steps[key] = run_step(config, number)
+            return self._steps[key]
+
+        return StageMemory(config, number, {}, run)
+
+    def _row(self, memory: StageMemory, mode: str, zero_stage: int, share: int) -> Row:
+        assumed, training = self._assumptions, memory.config.stages[memory.number].training
+        micro_batch = training.micro_batch
+        scaling = Scaling(zero_stage, assumed.num_gpus, micro_batch < share)
+        peak = memory.peak(micro_batch, scaling)
+        fits = peak.total <= assumed.limit_bytes
+        found = memory.largest(share, scaling, assumed.limit_bytes)
+        if found is None:
+            return Row(zero_stage, mode, peak, fits, None)
+        scaling = scaling._replace(accumulates=found < share)
+        seconds = predict(
+            memory.step(share),
+            training,
+            scaling,
+            assumed.device,
+            hfu=assumed.hfu,
+            num_samples=share,
+            num_micro_batches=share // found,
+        )
+        largest = Largest(
+            micro_batch=found,
+            accumulation=share // found,
+            peak_bytes=memory.bound(found, scaling),
+            seconds=seconds,
+            days=seconds.total * training.iterations / SECONDS_PER_DAY,
+        )
+        return Row(zero_stage, mode, peak, fits, largest)

@@ -1,0 +1,169 @@
+"""What DeepSpeed allocates for one network on one rank, beside the network's activations.
+
+DeepSpeed 0.19.8 with fp32 weights, the settings of `engine.trainer.deepspeed_engines` and a fused
+Adam, which needs no memory of its own in an update. Taken from its source and held against what it
+really allocates by a test. In bytes, with P all weights, p = P / ranks a rank's partition, q the
+gradients of all weights that a partition touches, and B a bucket that gradients are copied into to
+be reduced:
+
+| ZeRO | at rest               | gradients in a backward pass      | from its end on       |
+|------|-----------------------|-----------------------------------|-----------------------|
+| 0    | P, moments 2P         | what there is, up to P            | P, and P to reduce it |
+| 1    | P, copy p, moments 2p | what there is, and B              | P + B or P + q        |
+| 2    | as 1                  | B, and up to q; accumulated q     | q + p                 |
+| 3    | 3p, moments 2p, B     | no more; all weights P gathered   | p                     |
+
+With accumulated micro-batches the gradients of the first are there during the others' passes. With
+the optimizer offloaded the copy, the moments and the gradients to apply are in main memory.
+
+At ZeRO-3 whatever layers gather stays until the backward pass: DeepSpeed keeps up to 10^9 values
+that will be used again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from engine.configuration import Training
+from engine.trainer.deepspeed_engines import deepspeed_settings
+
+VALUE_BYTES = 4  # fp32
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class ZeroMemory:
+    """Bytes of one network on one rank. `sizes` are its weights' numbers of values.
+
+    Order matters: partitions are cut from all of them in a row.
+    """
+
+    sizes: Sequence[int]
+    zero_stage: int
+    num_ranks: int
+    bucket_bytes: int
+    accumulates: bool = False
+    """Whether an update has more than one micro-batch."""
+    offload: bool = False
+    """Adam and its state in main memory."""
+    rank: int | None = None
+    """None is the one that holds most."""
+
+    @property
+    def whole(self) -> int:
+        """P."""
+        return VALUE_BYTES * sum(self.sizes)
+
+    @property
+    def partition(self) -> int:
+        """p."""
+        return VALUE_BYTES * self._partition_values
+
+    @property
+    def _partition_values(self) -> int:
+        # Every rank's begins at a multiple of two values.
+        return 2 * -(-sum(self.sizes) // (2 * self.num_ranks))
+
+    @property
+    def touched(self) -> int:
+        """q."""
+        cut, ends = self._partition_values, list(accumulate(self.sizes))
+        ranks = range(self.num_ranks) if self.rank is None else (self.rank,)
+        return VALUE_BYTES * max(
+            sum(
+                size
+                for size, end in zip(self.sizes, ends, strict=True)
+                if end - size < (rank + 1) * cut and end > rank * cut
+            )
+            for rank in ranks
+        )
+
+    @property
+    def largest(self) -> int:
+        """Of the largest weight."""
+        return VALUE_BYTES * max(self.sizes)
+
+    @property
+    def weights(self) -> int:
+        """On the device, always: the weights that layers read, or this rank's part of them."""
+        return self.partition if self.zero_stage == 3 else self.whole
+
+    @property
+    def optimizer(self) -> int:
+        """On the device, always: a copy of the weights that Adam updates, its moments, buffers."""
+        match self.zero_stage:
+            case 0:
+                return 2 * self.whole
+            case 3:
+                return self.bucket_bytes + (0 if self.offload else 4 * self.partition)
+            case _:
+                return self.largest if self.offload else 3 * self.partition
+
+    @property
+    def host(self) -> int:
+        """In main memory, with the optimizer offloaded."""
+        if not self.offload:
+            return 0
+        accumulated = self.touched if self.accumulates and self.zero_stage == 2 else 0
+        return 5 * self.partition + accumulated + (0 if self.zero_stage == 3 else self.largest)
+
+    @property
+    def gathered(self) -> int:
+        """Whole weights that a pass gathers, at most."""
+        return self.whole if self.zero_stage == 3 and self.num_ranks > 1 else 0
+
+    def gradients(self, num_bytes: int) -> int:
+        """What there is in place of so many bytes of gradients in `.grad`, during the passes."""
+        begun = num_bytes > 0 or self.accumulates
+        match self.zero_stage:
+            case 0:
+                return self.whole if self.accumulates else num_bytes
+            case 1:
+                there = self.whole if self.accumulates else num_bytes
+                return there + (self.bucket_bytes if begun else 0)
+            case 2:
+                earlier = self.touched if self.accumulates and not self.offload else 0
+                kept = 0 if self.offload else min(num_bytes, self.touched)
+                return earlier + kept + (self.bucket_bytes if begun else 0)
+            case _:
+                return 0
+
+    @property
+    def update(self) -> int:
+        """The most that there is, beside what rests, from the last backward pass on."""
+        applied = self.touched + self.partition  # in one piece, as Adam takes them
+        match self.zero_stage:
+            case 0:
+                return 2 * self.whole
+            case 1:
+                # Bucket by bucket gradients move into it, and those of the partition out of it.
+                slack = min(self.largest, self.bucket_bytes)
+                kept = 0 if self.offload else self.touched + slack
+                reduced = max(self.whole + self.bucket_bytes, self.whole + kept)
+                return reduced if self.offload else max(reduced, applied)
+            case 2:
+                return self.bucket_bytes if self.offload else applied
+            case _:
+                return self.largest if self.offload else self.partition
+
+
+def bucket_bytes(training: Training) -> int:
+    """B, as the trainer sets it."""
+    settings = deepspeed_settings(training, world_size=1, accumulation_steps=1)
+    return VALUE_BYTES * int(settings["zero_optimization"]["reduce_bucket_size"])
+
+
+def communicated_bytes(memory: ZeroMemory, num_micro_batches: int) -> float:
+    """Bytes that a rank sends for one update of the network, in rings.
+
+    A reduction to everyone is 2 P, one to each its own or a gathering P, each less the own share.
+    """
+    passes = {
+        0: 2,  # all-reduce
+        1: 3,  # all-reduce of gradients, gathering of weights
+        2: 2 * num_micro_batches + 1,
+        # Reduce-scatter; weights for the pass, once more for spectral norm.
+        3: (1 + 1) * num_micro_batches + 1,
+    }
+    share = 1 - 1 / memory.num_ranks
+    return passes[memory.zero_stage] * memory.whole * share

@@ -1,0 +1,141 @@
+"""The plain PyTorch build that the engine is measured against is of the same networks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_networks import clip_generator, discriminators, upsampling_generator
+from torch import Tensor, nn
+
+import kernels
+from benchmarks.plain import INSTALLED, PlainOperators
+from benchmarks.trainers import make_trainer, plain_engines, stage_builder, trainer_around
+from engine.configuration import load_config
+from engine.models import update_spectral_norm
+from engine.models.layers import SpectralWeight, spectral_weights
+from engine.trainer.ranks import Ranks
+
+LABELS = torch.tensor([1, 3])
+
+
+def network(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A small network whose weights have singular values other than 1, and a pass of it."""
+    random = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    z, low, video = draw(2, 16), draw(2, 2, 3, 8, 8), draw(2, 4, 3, 16, 16)
+    torch.manual_seed(0)
+    build: dict[str, Callable[..., nn.Module]] = {
+        "clip": clip_generator, "upsampling": upsampling_generator, "D": discriminators
+    }  # fmt: skip
+    made = build[name](num_classes=5)
+    with torch.no_grad():
+        for weight in spectral_weights(made):
+            weight.weight.mul_(draw(1).exp())  # still orthogonal: any u that is an image of W stays
+        for parameter in made.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(generator=random)
+    update_spectral_norm(made, num_iterations=2)
+    inputs: dict[str, tuple[Any, ...]] = {
+        "clip": (z, LABELS, 3),
+        "upsampling": (z, LABELS, low),
+        "D": (video, LABELS, low, torch.tensor([[0, 2], [1, 3]])),
+    }
+    if name == "D":
+        return made, lambda: made(*inputs[name]).all
+    return made, lambda: made(*inputs[name])
+
+
+def outcome(made: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
+    """Of one pass: its result, and the gradient of every parameter for the same upstream."""
+    y = run()
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    return [y.detach(), *torch.autograd.grad(y, list(made.parameters()), dy)]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("name", ["clip", "upsampling", "D"])
+def test_plain_networks_are_the_same_networks(name: str, channels_last: bool) -> None:
+    made, run = network(name)
+    expected = outcome(made, run)
+    with PlainOperators(channels_last=channels_last).installed():
+        got = outcome(made, run)
+    # Some 30 layers of sums of up to 600 terms, each off by √600 roundings of fp32.
+    rounding = 600**0.5 * torch.finfo(torch.float32).eps
+    # A bias in front of a norm has a gradient of zero: a sum of others that cancel.
+    cancelled = rounding * max(gradient.norm().item() for gradient in expected[1:])
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 30 * rounding * b.norm() + cancelled
+
+
+def test_installed_only_within_the_context() -> None:
+    before = {name: getattr(kernels, name) for name in INSTALLED}
+    with PlainOperators(channels_last=True).installed():
+        assert all(getattr(kernels, name) != before[name] for name in INSTALLED)
+    assert {name: getattr(kernels, name) for name in INSTALLED} == before
+
+
+def test_time_is_pooled_too_where_asked() -> None:
+    x, operators = torch.randn(1, 4, 2, 4, 4), PlainOperators(channels_last=False)
+    expected = x.view(1, 2, 2, 2, 2, 2, 2, 2).mean((2, 5, 7))  # [B, T, 2, C, H, 2, W, 2]
+    torch.testing.assert_close(operators.average_pool(x, (2, 2, 2)), expected)
+
+
+def test_every_training_pass_iterates_and_no_other() -> None:
+    """Against the largest singular value by LAPACK, of a matrix that is not orthogonal."""
+    torch.manual_seed(0)
+    weight = SpectralWeight(12, 3, 3, 8)
+    nn.init.normal_(weight.weight)
+    nn.init.normal_(weight.u)
+    with PlainOperators(channels_last=True).installed():
+        weight.requires_grad_(False)
+        u = weight.u.clone()
+        weight()
+        assert torch.equal(weight.u, u)
+        weight.requires_grad_(True)
+        for _ in range(300):
+            normalized = weight()
+    # (s₂/s₁)²⁰⁰ is what is left of the start after 300 steps; s₂/s₁ is 0.93 here.
+    largest = torch.linalg.svdvals(weight.weight.flatten(1))[0]
+    torch.testing.assert_close(normalized, weight.weight / largest, rtol=1e-5, atol=1e-7)
+
+
+def test_plain_adam_takes_the_step_that_deepspeed_takes(tiny: Any, ranks: Ranks) -> None:
+    """Both on the engine's operators, from the same weights, on the same random numbers."""
+    config = load_config(tiny.config_file, ["training.zero_stage=0"])
+    theirs = make_trainer(config, 1, ranks)
+    builder = stage_builder(config, 1, ranks)
+    engines = plain_engines(builder)
+    for engine, other in zip(engines, (theirs.g_engine, theirs.d_engine), strict=True):
+        engine.module.load_state_dict(other.module.state_dict())
+    torch.manual_seed(4)  # the clips
+    plain = trainer_around(builder, *engines)
+    theirs._reals = plain._reals
+    before = [weights_of(engine.module) for engine in engines]
+    expected, got = theirs.train_step(), plain.train_step()
+    assert got == pytest.approx(expected, rel=1e-5)
+    others = theirs.g_engine.module, theirs.d_engine.module
+    for start, engine, other in zip(before, engines, others, strict=True):
+        a, b = weights_of(engine.module), weights_of(other)
+        # Where a gradient is rounding alone Adam moves by the learning rate in any direction, as
+        # biases in front of a norm do, and a few of the weights.
+        assert (a - b).norm() <= 1e-3 * (b - start).norm()
+        assert (b - start).norm() > 0
+
+
+def weights_of(network: nn.Module) -> Tensor:
+    """Copies of all that are not biases, in a row."""
+    return torch.cat([p.detach().flatten() for p in network.parameters() if p.ndim > 1])
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph() -> None:
+    """A graph that breaks would leave the network eager, and the comparison a pretence."""
+    made, run = network("upsampling")
+    with PlainOperators(channels_last=True).installed():
+        expected = run()
+        made.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(), expected)
