@@ -7,8 +7,8 @@ so that checkpointed, repeated and accumulated passes all see one and the same Ï
 divides all its weights at once, in `normalized_weights`, where there is an operator for that.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import kernels
 
+_one_by_one = False
 _INITIAL_ITERATIONS = 3  # an orthogonal matrix has Ïƒ = 1 for any u, so few are plenty
 
 
@@ -101,10 +102,13 @@ def normalized_weights(
     end of the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
 
     Nothing is prepared, and every layer divides its own weight, where "auto" would run the
-    reference, which is no faster for a list; and where weights are partitioned (ZeRO-3): those are
+    reference, which is no faster for a list; where weights are partitioned (ZeRO-3): those are
     whole only inside their own module's forward and backward, also if they happen to be gathered
-    now. A layer that is asked for another dtype than was prepared divides its own, too.
+    now; and inside `divided_one_by_one`. A layer that is asked for another dtype than was prepared
+    divides its own, too.
     """
+    if _one_by_one:
+        return NormalizedWeights({})
     if impl is None:
         weight = next(network.parameters())
         choices = kernels.implementations(weight.device, weight.dtype)
@@ -122,6 +126,17 @@ def normalized_weights(
         impl=impl,
     )
     return NormalizedWeights(dict(zip(layers, prepared, strict=True)))
+
+
+@contextmanager
+def divided_one_by_one() -> Iterator[None]:
+    """Within this context no pass prepares its weights: every layer divides its own."""
+    global _one_by_one
+    before, _one_by_one = _one_by_one, True
+    try:
+        yield
+    finally:
+        _one_by_one = before
 
 
 def prepared_weights(module: nn.Module) -> NormalizedWeights:

@@ -20,6 +20,7 @@ from engine.models.layers import (
     Convolution,
     Embedding,
     SpectralWeight,
+    divided_one_by_one,
     normalized_weights,
     spectral_weights,
     update_spectral_norm,
@@ -270,6 +271,10 @@ def test_on_the_meta_device_they_are_prepared_in_their_dtypes() -> None:
     assert kept == expected
     assert {tensor.dtype for tensor in prepared.values()} == {torch.float32, torch.bfloat16}
     assert nothing_prepared(network)
+    with divided_one_by_one(), normalized_weights(network, torch.bfloat16):
+        assert nothing_prepared(network)
+    with normalized_weights(network, torch.bfloat16):
+        assert not nothing_prepared(network)
 
 
 def test_what_a_layer_gets() -> None:
