@@ -109,7 +109,7 @@ class Training(Section):
         0.999,
     )
     adam: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
-    """Whose fused Adam; auto is PyTorch's. The others are alternatives on GPUs."""
+    """Whose fused Adam (engine/trainer/adam.py); auto is PyTorch's, which is on every device."""
     max_gradient_norm: PositiveFloat | None = None
     """Scale larger gradients down to this norm; the paper does not."""
     precision: Literal["fp32", "bf16"] = "fp32"

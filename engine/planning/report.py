@@ -59,12 +59,13 @@ def _heading(plan: Plan) -> str:
     flops = ", ".join(f"{mode} {work.flops / 1e12:.3g}" for mode, work in plan.work.items())
     used: Work = plan.work[training.checkpointing]
     frozen = f"; the frozen stages {used.frozen_flops / 1e12:.3g} more" if used.frozen_flops else ""
+    gpus = "1 GPU" if assumed.num_gpus == 1 else f"{assumed.num_gpus} GPUs"
     return "\n".join(
         (
             f"stage {plan.number} of {plan.config.name}: {stage.resolution}x{stage.resolution}, "
             f"{stage.num_frames} frames, {training.precision}; "
             f"{assumed.num_gpus} x {assumed.device.title} of {assumed.device.memory_gb:g} GB",
-            f"batch {training.global_batch} = {assumed.num_gpus} GPUs x {plan.share} samples; "
+            f"batch {training.global_batch} = {gpus} x {plan.share} samples; "
             f"configured: micro-batch {training.micro_batch}, ZeRO-{training.zero_stage}, "
             f"checkpointing {training.checkpointing}",
             f"parameters: G {plan.generator_parameters / 1e6:.1f} M, "

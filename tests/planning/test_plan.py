@@ -218,7 +218,7 @@ def test_text_and_comparison(plan: Plan, tmp_path: Path) -> None:
     limits = ["--gpu-memory", "0.2", "--reserve", "0"]
     finished = plan("--stage", "1", *limits, "--against", str(baseline))
     assert finished.code == 0, finished.err
-    assert "batch 4 = 1 GPUs x 4 samples; configured: micro-batch 4, ZeRO-1" in finished.out
+    assert "batch 4 = 1 GPU x 4 samples; configured: micro-batch 4, ZeRO-1" in finished.out
     table = [line.split() for line in finished.out.splitlines()]
     assert ["0", "norms"] in [line[:2] for line in table]
     # A bucket of 0.2 GB leaves nothing at ZeRO-1; at ZeRO-0 there is none.
