@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+import kernels.flop_formulas  # FLOPs of our own operators, for PyTorch's counter
 from engine.configuration import Config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.layers import SpectralWeight, spectral_weights

@@ -3,8 +3,10 @@
 import contextlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import UserError
+from engine.models.construction import compute_dtype
 from engine.trainer.checkpoints import CHECKPOINTS, PREVIOUS, step_name
 from engine.trainer.console import Console
 from engine.trainer.interruption import Interruption
@@ -19,6 +21,9 @@ from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
 from engine.video.dataset import describe
 from engine.video.index import VideoIndex
+
+if TYPE_CHECKING:
+    from engine.trainer.profiling import StepProfile
 
 
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
@@ -127,6 +132,7 @@ class _Run:
         if trainer.step >= last_step:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
             return checkpoint
+        profile = self._profile(last_step - trainer.step)
         logbook = Logbook(self._folder, resumed_at=trainer.step) if self._ranks.is_main else None
         progress = self._console.progress(trainer.step, last_step, f"stage {self._builder.number}")
         if trainer.step == 0:
@@ -134,7 +140,7 @@ class _Run:
         # Seconds are averaged over the steps since the last logged one.
         began, began_step = time.monotonic(), trainer.step
         while trainer.step < last_step:
-            measures = trainer.train_step()
+            measures = profile.train_step() if profile else trainer.train_step()
             step = trainer.step
             progress.update(step, measures)
             stopping = step == last_step or self._ranks.any(self._interruption.requested)
@@ -154,11 +160,38 @@ class _Run:
             if stopping:
                 break
         progress.close()
+        if profile:
+            profile.close()
         if logbook:
             logbook.close()
         if trainer.step < last_step:
             self._console.say(f"interrupted: saved {checkpoint}; --resume auto goes on")
         return checkpoint
+
+    def _profile(self, num_steps_left: int) -> "StepProfile | None":
+        """What rank 0 looks at its first steps with, if that is asked for."""
+        num_steps = self._options.profile_steps
+        if num_steps is None:
+            return None
+        from engine.trainer.profiling import NUM_STEPS_BEFORE, StepProfile
+
+        needed = NUM_STEPS_BEFORE + num_steps
+        if num_steps_left < needed:
+            raise UserError(
+                f"--profile {num_steps} takes {needed} steps, {num_steps_left} are left; "
+                "raise --max-steps"
+            )
+        if not self._ranks.is_main:
+            return None
+        profile = StepProfile(
+            self._trainer,
+            self._folder,
+            num_steps=num_steps,
+            title=f"{self._config.name}, stage {self._builder.number}, one step of rank 0",
+            dtype=compute_dtype(self._stage),
+        )
+        self._console.say(f"profile: {profile.folder}, after {needed} steps")
+        return profile
 
     def _newest_whole(self) -> int:
         """Position in `resume_from` of the first checkpoint that verifies; its length if none."""
