@@ -1,7 +1,7 @@
 """Who this process is among the ranks, and on which device.
 
-`deepspeed`, `torchrun` and SLURM launchers set RANK, WORLD_SIZE and LOCAL_RANK; without them the
-process is a job of one.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE and LOCAL_RANK; SLURM's `srun` numbers its tasks in
+variables of its own. Without any of them the process is a job of one.
 """
 
 import os
@@ -12,6 +12,8 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,28 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> "Ranks":
-        """Read the launcher's variables; nothing is connected yet."""
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
-        return Ranks(
-            rank=int(os.environ.get("RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            local_rank=local_rank,
-            device=torch.device(device),
+        """Read the launcher's variables; nothing is connected yet.
+
+        Raises UserError where `srun` started several tasks that cannot find each other.
+        """
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+            missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+            if missing:
+                raise UserError(
+                    f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without "
+                    f"{' and '.join(missing)}: export them, or start torchrun once per node"
+                )
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default))
+            for name, default in zip(names, (0, 1, 0), strict=True)
         )
+        if num_gpus == 1:  # a task that was given its own GPU sees no other
+            local_rank = 0
+        device = torch.device("cuda", local_rank) if num_gpus else torch.device("cpu")
+        return Ranks(rank, world_size, local_rank, device)
 
     def connect(self) -> None:
         """Join the process group: NCCL on GPUs, gloo on CPUs."""

@@ -16,6 +16,7 @@ from engine.trainer.previous import copy_previous, freeze_previous, load_previou
 from engine.trainer.ranks import Ranks
 from engine.trainer.reals import Reals
 from engine.trainer.run_state import apply_optimizer_settings, load_run, save_run
+from engine.trainer.shared_folder import check_shared
 from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
     """Train to the last step; returns the last checkpoint's path. Ranks must be connected."""
+    check_shared(plan.options.folder, ranks)
     stage = plan.config.stages[plan.options.stage_number]
     facts = describe(index, plan.config.data, stage.num_source_frames)
     builder = StageBuilder(plan.config, plan.options.stage_number, ranks, facts)
@@ -133,7 +135,10 @@ class _Run:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
             return checkpoint
         profile = self._profile(last_step - trainer.step)
-        logbook = Logbook(self._folder, resumed_at=trainer.step) if self._ranks.is_main else None
+        logbook = None
+        if self._ranks.is_main:
+            device = self._ranks.device
+            logbook = Logbook(self._folder, resumed_at=trainer.step, device=device)
         progress = self._console.progress(trainer.step, last_step, f"stage {self._builder.number}")
         if trainer.step == 0:
             self._snapshots.write(trainer, logbook)
