@@ -36,23 +36,26 @@ class Ranks:
 
         Raises UserError where `srun` started several tasks that cannot find each other.
         """
-        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        environment = os.environ
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-        if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        by_srun = "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        if by_srun:
             names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
-            missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
             if missing:
                 raise UserError(
-                    f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks without "
+                    f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks without "
                     f"{' and '.join(missing)}: export them, or start torchrun once per node"
                 )
         rank, world_size, local_rank = (
-            int(os.environ.get(name, default))
+            int(environment.get(name, default))
             for name, default in zip(names, (0, 1, 0), strict=True)
         )
-        if num_gpus == 1:  # a task that was given its own GPU sees no other
-            local_rank = 0
-        device = torch.device("cuda", local_rank) if num_gpus else torch.device("cpu")
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if by_srun and torch.cuda.device_count() == 1:  # a task that sees its own GPU only
+                local_rank = 0
+            device = torch.device("cuda", local_rank)
         return Ranks(rank, world_size, local_rank, device)
 
     def connect(self) -> None:
