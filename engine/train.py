@@ -82,10 +82,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="stop when N generator updates are done in all, fewer or more than the default, "
         "training.iterations",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=2,
+        metavar="STEPS",
+        help="write a trace, memory and a table of every module's time, FLOPs, bytes and HFU of "
+        "rank 0 to OUT/stageN/profile, from STEPS steps (%(const)s) soon after the start; then "
+        "train on",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     options = parser.parse_args(arguments)
     if options.max_steps is not None and options.max_steps < 1:
         parser.error("--max-steps must be at least 1")
+    if options.profile is not None and options.profile < 1:
+        parser.error("--profile must time at least 1 step")
     return options
 
 
@@ -133,6 +145,7 @@ def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
         resume=options.resume,
         previous=options.previous,
         max_steps=options.max_steps,
+        profile_steps=options.profile,
     )
     return plan_run(config, run_options, ranks)
 

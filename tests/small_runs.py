@@ -256,7 +256,10 @@ def contents(checkpoint: Path) -> dict[str, Any]:
         }
 
 
-MEASURED = ("seconds_per_step", "clips_per_second", "memory_MB")
+MEASURED = (
+    *("seconds_per_step", "clips_per_second", "memory_MB"),
+    *("gpu_memory_MB", "gpu_utilization", "gpu_clock_MHz", "gpu_power_W"),
+)
 
 
 def logged(stage_folder: Path) -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import kernels.flop_formulas  # noqa: F401 — our own operators, for the registry
 from engine.planning.live_bytes import ACTIVATIONS, GRADIENTS, LiveBytes, tensors_in
 
 FROZEN, FORWARD, BACKWARD = "frozen stages", "forward", "backward"

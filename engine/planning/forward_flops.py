@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels.flop_formulas  # noqa: F401 — our own operators, for the counter
 from engine.configuration import Config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 

@@ -11,24 +11,28 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from engine.trainer.gpu_monitor import GpuMonitor
+
 
 class Logbook:
-    """The log of one stage's run, written by rank 0.
+    """The log of one stage's run, written by rank 0; with what rank 0's GPU says, if it has one.
 
     `log.jsonl` has an object per logged step. On resuming at step N the lines after N, which a
     run that was cut off left behind, are taken out, so that each step stands there once.
     """
 
-    def __init__(self, folder: Path, *, resumed_at: int) -> None:
+    def __init__(self, folder: Path, *, resumed_at: int, device: torch.device) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
         if self.path.exists():
             self._truncate(resumed_at)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+        self._gpu = GpuMonitor(device)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Log one step."""
+        values = values | self._gpu.read()
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -46,6 +50,7 @@ class Logbook:
 
     def close(self) -> None:
         """Flush and close."""
+        self._gpu.close()
         self._file.close()
         self._board.close()
 

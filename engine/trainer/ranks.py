@@ -1,7 +1,7 @@
 """Who this process is among the ranks, and on which device.
 
-`deepspeed`, `torchrun` and SLURM launchers set RANK, WORLD_SIZE and LOCAL_RANK; without them the
-process is a job of one.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE and LOCAL_RANK; SLURM's `srun` numbers its tasks in
+variables of its own. Without any of them the process is a job of one.
 """
 
 import os
@@ -12,6 +12,8 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from engine.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,31 @@ class Ranks:
 
     @staticmethod
     def from_environment() -> "Ranks":
-        """Read the launcher's variables; nothing is connected yet."""
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else "cpu"
-        return Ranks(
-            rank=int(os.environ.get("RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            local_rank=local_rank,
-            device=torch.device(device),
+        """Read the launcher's variables; nothing is connected yet.
+
+        Raises UserError where `srun` started several tasks that cannot find each other.
+        """
+        environment = os.environ
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        by_srun = "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        if by_srun:
+            names = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+            if missing:
+                raise UserError(
+                    f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks without "
+                    f"{' and '.join(missing)}: export them, or start torchrun once per node"
+                )
+        rank, world_size, local_rank = (
+            int(environment.get(name, default))
+            for name, default in zip(names, (0, 1, 0), strict=True)
         )
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if by_srun and torch.cuda.device_count() == 1:  # a task that sees its own GPU only
+                local_rank = 0
+            device = torch.device("cuda", local_rank)
+        return Ranks(rank, world_size, local_rank, device)
 
     def connect(self) -> None:
         """Join the process group: NCCL on GPUs, gloo on CPUs."""

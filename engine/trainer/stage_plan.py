@@ -36,6 +36,8 @@ class RunOptions:
     previous: Path | None = None
     max_steps: int | None = None
     """Stop when this many generator updates are done in all."""
+    profile_steps: int | None = None
+    """How many steps a profile times; None without one."""
 
     @property
     def folder(self) -> Path:

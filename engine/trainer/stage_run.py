@@ -3,8 +3,10 @@
 import contextlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.errors import UserError
+from engine.models.construction import compute_dtype
 from engine.trainer.acceleration import accelerate
 from engine.trainer.checkpoints import CHECKPOINTS, PREVIOUS, step_name
 from engine.trainer.console import Console
@@ -15,15 +17,20 @@ from engine.trainer.previous import copy_previous, freeze_previous, load_previou
 from engine.trainer.ranks import Ranks
 from engine.trainer.reals import Reals
 from engine.trainer.run_state import apply_optimizer_settings, load_run, save_run
+from engine.trainer.shared_folder import check_shared
 from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
 from engine.video.dataset import describe
 from engine.video.index import VideoIndex
 
+if TYPE_CHECKING:
+    from engine.trainer.profiling import StepProfile
+
 
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
     """Train to the last step; returns the last checkpoint's path. Ranks must be connected."""
+    check_shared(plan.options.folder, ranks)
     stage = plan.config.stages[plan.options.stage_number]
     facts = describe(index, plan.config.data, stage.num_source_frames)
     builder = StageBuilder(plan.config, plan.options.stage_number, ranks, facts)
@@ -132,14 +139,18 @@ class _Run:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
             return checkpoint
         self._fill_bank()
-        logbook = Logbook(self._folder, resumed_at=trainer.step) if self._ranks.is_main else None
+        profile = self._profile(last_step - trainer.step)
+        logbook = None
+        if self._ranks.is_main:
+            device = self._ranks.device
+            logbook = Logbook(self._folder, resumed_at=trainer.step, device=device)
         progress = self._console.progress(trainer.step, last_step, f"stage {self._builder.number}")
         if trainer.step == 0:
             self._snapshots.write(trainer, logbook)
         # Seconds are averaged over the steps since the last logged one.
         began, began_step = time.monotonic(), trainer.step
         while trainer.step < last_step:
-            measures = trainer.train_step()
+            measures = profile.train_step() if profile else trainer.train_step()
             step = trainer.step
             progress.update(step, measures)
             stopping = step == last_step or self._ranks.any(self._interruption.requested)
@@ -159,6 +170,8 @@ class _Run:
             if stopping:
                 break
         progress.close()
+        if profile:
+            profile.close()
         if logbook:
             logbook.close()
         if trainer.step < last_step:
@@ -179,6 +192,31 @@ class _Run:
         bank.advance(self._trainer.step, on_batch=progress.update)
         progress.close()
         self._console.say(f"bank: drawn in {time.monotonic() - began:.1f} s")
+
+    def _profile(self, num_steps_left: int) -> "StepProfile | None":
+        """What rank 0 looks at its first steps with, if that is asked for."""
+        num_steps = self._options.profile_steps
+        if num_steps is None:
+            return None
+        from engine.trainer.profiling import NUM_STEPS_BEFORE, StepProfile
+
+        needed = NUM_STEPS_BEFORE + num_steps
+        if num_steps_left < needed:
+            raise UserError(
+                f"--profile {num_steps} takes {needed} steps, {num_steps_left} are left; "
+                "raise --max-steps"
+            )
+        if not self._ranks.is_main:
+            return None
+        profile = StepProfile(
+            self._trainer,
+            self._folder,
+            num_steps=num_steps,
+            title=f"{self._config.name}, stage {self._builder.number}, one step of rank 0",
+            dtype=compute_dtype(self._stage),
+        )
+        self._console.say(f"profile: {profile.folder}, after {needed} steps")
+        return profile
 
     def _newest_whole(self) -> int:
         """Position in `resume_from` of the first checkpoint that verifies; its length if none."""

@@ -1,0 +1,166 @@
+"""The profile's table: what a training step spends, by update, by part and by kind of work.
+
+Every row is what its part does itself, without the parts inside it, so the rows of each table add
+up to the step that was measured; what belongs to no part is in the row `rest`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.trainer.profile_counts import Counted
+from engine.trainer.profile_places import BACKWARD, FORWARD, RECOMPUTED, REST, Place
+from engine.trainer.profile_trace import Peak, Times
+
+NOTES = """\
+- Time: {clock}, mean of {num_steps} profiled steps; a row is what the part does itself, without \
+the parts inside it, and all rows together are the step.
+- TFLOP: two per multiply-add of the convolutions and matrix products that were executed, counted \
+in another step.
+- GB: every operator's inputs and outputs once, counted in the same step as the FLOPs: what \
+operators move at least, whatever caches do.
+- HFU: TFLOP / (time · matmul rate); {rate:.4g} TFLOP/s in {dtype}, measured after the profile.
+- MB at peak: allocated by the part during the profiled steps, and alive when most was.
+"""
+CLOCKS = {
+    "cpu": "the main thread's",
+    "cuda": "the device's; a moment in which it does nothing counts for the part the host was in",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one place costs in one step."""
+
+    place: Place
+    seconds: float
+    flops: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """One training step of one rank, in full."""
+
+    device_type: str
+    entries: list[Entry]
+    step_seconds: float
+    """Mean of the profiled steps."""
+    num_steps: int
+    plain_step_seconds: float
+    """Of a step before, without the profiler: what profiling adds is the difference."""
+    matmul_flop_per_s: float
+    matmul_dtype: str
+    peak: Peak
+
+    @staticmethod
+    def of(times: Times, counted: dict[Place, Counted], **others: Any) -> "StepCosts":
+        """Join what was timed and what was counted, in the order in which things happen."""
+        entries = [
+            Entry(
+                place,
+                times.seconds.get(place, 0.0),
+                counted[place].flops if place in counted else 0,
+                counted[place].num_bytes if place in counted else 0,
+            )
+            for place in dict.fromkeys([*times.seconds, *counted])
+        ]
+        entries.sort(key=lambda entry: entry.place.part == REST)
+        return StepCosts(
+            entries=entries, step_seconds=times.step_seconds, num_steps=len(times.steps), **others
+        )
+
+    def grouped(self, key: Callable[[Place], str]) -> dict[str, list[Entry]]:
+        """The entries by some property of their places."""
+        groups: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            groups[key(entry.place)].append(entry)
+        return groups
+
+    def hfu(self, entries: list[Entry]) -> float | None:
+        """Executed FLOPs over what a matmul does in that time; None for those without FLOPs."""
+        flops, seconds = sum(e.flops for e in entries), sum(e.seconds for e in entries)
+        return flops / (seconds * self.matmul_flop_per_s) if flops and seconds else None
+
+    def document(self) -> dict[str, Any]:
+        """For modules.json: times in seconds, bytes, FLOPs."""
+        return {
+            "device": self.device_type,
+            "step_seconds": self.step_seconds,
+            "num_steps": self.num_steps,
+            "plain_step_seconds": self.plain_step_seconds,
+            "matmul_flop_per_s": self.matmul_flop_per_s,
+            "matmul_dtype": self.matmul_dtype,
+            "peak_bytes": self.peak.num_bytes,
+            "peak_bytes_by_part": self.peak.by_part,
+            "entries": [
+                {
+                    **entry.place._asdict(),
+                    "seconds": entry.seconds,
+                    "flops": entry.flops,
+                    "bytes": entry.num_bytes,
+                }
+                for entry in self.entries
+            ],
+        }
+
+    def markdown(self, title: str) -> str:
+        """For people."""
+        total = sum(entry.flops for entry in self.entries) / 1e12
+        notes = NOTES.format(
+            clock=CLOCKS[self.device_type],
+            num_steps=self.num_steps,
+            rate=self.matmul_flop_per_s / 1e12,
+            dtype=self.matmul_dtype,
+        )
+        parts = self.grouped(lambda place: place.part)
+        lines = [
+            f"# {title}",
+            "",
+            f"Step {self.step_seconds * 1e3:.4g} ms under the profiler, "
+            f"{self.plain_step_seconds * 1e3:.4g} ms without it; {total:.4g} TFLOP, HFU "
+            f"{_percent(self.hfu(self.entries))}; {self.peak.num_bytes / 1e6:.4g} MB allocated at "
+            "the peak.",
+            "",
+            notes,
+            *self._table("part", self.grouped(lambda place: _network(place.part))),
+            *self._table("update", self.grouped(lambda place: place.update)),
+            *self._table("kind", self.grouped(lambda place: place.kind)),
+            *self._table("module or part", parts, self.peak.by_part),
+        ]
+        return "\n".join(lines)
+
+    def _table(
+        self, name: str, groups: dict[str, list[Entry]], by_part: dict[str, int] | None = None
+    ) -> list[str]:
+        directions = [FORWARD, BACKWARD]
+        if any(entry.place.direction == RECOMPUTED for entry in self.entries):
+            directions.insert(1, RECOMPUTED)
+        header = [name, *(f"{d} ms" for d in directions), "share", "TFLOP", "GB", "HFU"]
+        header += [] if by_part is None else ["MB at peak"]
+        rows = []
+        for group, entries in [*groups.items(), ("total", self.entries)]:
+            cells = [group]
+            for direction in directions:
+                seconds = sum(e.seconds for e in entries if e.place.direction == direction)
+                cells.append(f"{seconds * 1e3:.2f}")
+            cells.append(_percent(sum(e.seconds for e in entries) / self.step_seconds))
+            cells.append(f"{sum(e.flops for e in entries) / 1e12:.4g}")
+            cells.append(f"{sum(e.num_bytes for e in entries) / 1e9:.4g}")
+            cells.append(_percent(self.hfu(entries)))
+            if by_part is not None:
+                num_bytes = self.peak.num_bytes if group == "total" else by_part.get(group, 0)
+                cells.append(f"{num_bytes / 1e6:.4g}")
+            rows.append(cells)
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def _network(part: str) -> str:
+    """All of G's modules together, and all of D's."""
+    return part.partition(".")[0]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
