@@ -65,14 +65,9 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     Raises UserError with one line.
     """
     number = options.stage_number
-    if number not in config.stages:
-        raise UserError(
-            f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
-        )
-    config = share_among(config, number, ranks.world_size)
+    config = settle_batches(config, options, ranks.world_size)
     stage = config.stages[number]
     condition_on = stage.training.condition_on
-    accumulation_steps(stage.training, ranks.world_size)
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
@@ -128,6 +123,21 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     if condition_on == "data" and (number == 1 or stage.joint):
         plan.notes.append("condition_on=data is not used: this stage upsamples no frozen one")
     return plan
+
+
+def settle_batches(config: Config, options: RunOptions, world_size: int) -> Config:
+    """The configuration as `world_size` ranks run it.
+
+    Raises UserError when there is no such stage, or its batch cannot be shared among the ranks.
+    """
+    number = options.stage_number
+    if number not in config.stages:
+        raise UserError(
+            f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
+        )
+    config = share_among(config, number, world_size)
+    accumulation_steps(config.stages[number].training, world_size)
+    return config
 
 
 def needs_previous(config: Config, number: int) -> bool:
