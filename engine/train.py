@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.trainer.console import Console
 from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
-from engine.trainer.stage_plan import Plan, RunOptions, plan_run
+from engine.trainer.stage_plan import Plan, RunOptions, plan_run, settle_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPILOG = """\
@@ -172,25 +172,37 @@ def rehearse(options: argparse.Namespace, ranks: Ranks) -> None:
             f"--rehearse {options.rehearse} plays all ranks in one process: start it with "
             "python engine/train.py, without a launcher"
         )
-    config = configure(options)
+    config = settle_for_rehearsal(options)
     console = Console(is_main=True)
-    try:
-        with TemporaryDirectory() as folder:
+    for name in ("resume", "previous", "max_steps"):
+        if getattr(options, name) not in (None, "auto"):
+            option = "--" + name.replace("_", "-")
+            console.say(f"note: {option} is not used: a rehearsal is one step from no checkpoint")
+    with TemporaryDirectory() as folder:
+        try:
             console.capture(Path(folder) / "chatter.log")
             from engine.trainer.rehearsal.rehearse import rehearse as rehearse_stage
             from engine.trainer.rehearsal.report import report_lines
+            from engine.trainer.rehearsal.stand_ins import fake_job
 
-            found = rehearse_stage(
-                config,
-                run_options(options, config),
-                options.rehearse,
-                data_asked=options.data is not None,
-                say=console.say,
-            )
+            with fake_job(options.rehearse) as played:
+                found = rehearse_stage(
+                    config,
+                    options.stage,
+                    played,
+                    data_asked=options.data is not None,
+                    say=console.say,
+                )
             for line in report_lines(found):
                 console.say(line)
-    finally:
-        console.release()
+        finally:
+            console.release()
+
+
+def settle_for_rehearsal(options: argparse.Namespace) -> Config:
+    """The configuration as so many ranks run it; no checkpoint is looked for."""
+    config = configure(options)
+    return settle_batches(config, run_options(options, config), options.rehearse)
 
 
 def announce(plan: Plan, ranks: Ranks, console: Console) -> None:

@@ -29,9 +29,7 @@ def partition_of(engine: Any, network: str, zero_stage: int, world_size: int) ->
     else:
         num_parameters = num_whole = sum(p.numel() for p in parameters)
         # Without ZeRO the optimizer updates the parameters themselves, all of them.
-        parts = (
-            parameters if zero_stage == 0 else engine.optimizer.single_partition_of_fp32_groups
-        )
+        parts = parameters if zero_stage == 0 else engine.optimizer.single_partition_of_fp32_groups
     num_partitioned = sum(part.numel() for part in parts)
     num_ranks = 1 if zero_stage == 0 else world_size
     return Partition(

@@ -21,8 +21,8 @@ from engine.trainer.ranks import Ranks
 from engine.trainer.rehearsal.layout import UNKNOWN_HASH, Layout, checkpoint_layout
 from engine.trainer.rehearsal.partitions import Partition, partition_of
 from engine.trainer.rehearsal.shares import Shares, find_index, share_epoch
-from engine.trainer.rehearsal.stand_ins import META, ShapesOnly, fake_job
-from engine.trainer.stage_plan import RunOptions, needs_previous, settle_batches
+from engine.trainer.rehearsal.stand_ins import META, ShapesOnly
+from engine.trainer.stage_plan import needs_previous
 from engine.trainer.step import Trainer
 from engine.video.dataset import describe
 from engine.video.loader import ClipLoader, Clips
@@ -55,62 +55,55 @@ class Rehearsal:
 
 
 def rehearse(
-    config: Config,
-    options: RunOptions,
-    world_size: int,
-    *,
-    data_asked: bool,
-    say: Callable[[str], None],
+    config: Config, number: int, ranks: Ranks, *, data_asked: bool, say: Callable[[str], None]
 ) -> Rehearsal:
-    """Rehearse one stage. Raises UserError as the real run would; writes nothing under --out.
+    """Rehearse stage `number` as rank 0 of a `fake_job`; `config` is what its ranks run.
 
-    `data_asked`: `config.data.path` was named for this run and must be there. `say` hears what is
-    going on.
+    Writes nothing under --out. `data_asked`: `config.data.path` was named for this run and must be
+    there. `say` hears what is going on. Raises UserError for data, as the real run would.
     """
-    number = options.stage_number
-    config = settle_batches(config, options, world_size)
-    stage = config.stages[number]
+    training = config.stages[number].training
     say("data: opening the index")
     source = find_index(config, asked=data_asked)
-    facts = describe(source.index, config.data, stage.num_source_frames)
-    with fake_job(world_size) as ranks:
-        builder = StageBuilder(config, number, ranks, facts)
-        loader = replace(builder, config=_any_decoder(config)).loader(source.index)
-        shares = share_epoch(
-            loader.sampler, world_size=world_size, micro_batch=stage.training.micro_batch
-        )
-        clips = _ClipShapes(loader, config, number)
-        with ShapesOnly() as device:
-            builder.previous = _previous_stages(config, number)
-            say(f"ZeRO-{stage.training.zero_stage}: building rank 0's networks and engines")
-            trainer = _one_micro_batch(builder).trainer(clips)
-            built = device.num_operators, dict(device.collectives), dict(device.collective_bytes)
-            say("step: training")
-            trainer.train_step()
-            num_operators = device.num_operators - built[0]
-            collectives = _since(device, built[1], built[2])
-            own = _partitions(trainer, stage.training.zero_stage, ranks)
-            layout = checkpoint_layout(trainer, builder, {p.network: p for p in own})
-            del trainer
-            partitions = []
-            for zero_stage in ZERO_STAGES:
-                if zero_stage == stage.training.zero_stage:
-                    partitions += own
-                    continue
-                say(f"ZeRO-{zero_stage}: building engines to compare")
-                other = replace(builder, config=_changed(config, number, zero_stage=zero_stage))
-                partitions += _partitions(_one_micro_batch(other).trainer(clips), zero_stage, ranks)
+    facts = describe(source.index, config.data, config.stages[number].num_source_frames)
+    builder = StageBuilder(config, number, ranks, facts)
+    loader = replace(builder, config=_any_decoder(config)).loader(source.index)
+    shares = share_epoch(
+        loader.sampler, world_size=ranks.world_size, micro_batch=training.micro_batch
+    )
+    clips = _ClipShapes(loader, config, number)
+    with ShapesOnly():
+        builder.previous = _previous_stages(config, number)
+        say(f"ZeRO-{training.zero_stage}: building rank 0's networks and engines")
+        trainer = _one_micro_batch(builder).trainer(clips)
+    with ShapesOnly(small_copies=True) as training_step:
+        say("step: training")
+        trainer.train_step()
+    with ShapesOnly():
+        own = _partitions(trainer, training.zero_stage, ranks)
+        layout = checkpoint_layout(trainer, builder, {p.network: p for p in own})
+        partitions = []
+        for zero_stage in ZERO_STAGES:
+            if zero_stage == training.zero_stage:
+                partitions += own
+                continue
+            say(f"ZeRO-{zero_stage}: building engines to compare")
+            other = replace(builder, config=_changed(config, number, zero_stage=zero_stage))
+            partitions += _partitions(_one_micro_batch(other).trainer(clips), zero_stage, ranks)
     return Rehearsal(
         config=config,
         number=number,
-        world_size=world_size,
-        num_accumulated=accumulation_steps(stage.training, world_size),
+        world_size=ranks.world_size,
+        num_accumulated=accumulation_steps(training, ranks.world_size),
         data=source.description,
         shares=shares,
         partitions=partitions,
         layout=layout,
-        num_operators=num_operators,
-        collectives=collectives,
+        num_operators=training_step.num_operators,
+        collectives={
+            name: (count, training_step.collective_bytes[name])
+            for name, count in training_step.collectives.items()
+        },
     )
 
 
@@ -181,14 +174,3 @@ def _changed(config: Config, number: int, **settings: Any) -> Config:
     training = stage.training.model_copy(update=settings)
     stages = config.stages | {number: stage.model_copy(update={"training": training})}
     return config.model_copy(update={"stages": stages})
-
-
-def _since(
-    device: ShapesOnly, counts: dict[str, int], sizes: dict[str, int]
-) -> dict[str, tuple[int, int]]:
-    """Collectives since a moment's counts and bytes."""
-    return {
-        name: (count - counts.get(name, 0), device.collective_bytes[name] - sizes.get(name, 0))
-        for name, count in device.collectives.items()
-        if count > counts.get(name, 0)
-    }

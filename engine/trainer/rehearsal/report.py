@@ -76,7 +76,11 @@ def _layout(found: Rehearsal) -> Iterator[str]:
     yield from _files(layout.by_rank[0])
     yield f"    {'meta.json':<64}{_size(layout.meta_bytes):>12}"
     if last:
-        yield f"  each of ranks 1 to {last} writes, under its number" if last > 1 else "  rank 1 writes"
+        yield (
+            f"  each of ranks 1 to {last} writes, under its number"
+            if last > 1
+            else "  rank 1 writes"
+        )
         yield from _files(layout.by_rank[1])
     keep = found.training.keep_checkpoints
     yield (

@@ -1,4 +1,4 @@
-"""Which clips every rank gets: checked for a whole epoch, on the user's index or on a made-up one."""
+"""Which clips every rank gets: checked for a whole epoch, on the user's index or a made-up one."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -27,10 +27,10 @@ from engine.trainer.ranks import Ranks
 
 META = torch.device("meta")
 _MOST_NUMBERS_READ = 256
-"""A step's measures, read in one copy, are fewer; a copy of more is one to be saved."""
+"""A step's measures, which it reads in one copy, are fewer."""
 
 
-class MetaAccelerator(CPU_Accelerator):  # type: ignore[misc]
+class MetaAccelerator(CPU_Accelerator):
     """What DeepSpeed asks for its device: the meta device."""
 
     def device_name(self, device_index: Any = None) -> str:
@@ -51,13 +51,15 @@ class MetaAccelerator(CPU_Accelerator):  # type: ignore[misc]
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Lets a host read from the meta device: every number is 1, and every flag False.
+    """Lets a host read single values of the meta device: every number is 1, every flag False.
 
-    Larger copies to the host stay on the meta device. Counts operators and collectives.
+    Copies to the host stay on the meta device; with `small_copies`, ones of few values are made.
+    Counts operators and collectives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, small_copies: bool = False) -> None:
         super().__init__()
+        self._small_copies = small_copies
         self.num_operators = 0
         self.collectives: Counter[str] = Counter()
         self.collective_bytes: Counter[str] = Counter()
@@ -73,14 +75,13 @@ class ShapesOnly(TorchDispatchMode):
         """Run `func`, or answer for it."""
         kwargs = dict(kwargs or {})
         self.num_operators += 1
-        if func.namespace == "c10d":
-            self._count_collective(func, args)
+        self._count_collective(func, args)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return _one(args[0].dtype)
         if func is torch.ops.aten._to_copy.default and args[0].is_meta:
             to = kwargs.get("device")
             if to is not None and torch.device(to).type == "cpu":
-                if args[0].numel() <= _MOST_NUMBERS_READ:
+                if self._small_copies and args[0].numel() <= _MOST_NUMBERS_READ:
                     return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
                 kwargs["device"] = META
         if func is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
@@ -89,6 +90,12 @@ class ShapesOnly(TorchDispatchMode):
 
     def _count_collective(self, func: Any, args: tuple[Any, ...]) -> None:
         name = func._schema.name.split("::")[1].strip("_")
+        if func.namespace == "_c10d_functional":  # its only user here is kernels/collectives.py
+            name = f"{name} of norm statistics"
+        elif func.namespace != "c10d":
+            return
+        if name.startswith(("wait", "barrier")):
+            return
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         self.collectives[name] += 1
         self.collective_bytes[name] += sum(tensor.nbytes for tensor in tensors)
