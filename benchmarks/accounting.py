@@ -60,6 +60,20 @@ def count_forward(config: Config, stage_number: int) -> Forward:
         )
 
 
+def count_frozen(config: Config, stage_number: int) -> float:
+    """TFLOP per sample and step that the frozen stages before this one add to its own.
+
+    Without a bank they make a video for each window that G upsamples, one per D update and one
+    for G's. A bank's videos are all replaced once in `refresh_every` steps.
+    """
+    training = config.stages[stage_number].training
+    gigaflops = sum(_generator_gigaflops(config, number) for number in range(1, stage_number))
+    bank = training.sample_bank
+    if bank is None:
+        return (training.discriminator_steps + 1) * gigaflops / 1e3
+    return bank.num_videos / bank.refresh_every / training.global_batch * gigaflops / 1e3
+
+
 def generator_inputs(
     config: Config, stage_number: int, batch: int, latent_size: int
 ) -> tuple[Tensor, Tensor | None, Tensor | int]:
@@ -70,6 +84,14 @@ def generator_inputs(
         return z, labels, config.stages[1].num_frames
     window = config.upsampling(stage_number)
     return z, labels, torch.empty(batch, window.num_frames, 3, *2 * (window.resolution,))
+
+
+def _generator_gigaflops(config: Config, stage_number: int) -> float:
+    with torch.device("meta"):
+        generator = build_generator(config, stage_number)
+        return _gigaflops(
+            generator, *generator_inputs(config, stage_number, 1, generator.latent_size)
+        )
 
 
 def _gigaflops(network: nn.Module, *args: Any) -> float:

@@ -6,12 +6,14 @@ import torch
 import kernels
 from benchmarks.accounting import (
     count_forward,
+    count_frozen,
     count_parametrization_launches,
     count_spectral_launches,
     generator_saved_for_backward,
 )
-from benchmarks.calls import kinetics
+from benchmarks.calls import KINETICS, kinetics
 from benchmarks.session import Session
+from engine.configuration import load_config
 from engine.models import build_generator
 
 
@@ -31,6 +33,19 @@ def test_executed_flops(session: Session, stage_number: int) -> None:
         plain = count_forward(config, stage_number).step
     name = f"Kinetics-600 stage {stage_number}"
     session.count("executed per step and sample", name, plain=plain, ours=ours, unit="TFLOP")
+
+
+def test_frozen_flops(session: Session) -> None:
+    """What feeding stage 2 adds to its step, generated anew and from a bank."""
+    leave_out_stage_1_if_quick(session, 1)
+    bank = "stages.2.training.sample_bank={num_videos: 65_536, refresh_every: 1000}"
+    for name, overrides in (("anew", []), ("bank of 65 536, replaced in 1000 steps", [bank])):
+        config = load_config(KINETICS, overrides)
+        ours = count_frozen(config, 2)
+        with kernels.use("reference"):
+            plain = count_frozen(config, 2)
+        what = f"executed by the frozen stage 1, {name}"
+        session.count(what, "Kinetics-600 stage 2", plain=plain, ours=ours, unit="TFLOP")
 
 
 def test_spectral_norm_launches(session: Session) -> None:

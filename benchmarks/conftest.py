@@ -17,6 +17,7 @@ first has written:
     pytest benchmarks/ --benchmark --budget 400 -k "frame_norm or conv_gru or spectral"
     pytest benchmarks/ --benchmark --budget 400 --add-to F -k "upsample_conv or separable"
     pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or step"
+    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "loader"
 
 What did not fit into the budget is listed as skipped; the same command with `--add-to` and a
 narrower -k fills it in. `--quick` alone tells in a minute or two whether everything runs.
@@ -163,7 +164,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write the file and show its tables."""
     config = terminalreporter.config
     session = config.stash.get(SESSION, None)
-    if session is None or not (session.rows or session.counts):
+    if session is None or not (session.rows or session.counts or session.feeds):
         return
     document = session.document()
     path = config.getoption("add_to")

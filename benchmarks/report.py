@@ -8,7 +8,7 @@ if __name__ == "__main__":  # run as a file, its folder is on the path and the r
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import results
-from benchmarks.results import Count, Device, Document, Row
+from benchmarks.results import Count, Device, Document, Feed, Row
 from engine.command_line import ArgumentParser, run
 from engine.errors import UserError
 
@@ -32,6 +32,7 @@ MEASURED_ON_A_GPU = (
     "conv_pool3d",
     "spectral_norm",
     "training_step",
+    "loader",
 )
 
 
@@ -113,6 +114,8 @@ def render_document(document: Document) -> str:
         parts.append("\n".join(_measured(document)))
     if document.counts:
         parts.append("\n".join(_counted(document.counts)))
+    if document.feeds:
+        parts.append("\n".join(_fed(document.feeds)))
     if document.failed:
         parts.append("**Refused or broken:** " + "; ".join(sorted(document.failed)) + ".")
     if document.skipped:
@@ -179,6 +182,33 @@ def _counted(counts: Sequence[Count]) -> Iterator[str]:
     for count in counts:
         plain = "" if count.plain is None else _number(count.plain)
         yield _line([count.what, count.of, plain, _number(count.ours), count.unit])
+
+
+def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
+    """A line per data set, decoder and number of threads, from all parts of the loader."""
+    loaded: dict[tuple[str, str, int], dict[str, Feed]] = {}
+    for feed in feeds:
+        loaded.setdefault((feed.clips, feed.decoder, feed.num_threads), {})[feed.part] = feed
+    header = ["loader: clips", "decoder, threads", "clips/s (p20 to p80)", "decoding alone"]
+    header += ["needed", "times that", "CPU ms per clip: decode, to crop, all", "cores for 2x"]
+    on_gpu = any("transfer" in parts for parts in loaded.values())
+    header += ["transfer alone"] if on_gpu else []
+    yield _line(header)
+    yield "|" + "---|" * len(header)
+    for (clips, decoder, num_threads), parts in loaded.items():
+        decode, pipeline, whole = (parts[name] for name in ("decode", "pipeline", "loader"))
+        median, low, high = (1 / whole.seconds[place] for place in (0, 2, 1))
+        cells = [clips, f"{decoder}, {num_threads}", f"{median:.0f} ({low:.0f} to {high:.0f})"]
+        cells += [f"{1 / decode.seconds.median:.0f}", f"{whole.needed_per_s:.3g}"]
+        cells += [f"{median / whole.needed_per_s:.2g}"]
+        cells += [", ".join(f"{1e3 * part.cpu_seconds:.2f}" for part in (decode, pipeline, whole))]
+        # With NVDEC the process's CPU time is mostly waiting for the GPU.
+        cores = 2 * whole.needed_per_s * whole.cpu_seconds
+        cells += ["" if decoder == "dali-gpu" else f"{cores:.1f}"]
+        if on_gpu:
+            transfer = parts.get("transfer")
+            cells += [f"{1 / transfer.seconds.median:.0f}" if transfer else ""]
+        yield _line(cells)
 
 
 def _skipped(document: Document) -> Iterator[str]:

@@ -81,6 +81,26 @@ class Count(Record):
     unit: str
 
 
+class Feed(Record):
+    """How fast clips come from a part of the loader, pulled as fast as they come."""
+
+    case: str
+    clips: str
+    """Which, of which videos."""
+    decoder: str
+    num_threads: Annotated[int, Field(gt=0)]
+    part: str
+    """decode, pipeline, loader or transfer; see benchmarks/loading.py."""
+    batch_size: Annotated[int, Field(gt=0)]
+    rounds: Annotated[int, Field(gt=0)]
+    seconds: Spread
+    """Wall time per clip."""
+    cpu_seconds: Annotated[float, Field(ge=0)]
+    """The process's CPU time per clip, all threads."""
+    needed_per_s: Positive
+    """Clips per second that a step on one device consumes."""
+
+
 class Skip(Record):
     """A case that was not measured, and why."""
 
@@ -118,6 +138,7 @@ class Document(Record):
     """Of every call that added to the file; shares in `rows` are of their own call's."""
     rows: list[Row]
     counts: list[Count]
+    feeds: list[Feed] = []
     skipped: list[Skip]
     failed: list[str]
     """Cases that were refused or broke."""
@@ -211,7 +232,8 @@ def added(before: Document, more: Document) -> Document:
             raise UserError(f"cannot add to a run with another {name}: {was} there, {now} here")
     again = {row.key for row in more.rows}
     counted = {(count.what, count.of) for count in more.counts}
-    done = {case_name(*key[:3]) for key in again}
+    fed = {feed.case for feed in more.feeds}
+    done = {case_name(*key[:3]) for key in again} | fed
     return before.model_copy(
         update={
             "dirty": _either(before.dirty, more.dirty),
@@ -219,6 +241,7 @@ def added(before: Document, more: Document) -> Document:
             "rates": before.rates + more.rates,
             "rows": [row for row in before.rows if row.key not in again] + more.rows,
             "counts": [c for c in before.counts if (c.what, c.of) not in counted] + more.counts,
+            "feeds": [feed for feed in before.feeds if feed.case not in fed] + more.feeds,
             "skipped": [s for s in before.skipped if s.case not in done] + more.skipped,
             "failed": [name for name in before.failed if name not in done] + more.failed,
         }

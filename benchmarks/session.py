@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.operators import OURS, Case
-from benchmarks.results import Count, Rates, Row, Skip
+from benchmarks.results import Count, Feed, Rates, Row, Skip
 from benchmarks.timing import Stopwatch, Turns, measure, num_rounds, paired_ratios, spread
 
 MOST_ROUNDS = 51
@@ -32,6 +32,7 @@ class Session:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     rows: list[Row] = field(default_factory=list)
     counts: list[Count] = field(default_factory=list)
+    feeds: list[Feed] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     commit: tuple[str | None, bool | None] = field(default_factory=results.this_commit)
@@ -101,6 +102,7 @@ class Session:
             rates=[] if self._rates is None else [self._rates],
             rows=self.rows,
             counts=self.counts,
+            feeds=self.feeds,
             skipped=self.skipped,
             failed=self.failed,
         )

@@ -78,6 +78,19 @@ class Discriminators(Section):
     """True: the 3x3x3 blocks of the temporal and matching ones halve time as well as space."""
 
 
+class SampleBank(Section):
+    """Samples of the frozen stages, drawn ahead, instead of a new one for every window.
+
+    Each takes about 77 KB of main memory at 32x32/25, on the rank that drew it. May be changed
+    when a run is resumed.
+    """
+
+    num_videos: PositiveInt
+    """Over all ranks; a multiple of processes x micro_batch."""
+    refresh_every: PositiveInt = 1000
+    """Iterations in which every video is replaced once: a batch at a time, evenly, oldest first."""
+
+
 class Training(Section):
     """Optimisation, precision and cadence. Set for all stages at the top, overridden per stage."""
 
@@ -106,6 +119,8 @@ class Training(Section):
     """Average of the generator's weights; the paper uses none."""
     condition_on: Literal["generated", "data"] = "generated"
     """What stage 2 and later upsample: windows of the frozen stages' samples, or of real clips."""
+    sample_bank: SampleBank | None = None
+    """None lets the frozen stages generate every window anew."""
     norm_statistics_passes: PositiveInt = 200
     """Dummy passes that fix the per-frame statistics before a generator is used for inference."""
     seed: int = 0
@@ -210,6 +225,7 @@ class Config(Section):
                     f"{number} spans {stage.num_source_frames} frames"
                 )
             self._time_can_be_pooled(number)
+            self._bank_has_a_source(number)
         if self.data.procedural is not None and self.data.path is None:
             raise ValueError("data.procedural needs data.path, the folder to make videos in")
         return self
@@ -223,6 +239,25 @@ class Config(Section):
             raise ValueError(
                 f"stage {number}: discriminators.pool_time needs at least 4 frames, and there are "
                 f"{num_frames}"
+            )
+
+    def _bank_has_a_source(self, number: int) -> None:
+        """It holds samples of the frozen stages before this one."""
+        stage = self.stages[number]
+        if stage.training.sample_bank is None:
+            return
+        key = f"stages.{number}.training.sample_bank"
+        if number == 1:
+            raise ValueError(f"stage 1: no stage before it to bank samples of; set {key} to null")
+        if stage.joint:
+            raise ValueError(
+                f"stage {number}: joint training freezes no stage to bank samples of; set {key} to "
+                "null"
+            )
+        if stage.training.condition_on == "data":
+            raise ValueError(
+                f"stage {number}: condition_on=data needs no bank of generated samples; set {key} "
+                "to null"
             )
 
     @property
@@ -376,6 +411,7 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         "generator": Generator,
         "discriminators": Discriminators,
         "training": Training,
+        "sample_bank": SampleBank,
     }
     if not location:
         return [*Config.model_fields, "training", "variant", "variants"]

@@ -57,6 +57,21 @@ def document(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+def feed(part: str, seconds: float, cpu_seconds: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "case": "loader_sample[cpu]",
+        "clips": "6 frames",
+        "decoder": "dali-cpu",
+        "num_threads": 2,
+        "part": part,
+        "batch_size": 8,
+        "rounds": 5,
+        "seconds": [seconds, 0.8 * seconds, 1.25 * seconds],
+        "cpu_seconds": cpu_seconds,
+        "needed_per_s": 100.0,
+    } | changes
+
+
 CPU = {"kind": "cpu", "name": "Some CPU", "num_threads": 1, "driver": None}
 
 
@@ -87,6 +102,20 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "- step: the budget is spent" in lines
     tables = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in tables} == {9, 6}, "every line as long as its header"
+
+
+def test_table_of_the_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    feeds = [feed("decode", 0.002, 0.003), feed("pipeline", 0.003, 0.004)]
+    feeds += [feed("loader", 0.004, 0.005)]
+    path = put(tmp_path, "cpu.json", document(device=CPU, feeds=feeds))
+    lines = rendered(capsys, path).splitlines()
+    # 250 clips/s are 2.5 times what is needed; 2 x 100 clips/s at 5 ms each keep one core busy.
+    row = "| 6 frames | dali-cpu, 2 | 250 (200 to 312) | 500 | 100 | 2.5 | 3.00, 4.00, 5.00 | 1.0 |"
+    assert row in lines
+    assert lines[lines.index(row) - 2].count("|") == row.count("|")
+    feeds += [feed("transfer", 0.0001, 0.0)]
+    put(tmp_path, "cpu.json", document(device=CPU, feeds=feeds))
+    assert f"{row} 10000 |" in rendered(capsys, path).splitlines()
 
 
 def test_brief_leaves_out_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +247,13 @@ def test_calls_are_added_to_one_file() -> None:
     assert both.seconds == 600
     assert len(both.rates) == 2
     assert len(both.counts) == 1
+    fed = document(feeds=[feed("loader", 0.004, 0.005), feed("loader", 1, 1, case="other")])
+    again = document(feeds=[feed("loader", 0.002, 0.005)])
+    both = results.added(*(results.Document.model_validate(tree) for tree in (fed, again)))
+    assert [(f.case, f.seconds.median) for f in both.feeds] == [
+        ("other", 1),
+        ("loader_sample[cpu]", 0.002),
+    ]
     changes: list[dict[str, Any]] = [{"device": CPU}, {"commit": "f" * 40}, {"versions": {}}]
     for change in changes:
         with pytest.raises(UserError, match="cannot add to a run with another"):

@@ -264,6 +264,11 @@ MISTAKES_IN_A_KEY = {
         "stages.1.generator.multipliers should be a list (found 3)",
     "stages.1.generator.multipliers=[2, x]":
         "stages.1.generator.multipliers.1 should be a valid integer (found 'x')",
+    "stages.2.training.sample_bank={}": "missing key stages.2.training.sample_bank.num_videos",
+    "stages.2.training.sample_bank={num_videos: 8, refresh: 1}":
+        "unknown key stages.2.training.sample_bank.refresh; did you mean refresh_every?",
+    "stages.2.training.sample_bank={num_videos: 8, refresh_every: 0}":
+        "stages.2.training.sample_bank.refresh_every should be greater than 0 (found 0)",
     "data.path=7": "data.path should be a valid string (found 7)",
     "data.path={a: 1}": "data.path should be a valid string (found a mapping)",
 }
@@ -278,6 +283,11 @@ MISTAKES_BETWEEN_KEYS = {
     "stages.1.joint=true": "stage 1: joint training starts with stage 2",
     "stages.2.discriminators.pool_time=true":
         "stage 2: discriminators.pool_time needs at least 4 frames, and there are 2",
+    "training.sample_bank={num_videos: 8}":
+        "stage 1: no stage before it to bank samples of; set stages.1.training.sample_bank to null",
+    "stages.2.training={sample_bank: {num_videos: 8}, condition_on: data}":
+        "stage 2: condition_on=data needs no bank of generated samples; set "
+        "stages.2.training.sample_bank to null",
     "stages={}": "stages must be numbered 1, 2, ...; found []",
     "data.procedural={}": "data.procedural needs data.path, the folder to make videos in",
     "data={path: a, procedural: {num_frames: 6}}":
@@ -302,6 +312,14 @@ def test_mistake_in_a_key_names_file_key_and_override(
 def test_stages_that_do_not_fit_together(small: Path, override: str, line: str) -> None:
     # These concern several keys, and any of them may be the one to change.
     assert refusal(small, override) == f"{small}: {line}"
+
+
+def test_joint_training_has_no_bank(small: Path) -> None:
+    overrides = "stages.2.training.sample_bank={num_videos: 8}", "stages.2.joint=true"
+    assert refusal(small, *overrides) == (
+        f"{small}: stage 2: joint training freezes no stage to bank samples of; set "
+        "stages.2.training.sample_bank to null"
+    )
 
 
 @pytest.mark.parametrize(("override", "line"), MISTAKES_IN_AN_OVERRIDE.items())

@@ -71,17 +71,17 @@ class Cascade(nn.Module):
         return video[:, :num_frames]
 
     @torch.no_grad()
-    def sample_window(
+    def sample_previous(
         self,
         stage_number: int,
         zs: Sequence[Tensor],
         labels_B: Tensor | None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """A training input of stage `stage_number` > 1 made by the stages before it.
+        """What the training inputs of stage `stage_number` > 1 are windows of.
 
-        Stage 1 makes its whole training clip; from each video a random window per sample, of the
-        length the next stage is trained on, is taken and upsampled. Returns [B, t, 3, h, w].
+        Stage 1 makes its whole training clip; each later stage upsamples a random window of the
+        video before, of the length that it is trained on. Returns [B, T, 3, h, w] of the last one.
         """
         num_previous = stage_number - 1
         if not 1 <= num_previous <= len(self.generators):
@@ -91,13 +91,32 @@ class Cascade(nn.Module):
         self._check_latents(zs, num_previous)
         first, upsamplers = _split(list(self.generators))
         video = first(zs[0], labels_B, self.config.stages[1].num_frames)
-        for number in range(2, stage_number + 1):
-            window = self.config.upsampling(number).num_frames
-            starts = draw_window_starts(len(video), video.shape[1], window, generator)
-            video = take_windows(video, starts, window)
-            if number < stage_number:
-                video = upsamplers[number - 2](zs[number - 1], labels_B, video)
+        for number in range(2, stage_number):
+            low = self.draw_windows(number, video, generator)
+            video = upsamplers[number - 2](zs[number - 1], labels_B, low)
         return video
+
+    def draw_windows(
+        self, stage_number: int, video_BTCHW: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """A random window of each of the previous stage's videos, as stage `stage_number` takes."""
+        window = self.config.upsampling(stage_number).num_frames
+        starts_B = draw_window_starts(len(video_BTCHW), video_BTCHW.shape[1], window, generator)
+        return take_windows(video_BTCHW, starts_B, window)
+
+    def sample_window(
+        self,
+        stage_number: int,
+        zs: Sequence[Tensor],
+        labels_B: Tensor | None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A training input of stage `stage_number` > 1 made by the stages before it.
+
+        A random window of what `sample_previous` gives: [B, t, 3, h, w].
+        """
+        video = self.sample_previous(stage_number, zs, labels_B, generator)
+        return self.draw_windows(stage_number, video, generator)
 
     def _check_latents(self, zs: Sequence[Tensor], num_stages: int) -> None:
         if len(zs) != num_stages:

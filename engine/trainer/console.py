@@ -8,7 +8,9 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO
 
 from tqdm import tqdm
@@ -69,20 +71,22 @@ class Console:
         """A line for the log file only."""
         print(line, file=sys.stderr, flush=True)
 
-    def progress(self, start: int, total: int, label: str) -> "Progress":
+    def progress(self, start: int, total: int, label: str, unit: str = "step") -> "Progress":
         """A bar from `start` to `total`."""
-        return Progress(self._out, start, total, label, enabled=self._is_main)
+        return Progress(self._out, start, total, label, unit, enabled=self._is_main)
 
 
 class Progress:
     """Steps done, losses, speed and the time that is left."""
 
-    def __init__(self, out: TextIO, start: int, total: int, label: str, *, enabled: bool) -> None:
+    def __init__(
+        self, out: TextIO, start: int, total: int, label: str, unit: str, *, enabled: bool
+    ) -> None:
         # A file or a CI log gets a line now and then instead of an animated bar.
         self._is_terminal = out.isatty()
         self._out = out
         self._enabled = enabled
-        self._label = label
+        self._label, self._unit = label, unit
         self._start, self._total = start, total
         self._began = self._spoke = time.monotonic()
         self._bar = tqdm(
@@ -90,12 +94,12 @@ class Progress:
             initial=start,
             desc=label,
             file=out,
-            unit="step",
+            unit=unit,
             dynamic_ncols=True,
             disable=not (enabled and self._is_terminal),
         )
 
-    def update(self, step: int, measures: dict[str, float]) -> None:
+    def update(self, step: int, measures: Mapping[str, float] = MappingProxyType({})) -> None:
         """Show step `step`."""
         shown: dict[str, object] = {
             name: f"{measures[name]:.3f}" for name in ("loss_D", "loss_G") if name in measures
@@ -111,10 +115,10 @@ class Progress:
             self._spoke = now
             seconds = (now - self._began) / max(1, step - self._start)
             left = tqdm.format_interval(seconds * (self._total - step))
-            values = ", ".join(f"{k} {v}" for k, v in shown.items())
+            values = "".join(f"{k} {v}, " for k, v in shown.items())
             print(
-                f"{self._label}: step {step}/{self._total}, {values}, "
-                f"{seconds:.2f} s/step, {left} left",
+                f"{self._label}: {self._unit} {step}/{self._total}, {values}"
+                f"{seconds:.2f} s/{self._unit}, {left} left",
                 file=self._out,
                 flush=True,
             )

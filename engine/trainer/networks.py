@@ -26,6 +26,7 @@ from engine.trainer.fakes import (
 from engine.trainer.previous import PreviousStages
 from engine.trainer.ranks import Ranks, derived_seed
 from engine.trainer.reals import ClipSource, Reals
+from engine.trainer.sample_bank import BankedWindows, batches_per_rank
 from engine.trainer.step import Trainer
 from engine.video.dataset import DataFacts
 from engine.video.index import VideoIndex
@@ -33,7 +34,7 @@ from engine.video.loader import ClipLoader
 
 # The streams of random numbers of a stage's run.
 WEIGHTS, LATENTS, SAMPLES, CLIPS = "weights", "latents", "samples", "clips"
-STATISTICS = "statistics"
+STATISTICS, BANK = "statistics", "bank"
 
 
 @dataclass
@@ -92,16 +93,19 @@ class StageBuilder:
         )
         reals = Reals(loader, self.config, self.number)
         latents = self.latents(self.seed(LATENTS, self.ranks.rank))
+        bank = None if training.sample_bank is None else self.bank(latents.random)
         return Trainer(
             stage_number=self.number,
             stage=stage,
             g_engine=g_engine,
             d_engine=d_engine,
-            fakes=self.fakes(latents, reals),
+            # Samples to look at are never the bank's: `fakes` does not know it.
+            fakes=WindowFakes(self.number, latents, bank) if bank else self.fakes(latents, reals),
             reals=reals,
             random=latents.random,
             accumulation_steps=num_micro_batches,
             average=average,
+            bank=bank,
         )
 
     def latents(self, seed: int) -> LatentSource:
@@ -126,6 +130,22 @@ class StageBuilder:
             decoder=data.decoder,
             device=self.ranks.device,
             num_threads=data.num_threads,
+        )
+
+    def bank(self, random: torch.Generator) -> BankedWindows:
+        """This rank's share of the bank, still empty; `random` draws from it."""
+        training = self.config.stages[self.number].training
+        assert training.sample_bank is not None
+        assert self.previous is not None
+        path = training.seed, self.number, self.ranks.rank
+        return BankedWindows(
+            self.previous.cascade,
+            self.number,
+            latents_of=lambda batch: self.latents(derived_seed(BANK, *path, batch)),
+            random=random,
+            batch_size=training.micro_batch,
+            num_batches=batches_per_rank(training.sample_bank, training, self.ranks.world_size),
+            refresh_every=training.sample_bank.refresh_every,
         )
 
     def fakes(self, latents: LatentSource, reals: Reals | None) -> Fakes:

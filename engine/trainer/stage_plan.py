@@ -18,6 +18,7 @@ from engine.trainer.checkpoints import (
 )
 from engine.trainer.previous import check_same_networks
 from engine.trainer.ranks import Ranks
+from engine.trainer.sample_bank import batches_per_rank
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ def settle_batches(config: Config, options: RunOptions, world_size: int) -> Conf
             f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
         )
     config = share_among(config, number, world_size)
-    accumulation_steps(config.stages[number].training, world_size)
+    training = config.stages[number].training
+    accumulation_steps(training, world_size)
+    if training.sample_bank is not None:
+        batches_per_rank(training.sample_bank, training, world_size)
     return config
 
 

@@ -127,6 +127,7 @@ class _Run:
         if trainer.step >= last_step:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
             return checkpoint
+        self._fill_bank()
         logbook = Logbook(self._folder, resumed_at=trainer.step) if self._ranks.is_main else None
         progress = self._console.progress(trainer.step, last_step, f"stage {self._builder.number}")
         if trainer.step == 0:
@@ -159,6 +160,21 @@ class _Run:
         if trainer.step < last_step:
             self._console.say(f"interrupted: saved {checkpoint}; --resume auto goes on")
         return checkpoint
+
+    def _fill_bank(self) -> None:
+        """Draw all that step's bank holds: here, so that the time is not the first step's."""
+        bank = self._trainer.bank
+        if bank is None:
+            return
+        self._console.say(
+            f"bank: drawing {bank.num_videos} videos on each rank, {bank.num_bytes / 1e6:.0f} MB "
+            "of main memory"
+        )
+        began = time.monotonic()
+        progress = self._console.progress(0, bank.num_batches, "bank", "batch")
+        bank.advance(self._trainer.step, on_batch=progress.update)
+        progress.close()
+        self._console.say(f"bank: drawn in {time.monotonic() - began:.1f} s")
 
     def _newest_whole(self) -> int:
         """Position in `resume_from` of the first checkpoint that verifies; its length if none."""

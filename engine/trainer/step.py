@@ -19,6 +19,7 @@ from engine.trainer.fakes import Fake, Fakes, Inputs
 from engine.trainer.losses import discriminator_hinge, generator_hinge
 from engine.trainer.measures import Means, mean_over_ranks
 from engine.trainer.reals import Real, Reals
+from engine.trainer.sample_bank import BankedWindows
 
 
 class NonFiniteError(RuntimeError):
@@ -40,11 +41,13 @@ class Trainer:
         random: torch.Generator,
         accumulation_steps: int,
         average: WeightAverage | None,
+        bank: BankedWindows | None = None,
     ) -> None:
         self.stage_number = stage_number
         self.g_engine = g_engine
         self.d_engine = d_engine
         self.average = average
+        self.bank = bank
         self.step = 0
         self._training = stage.training
         self._spatial_frames = stage.discriminators.spatial_frames
@@ -62,6 +65,8 @@ class Trainer:
         Returns measures averaged over the D updates, the micro-batches and all ranks.
         Raises NonFiniteError, on every rank, when one of them is not a number.
         """
+        if self.bank is not None:
+            self.bank.advance(self.step)
         # All of them are kept, not the last one's: ZeRO skips an update whose gradient is not
         # finite, and nothing else would tell.
         d_updates = [self.d_step() for _ in range(self._training.discriminator_steps)]

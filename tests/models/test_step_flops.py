@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import kernels
-from benchmarks.accounting import count_forward
+from benchmarks.accounting import count_forward, count_frozen
 from engine.configuration import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -42,3 +42,14 @@ def test_step(stage_number: int, time_pooled: bool) -> None:
         step, networks = table[stage_number, time_pooled]
         assert round(counted.step, 2) == step
         assert tuple(round(gigaflops, 1) for gigaflops in counted) == networks
+
+
+def test_frozen_stages() -> None:
+    """Three videos of the frozen stages per sample and step, or a bank's share of a video."""
+    config = load_config(CONFIGS / "bdd100k.yaml")
+    # Stage 1's clip, as Kinetics', and stage 2's window of it.
+    video = 2.7343 + 0.3777
+    assert count_frozen(config, 3) == pytest.approx(3 * video, rel=1e-4)
+    bank = "stages.3.training.sample_bank={num_videos: 65_536, refresh_every: 1000}"
+    banked = load_config(CONFIGS / "bdd100k.yaml", [bank])
+    assert count_frozen(banked, 3) == pytest.approx(65_536 / 1000 / 512 * video, rel=1e-4)

@@ -3,6 +3,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.errors import UserError
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
 from engine.video.loader import ClipLoader, Clips
+from engine.video.pipeline import ClipStream, Decoder
 from engine.video.sampler import ClipSampler
 
 
@@ -90,6 +92,35 @@ def test_exactly_the_requested_frames_come(numbered: VideoIndex, decoder: str) -
             wanted = [(request.start_frame + 3 * step) & bits for step in range(4)]
             assert [number & bits for number in numbers] == wanted
     clips.close()
+
+
+@pytest.mark.parametrize("decoder", ["dali-cpu", "pyav"])
+def test_videos_of_the_right_size_are_as_if_resized(
+    numbered: VideoIndex, tmp_path: Path, decoder: Decoder
+) -> None:
+    """One of another size in the data set, and all of them go through the resize."""
+    shutil.copytree(numbered.root, tmp_path / "mixed")
+    write_numbered(tmp_path / "mixed/other size", "mjpeg", num_frames=12, width=80, height=48)
+    mixed = index_of(tmp_path / "mixed")
+    places = {entry.path: place for place, entry in enumerate(mixed.entries)}
+    asked = requests(numbered, range(12))
+    moved = [replace(r, video=places[numbered.entries[r.video].path]) for r in asked]
+    clips = []
+    for index, batch in ((numbered, asked), (mixed, moved)):
+        stream = ClipStream(
+            index,
+            itertools.repeat(batch),
+            batch_size=12,
+            num_frames=4,
+            frame_stride=3,
+            resolution=64,
+            decoder=decoder,
+            device=torch.device("cpu"),
+            num_threads=1,
+        )
+        clips.append(next(stream)[1])
+        stream.close()
+    assert torch.equal(clips[0], clips[1])
 
 
 decode_once = functools.lru_cache(maxsize=2)(decode_all)

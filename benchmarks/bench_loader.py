@@ -1,0 +1,133 @@
+"""Clips per second from the loader against what a step consumes, and which part takes the time.
+
+Files come from the page cache: disks and networks are not measured.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks import loading
+from benchmarks.bench_step import make_trainer, ranks  # noqa: F401 — a fixture
+from benchmarks.calls import CONFIGS, KINETICS
+from benchmarks.loading import Source, pace
+from benchmarks.results import Feed
+from benchmarks.session import Session
+from benchmarks.timing import measure, spread
+from engine.configuration import Config, load_config
+from engine.trainer.ranks import Ranks
+from engine.video.dataset import open_dataset
+from engine.video.index import VideoIndex
+from engine.video.pipeline import Decoder
+
+# Stage 2's aim on an H100, from which its two D updates per sample take a clip each.
+AIMED_SECONDS_PER_SAMPLE = 0.017
+
+
+class Video(NamedTuple):
+    """What is made for the measurement: ten seconds, as long as Kinetics' are."""
+
+    codec: str
+    width: int
+    height: int
+    num_frames: int = 250
+
+
+KINETICS_VIDEOS = {
+    "mjpeg 128x128": Video("mjpeg", 128, 128),
+    "vp9 128x128": Video("vp9", 128, 128),
+    "h264 128x128": Video("h264", 128, 128),
+    "h264 340x256": Video("h264", 340, 256),
+}
+
+
+def decoder_for(session: Session, where: str, codec: str) -> Decoder:
+    """NVDEC on the GPU, DALI or PyAV on the CPU. Skips the test where there is no GPU."""
+    if where == "gpu":
+        if session.device.type != "cuda":
+            pytest.skip("NVDEC needs a GPU")
+        return "dali-gpu"
+    return "pyav" if codec == "h264" else "dali-cpu"
+
+
+def run(
+    session: Session,
+    request: pytest.FixtureRequest,
+    config: Config,
+    index: VideoIndex,
+    decoder: Decoder,
+    needed_per_s: float,
+) -> None:
+    """Measure every part with one decoding thread and with two."""
+    stage, entry = config.stages[2], index.entries[0]
+    feeds = []  # a case counts only as a whole
+    parts: dict[str, Any] = dict(loading.PARTS)
+    if session.device.type == "cuda" and decoder != "dali-gpu":
+        parts["transfer"] = loading.transfer
+    clips = (
+        f"{config.name} stage 2, {stage.num_frames} of {stage.num_source_frames} frames of "
+        f"{entry.codec} {entry.width}x{entry.height}"
+    )
+    for num_threads in (1,) if session.quick else (1, 2):
+        source = Source(config, 2, index, decoder, num_threads, session.device)
+        for name, part in parts.items():
+            with part(source) as pull:
+                found = pace(
+                    pull, source.batch_size, session.seconds_per_case, session.least_rounds
+                )
+            feeds.append(
+                Feed(
+                    case=request.node.name.removeprefix("test_"),
+                    clips=clips,
+                    decoder=decoder,
+                    num_threads=num_threads,
+                    part=name,
+                    batch_size=source.batch_size,
+                    rounds=len(found.seconds),
+                    seconds=spread(found.seconds),
+                    cpu_seconds=found.cpu_seconds,
+                    needed_per_s=needed_per_s,
+                )
+            )
+    session.feeds.extend(feeds)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_loader_sample(
+    session: Session,
+    request: pytest.FixtureRequest,
+    ranks: Ranks,  # noqa: F811
+    tmp_path: Path,
+    where: str,
+) -> None:
+    """The sample data set for stage 2, against the real step on this machine."""
+    few = "data.procedural.num_clips=16"
+    config = load_config(CONFIGS / "sample.yaml", [f"data.path={tmp_path / 'sample'}", few])
+    assert config.data.procedural is not None
+    decoder = decoder_for(session, where, config.data.procedural.codec)
+    index = open_dataset(config.data, make=True, say=lambda line: None)
+    torch.manual_seed(0)
+    trainer = make_trainer(config, 2, ranks)
+    trainer.train_step()
+    steps = [measure(trainer.train_step, session.device) for _ in range(1 if session.quick else 3)]
+    training = config.stages[2].training
+    needed = training.discriminator_steps * training.global_batch / spread(steps).median
+    run(session, request, config, index, decoder, needed)
+
+
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("video", KINETICS_VIDEOS)
+def test_loader_kinetics(
+    session: Session, request: pytest.FixtureRequest, tmp_path: Path, video: str, where: str
+) -> None:
+    """128x128/12 clips for stage 2, against its aim on an H100."""
+    made = KINETICS_VIDEOS[video]
+    decoder = decoder_for(session, where, made.codec)
+    if session.quick and video != "h264 128x128":
+        pytest.skip("--quick loads H.264 of 128x128 only")
+    config = load_config(KINETICS)
+    index = loading.write_video(tmp_path / "videos", *made)
+    needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
+    run(session, request, config, index, decoder, needed)

@@ -1,0 +1,255 @@
+"""Parts of the loader, each as an endless source of batches, and a video to load.
+
+- `decode`: the windows' frames, as coded and with nothing done to them.
+- `pipeline`: these, resized, cropped and flipped; on a GPU also brought there. uint8.
+- `loader`: what training gets: float, at the stage's resolution, with labels.
+- `transfer`: on a GPU, the decoded frames copied there from pinned memory, nothing else.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import av
+import numpy as np
+import torch
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def
+
+from engine.configuration import Config
+from engine.trainer.networks import CLIPS, StageBuilder
+from engine.trainer.ranks import Ranks
+from engine.video.dataset import describe
+from engine.video.decoding import decode_window
+from engine.video.index import VideoIndex
+from engine.video.indexing import build_index
+from engine.video.pipeline import PREFETCHED_BATCHES, ClipStream, Decoder, decoded
+from engine.video.procedural import FPS, render_clip
+from engine.video.sampler import ClipRequest, ClipSampler
+
+Pull = Callable[[], object]
+BATCHES_PER_ROUND = 2
+
+
+class Pace(NamedTuple):
+    """How fast batches come when nothing else is done with them."""
+
+    seconds: list[float]
+    """Wall time per clip, of every round."""
+    cpu_seconds: float
+    """This process's CPU time per clip, all threads, of all rounds together."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is loaded, and how: the clips that training would get, in the same order."""
+
+    config: Config
+    stage_number: int
+    index: VideoIndex
+    decoder: Decoder
+    num_threads: int
+    device: torch.device
+
+    @property
+    def batch_size(self) -> int:
+        """Clips per batch."""
+        return self.config.stages[self.stage_number].training.micro_batch
+
+    @property
+    def builder(self) -> StageBuilder:
+        """As engine/train.py has it, for one rank."""
+        data = self.config.data.model_copy(
+            update={"decoder": self.decoder, "num_threads": self.num_threads}
+        )
+        config = self.config.model_copy(update={"data": data})
+        ranks = Ranks(rank=0, world_size=1, local_rank=0, device=self.device)
+        return StageBuilder(config, self.stage_number, ranks, describe(self.index, data))
+
+    def requests(self) -> Iterator[list[ClipRequest]]:
+        """What a rank asks for, batch by batch, without end."""
+        stage, data = self.config.stages[self.stage_number], self.config.data
+        sampler = ClipSampler(
+            [entry.num_frames for entry in self.index.entries],
+            num_frames=stage.num_frames,
+            frame_stride=stage.frame_stride,
+            seed=self.builder.seed(CLIPS),
+            random_crop=data.random_crop,
+            horizontal_flip=data.horizontal_flip,
+        )
+        for first in itertools.count(0, self.batch_size):
+            yield [sampler.request(first + k) for k in range(self.batch_size)]
+
+
+def pace(pull: Pull, batch_size: int, seconds: float, least_rounds: int) -> Pace:
+    """Pull as fast as batches come, for about `seconds` and at least so many rounds.
+
+    What was made ahead is pulled before the clock starts: from then on batches come as fast as
+    they are made.
+    """
+    for _ in range(2 * PREFETCHED_BATCHES):
+        pull()
+    rounds: list[float] = []
+    cpu_start = time.process_time()
+    while len(rounds) < least_rounds or sum(rounds) < seconds:
+        start = time.perf_counter()
+        for _ in range(BATCHES_PER_ROUND):
+            pull()
+        rounds.append(time.perf_counter() - start)
+    clips = BATCHES_PER_ROUND * batch_size
+    cpu_seconds = (time.process_time() - cpu_start) / (len(rounds) * clips)
+    return Pace([taken / clips for taken in rounds], cpu_seconds)
+
+
+@contextmanager
+def decode(source: Source) -> Iterator[Pull]:
+    """Decoding alone."""
+    stage, requests = source.config.stages[source.stage_number], source.requests()
+    if source.decoder == "pyav":
+        with ThreadPoolExecutor(source.num_threads) as pool:
+
+            def window(request: ClipRequest) -> NDArray[np.uint8]:
+                return decode_window(
+                    source.index.path(request.video),
+                    start_frame=request.start_frame,
+                    num_frames=stage.num_frames,
+                    frame_stride=stage.frame_stride,
+                    video_frames=source.index.entries[request.video].num_frames,
+                )
+
+            in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
+
+            def windows() -> list[NDArray[np.uint8]]:
+                while len(in_flight) < 2:  # as ClipStream, so that no thread waits for a batch
+                    in_flight.append([pool.submit(window, each) for each in next(requests)])
+                return [future.result() for future in in_flight.popleft()]
+
+            yield windows
+        return
+
+    def files() -> tuple[list[Any], list[Any]]:
+        batch = next(requests)
+        paths = [str(source.index.path(request.video)).encode() for request in batch]
+        return (
+            [np.frombuffer(path, dtype=np.uint8) for path in paths],
+            [np.int32(request.start_frame) for request in batch],
+        )
+
+    on_gpu = source.decoder == "dali-gpu"
+    decoding = _decode_pipeline(
+        files,
+        source.decoder,
+        stage.num_frames,
+        stage.frame_stride,
+        batch_size=source.batch_size,
+        num_threads=source.num_threads,
+        device_id=(source.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=PREFETCHED_BATCHES,
+    )
+    decoding.build()
+
+    yield _finished(decoding.run, source.device)
+
+
+@pipeline_def
+def _decode_pipeline(
+    files: Callable[[], tuple], decoder: Decoder, num_frames: int, frame_stride: int
+) -> Any:
+    video = fn.external_source(files, num_outputs=2, batch=True)
+    return decoded(cast(list[Any], video), decoder, num_frames, frame_stride)
+
+
+@contextmanager
+def pipeline(source: Source) -> Iterator[Pull]:
+    """The whole pipeline, uint8 clips at the configuration's resolution."""
+    stage = source.config.stages[source.stage_number]
+    stream = ClipStream(
+        source.index,
+        source.requests(),
+        batch_size=source.batch_size,
+        num_frames=stage.num_frames,
+        frame_stride=stage.frame_stride,
+        resolution=source.config.resolution,
+        decoder=source.decoder,
+        device=source.device,
+        num_threads=source.num_threads,
+    )
+    with closing(stream):
+        yield _finished(partial(next, stream), source.device)
+
+
+@contextmanager
+def loader(source: Source) -> Iterator[Pull]:
+    """What engine/train.py reads from."""
+    with closing(source.builder.loader(source.index)) as clips:
+        yield _finished(partial(next, clips), source.device)
+
+
+@contextmanager
+def transfer(source: Source) -> Iterator[Pull]:
+    """A batch of decoded frames from pinned memory to the GPU."""
+    stage, entry = source.config.stages[source.stage_number], source.index.entries[0]
+    shape = source.batch_size, stage.num_frames, entry.height, entry.width, 3
+    frames = torch.zeros(shape, dtype=torch.uint8).pin_memory()
+    yield _finished(partial(frames.to, source.device, non_blocking=True), source.device)
+
+
+PARTS = {"decode": decode, "pipeline": pipeline, "loader": loader}
+
+
+def _finished(pull: Pull, device: torch.device) -> Pull:
+    """The same, and what it started on a GPU is done."""
+
+    def run() -> object:
+        batch = pull()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return batch
+
+    return run
+
+
+# ----------------------------------------------------------------------------------- videos
+
+# suffix, encoder, pixel format, options. H.264's keyframes are where x264 puts them, up to 250
+# frames apart, as in videos from the web; VP9's frequent, as in videos prepared for training.
+ENCODINGS = {
+    "mjpeg": ("mkv", "mjpeg", "yuvj420p", {"qmin": "3", "qmax": "3"}),
+    "vp9": (
+        "webm",
+        "libvpx-vp9",
+        "yuv420p",
+        {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "8", "g": "16"},
+    ),
+    "h264": ("mp4", "libx264", "yuv420p", {"preset": "veryfast", "crf": "23"}),
+}
+
+
+def write_video(folder: Path, codec: str, width: int, height: int, num_frames: int) -> VideoIndex:
+    """One video of one class, and its index.
+
+    Moving shapes with grain on top: without it they would compress, and decode, unlike real ones.
+    """
+    suffix, encoder, pixel_format, options = ENCODINGS[codec]
+    (folder / "class").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    # Rendered half as large: 250 frames of 340x340 would take numpy a gigabyte.
+    half = render_clip(0, 0, 0, num_frames, -(-max(width, height) // 2))
+    with av.open(str(folder / "class" / f"video.{suffix}"), "w") as container:
+        stream = container.add_stream(encoder, rate=FPS, options={**options, "threads": "1"})
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        for small in half:
+            frame = small.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+            frame = (frame + random.normal(0, 4, frame.shape)).clip(0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return build_index(folder, folder / "index.jsonl", num_workers=0, progress=False)[0]
