@@ -5,6 +5,7 @@ is computed here once, so that no two places can disagree about it.
 """
 
 from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,11 +108,15 @@ class Training(Section):
         0.0,
         0.999,
     )
+    adam: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
+    """Whose fused Adam; auto is PyTorch's. The others are alternatives on GPUs."""
     max_gradient_norm: PositiveFloat | None = None
     """Scale larger gradients down to this norm; the paper does not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What activations are computed in; weights and optimiser state are always fp32."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    offload_optimizer: bool = False
+    """Keep Adam's moments and the weights it updates in the CPU's memory, and run it there."""
     synchronized_norms: bool = True
     """Per-frame norm statistics over all ranks' micro-batches; else over each rank's own. Decided:
     the paper does not say. Accumulated micro-batches never share them."""
@@ -331,17 +336,34 @@ def accumulation_steps(training: Training, world_size: int) -> int:
 
     Raises UserError when that is not a whole number, naming the nearest batches that work.
     """
-    per_pass = world_size * training.micro_batch
-    steps, remainder = divmod(training.global_batch, per_pass)
+    steps, remainder = divmod(training.global_batch, world_size * training.micro_batch)
     if remainder:
-        nearest = [str(count * per_pass) for count in (steps, steps + 1) if count]
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise UserError(
-            f"training.global_batch {training.global_batch} must be a multiple of {per_pass} "
-            f"({processes} x micro_batch {training.micro_batch}); "
-            f"nearest: {' or '.join(nearest)}"
+            f"training.global_batch {training.global_batch} is no multiple of {processes} x "
+            f"micro_batch {training.micro_batch}; nearest that work: "
+            f"{_nearest_batches(training, world_size)}"
         )
     return steps
+
+
+def _nearest_batches(training: Training, world_size: int) -> str:
+    """The next smaller and larger micro-batch, where one works, and global batch."""
+    share, remainder = divmod(training.global_batch, world_size)
+    micro = training.micro_batch
+    divisors = [] if remainder else [size for size in range(1, share + 1) if share % size == 0]
+    micros = [m for m in divisors if m < micro][-1:] + [m for m in divisors if m > micro][:1]
+
+    def works(global_batch: int) -> bool:
+        share, remainder = divmod(global_batch, world_size)
+        return not remainder and share > 0 and share % min(share, micro) == 0  # as share_among
+
+    below = filter(works, range(training.global_batch - 1, 0, -1))
+    above = filter(works, count(training.global_batch + 1))
+    found = {"micro_batch": micros, "global_batch": [*islice(below, 1), *islice(above, 1)]}
+    return ", or ".join(
+        f"{key} {' or '.join(map(str, sizes))}" for key, sizes in found.items() if sizes
+    )
 
 
 def share_among(config: Config, stage_number: int, world_size: int) -> Config:
@@ -350,8 +372,8 @@ def share_among(config: Config, stage_number: int, world_size: int) -> Config:
     So that a small configuration runs on many GPUs as it stands; nothing is ever raised.
     """
     stage = config.stages[stage_number]
-    share = stage.training.global_batch // world_size
-    if not 0 < share < stage.training.micro_batch:
+    share, remainder = divmod(stage.training.global_batch, world_size)
+    if remainder or not 0 < share < stage.training.micro_batch:
         return config
     training = stage.training.model_copy(update={"micro_batch": share})
     stages = config.stages | {stage_number: stage.model_copy(update={"training": training})}

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from engine.command_line import ArgumentParser, report, run
-from engine.configuration import Config, load_config
+from engine.configuration import Config, Training, accumulation_steps, load_config
 from engine.errors import UserError
 from engine.trainer.console import Console
 from engine.trainer.interruption import follow_launcher
@@ -210,17 +210,37 @@ def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
     stage, options = plan.config.stages[plan.options.stage_number], plan.options
     training = stage.training
     made = f"{stage.resolution}x{stage.resolution}, {stage.num_frames} frames"
-    where = f"{ranks.world_size} x {ranks.device.type.upper()}"
     console.say(
-        f"stage {options.stage_number} of {plan.config.name}: {made}; {where}, batch "
-        f"{training.global_batch} in micro-batches of {training.micro_batch}, "
-        f"{training.precision}, ZeRO-{training.zero_stage}"
+        f"stage {options.stage_number} of {plan.config.name}: {made}; {training.precision}, "
+        f"ZeRO-{training.zero_stage}"
     )
-    sharing = ranks.world_size if training.synchronized_norms else 1
-    console.say(f"norm statistics: over {training.micro_batch * sharing} samples")
+    for line in batch_lines(training, ranks):
+        console.say(line)
     console.say(f"writes: {options.folder}")
     for note in plan.notes:
         console.say(f"note: {note}")
+
+
+def batch_lines(training: Training, ranks: Ranks) -> list[str]:
+    """How the global batch comes about, and whose samples the norms' statistics are over."""
+    world_size, micro_batch = ranks.world_size, training.micro_batch
+    num_accumulated = accumulation_steps(training, world_size)
+    devices = _counted(world_size, "GPU" if ranks.device.type == "cuda" else "CPU")
+    samples = _counted(micro_batch, "sample")
+    if training.synchronized_norms and world_size > 1:
+        sharing = f"{micro_batch * world_size} samples, synchronized over {devices}"
+    else:
+        sharing = samples + (", not synchronized" if world_size > 1 else "")
+    if num_accumulated > 1:
+        sharing += "; accumulated micro-batches have their own"
+    return [
+        f"batch {training.global_batch} = {devices} x {samples} x {num_accumulated} accumulated",
+        f"norm statistics: over {sharing}",
+    ]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count > 1 else "")
 
 
 def train(plan: Plan, ranks: Ranks, console: Console) -> None:

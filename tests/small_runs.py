@@ -190,7 +190,7 @@ def free_port() -> int:
 def environment() -> dict[str, str]:
     """For a process of its own: as this one's, but with no rank."""
     kept = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    return kept | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests", "OMP_NUM_THREADS": "1"}
 
 
 def python(script: str, *arguments: str | Path, seconds: float = 120) -> Finished:

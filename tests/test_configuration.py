@@ -1,6 +1,8 @@
 """Configuration files: what is shipped loads, what is wrong is said in one line."""
 
 import json
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from engine.configuration import (
     accumulation_steps,
     config_from_tree,
     load_config,
+    share_among,
     variant_names,
 )
 from engine.errors import UserError
@@ -196,18 +199,70 @@ def test_accumulation_steps(small: Path) -> None:
 @pytest.mark.parametrize(
     ("global_batch", "world_size", "line"),
     [
-        (10, 2, "10 must be a multiple of 4 (2 processes x micro_batch 2); nearest: 8 or 12"),
-        (3, 1, "3 must be a multiple of 2 (1 process x micro_batch 2); nearest: 2 or 4"),
-        (4, 8, "4 must be a multiple of 16 (8 processes x micro_batch 2); nearest: 16"),
+        (10, 2, "2 processes x micro_batch 2; nearest that work: micro_batch 1 or 5, or "
+                "global_batch 8 or 12"),
+        (3, 1, "1 process x micro_batch 2; nearest that work: micro_batch 1 or 3, or "
+               "global_batch 2 or 4"),
+        # No micro-batch makes up for samples that the ranks cannot share evenly.
+        (10, 4, "4 processes x micro_batch 2; nearest that work: global_batch 8 or 16"),
+        # One sample for each of eight: less than the micro-batch, which share_among lowers.
+        (4, 8, "8 processes x micro_batch 2; nearest that work: global_batch 8"),
     ],
-)
+)  # fmt: skip
 def test_batch_that_does_not_divide(
     small: Path, global_batch: int, world_size: int, line: str
 ) -> None:
     training = load_config(small, [f"training.global_batch={global_batch}"]).stages[1].training
     with pytest.raises(UserError) as caught:
         accumulation_steps(training, world_size)
-    assert str(caught.value) == f"training.global_batch {line}"
+    assert str(caught.value) == f"training.global_batch {global_batch} is no multiple of {line}"
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "world_size"),
+    [(512, 12, 8), (512, 4, 100), (500, 7, 4), (9, 8, 2), (7, 4, 8), (97, 2, 1)],
+)
+def test_batches_that_are_offered_are_the_nearest_that_are_accepted(
+    small: Path, global_batch: int, micro_batch: int, world_size: int
+) -> None:
+    """As train.py goes about it: `share_among`, then `accumulation_steps`."""
+
+    def refused(global_batch: int, micro_batch: int) -> str:
+        keys = (
+            f"training.global_batch={global_batch}",
+            f"stages.1.training.micro_batch={micro_batch}",
+        )
+        config = share_among(load_config(small, keys), 1, world_size)
+        training = config.stages[1].training
+        try:
+            steps = accumulation_steps(training, world_size)
+        except UserError as error:
+            return str(error)
+        assert steps * training.micro_batch * world_size == global_batch
+        return ""
+
+    def nearest(sizes: Iterable[int], accepted: Callable[[int], bool]) -> list[str]:
+        return [str(size) for size in islice(filter(accepted, sizes), 1)]
+
+    def micro_works(size: int) -> bool:
+        return not refused(global_batch, size)
+
+    def global_works(size: int) -> bool:
+        return not refused(size, micro_batch)
+
+    line = refused(global_batch, micro_batch).partition("nearest that work: ")[2]
+    micros, _, globals_ = line.rpartition("global_batch ")
+    assert globals_.split(" or ") == [
+        *nearest(range(global_batch - 1, 0, -1), global_works),
+        *nearest(range(global_batch + 1, 2000), global_works),
+    ]
+    offered = [word for word in micros.replace(",", "").split() if word.isdecimal()]
+    # Larger than a rank's share is accepted too, but lowered to it.
+    share = global_batch // world_size
+    assert offered == [
+        *nearest(range(micro_batch - 1, 0, -1), micro_works),
+        *nearest(range(micro_batch + 1, share + 1), micro_works),
+    ]
 
 
 # --- What is refused ------------------------------------------------------------------------
@@ -254,6 +309,10 @@ MISTAKES_IN_A_KEY = {
         "stages.1.training.adam_betas has too few items (found a list of 1)",
     "training.adam_betas=[0, 0.9, 1]":
         "stages.1.training.adam_betas should have at most 2 items (found a list of 3)",
+    "training.adam=sgd":
+        "stages.1.training.adam should be 'auto', 'torch', 'deepspeed' or 'apex' (found 'sgd')",
+    "training.offload_optimizer=cpu":
+        "stages.1.training.offload_optimizer should be a valid boolean (found 'cpu')",
     "training.precision=fp16":
         "stages.1.training.precision should be 'fp32' or 'bf16' (found 'fp16')",
     "training.zero_stage=4":

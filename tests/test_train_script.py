@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import REPOSITORY, Tiny, call, environment, logged, python, two_ranks, write_tiny
 
 import engine.train
 from engine.configuration import ProceduralClips
+from engine.trainer.ranks import Ranks
 from engine.video.procedural import ensure_procedural
 
 # What the options are, {…} being folders of the test's; what the line must say.
@@ -29,7 +31,10 @@ MISTAKES = [
     (["--stage", "1", "--set", "training.batch=4"], "training.batch"),
     (["--stage", "1", "--set", "training.micro_batch=many"], "training.micro_batch"),
     (["--stage", "1", "--set", "training.micro_batch"], "training.micro_batch"),
-    (["--stage", "1", "--set", "training.micro_batch=3"], "must be a multiple of 3"),
+    (
+        ["--stage", "1", "--set", "training.micro_batch=3"],
+        "micro_batch 2 or 4, or global_batch 3 or 6",
+    ),
     (["--stage", "1", "--set", "training.zero_stage=4"], "zero_stage"),
     (["--stage", "1", "--set", "stages.1.resolution=30"], "resolution 30 cannot be reached"),
     (["--stage", "1", "--set", "stages.7.num_frames=3"], "stages.7"),
@@ -173,18 +178,49 @@ def test_console_is_ours_and_chatter_goes_to_the_log(tiny: Tiny, tmp_path: Path)
     assert done.err == ""
     lines = [line for line in done.out.splitlines() if "sample clips in" not in line]
     checkpoint = out / "stage1/checkpoints/step-00000002"
-    assert lines[0].startswith("stage 1 of tiny: 8x8, 3 frames; 1 x ")
-    assert lines[1] == "norm statistics: over 4 samples"
-    assert lines[2] == f"writes: {out / 'stage1'}"
-    assert lines[3].startswith("data: 8 videos, 2 classes, MJPEG via DALI")
-    assert lines[4].startswith("stage 1: step 2/2, loss_D ")
-    assert lines[5:] == [f"done: {checkpoint}"]
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    assert lines[:4] == [
+        "stage 1 of tiny: 8x8, 3 frames; fp32, ZeRO-1",
+        f"batch 4 = 1 {device} x 4 samples x 1 accumulated",
+        "norm statistics: over 4 samples",
+        f"writes: {out / 'stage1'}",
+    ]
+    assert lines[4].startswith("data: 8 videos, 2 classes, MJPEG via DALI")
+    assert lines[5].startswith("stage 1: step 2/2, loss_D ")
+    assert lines[6:] == [f"done: {checkpoint}"]
     assert checkpoint.is_dir()
     assert "real_accelerator" in (out / "stage1/logs/rank-00000.log").read_text()
     assert [line["step"] for line in logged(out / "stage1")] == [1, 2]
     names = {path.name for path in (out / "stage1/samples").iterdir()}
     assert names == {f"step-0000000{n}.{suffix}" for n in (0, 2) for suffix in ("mp4", "png")}
     assert list((out / "stage1/tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings", "lines"),
+    [
+        (
+            8,
+            ("global_batch=512", "micro_batch=16"),
+            "batch 512 = 8 GPUs x 16 samples x 4 accumulated\n"
+            "norm statistics: over 128 samples, synchronized over 8 GPUs; accumulated "
+            "micro-batches have their own",
+        ),
+        (
+            2,
+            ("global_batch=8", "synchronized_norms=false"),
+            "batch 8 = 2 GPUs x 4 samples x 1 accumulated\n"
+            "norm statistics: over 4 samples, not synchronized",
+        ),
+        (1, (), "batch 4 = 1 GPU x 4 samples x 1 accumulated\nnorm statistics: over 4 samples"),
+    ],
+)
+def test_batch_and_norm_statistics_are_stated(
+    tiny: Tiny, world_size: int, settings: tuple[str, ...], lines: str
+) -> None:
+    training = tiny.config(*(f"training.{setting}" for setting in settings)).stages[1].training
+    ranks = Ranks(rank=0, world_size=world_size, local_rank=0, device=torch.device("cuda", 0))
+    assert "\n".join(engine.train.batch_lines(training, ranks)) == lines
 
 
 def test_options_without_effect_are_named(tiny: Tiny, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from engine.configuration import Training
 from engine.models.layers import spectral_weights, update_spectral_norm
+from engine.trainer.adam import make_adam
 from engine.trainer.checkpoints import read_tensors
 
 # All that DeepSpeed's own checkpoint files hold besides tensors and plain containers.
@@ -42,12 +43,14 @@ def deepspeed_settings(
     training: Training, *, world_size: int, accumulation_steps: int
 ) -> dict[str, Any]:
     """DeepSpeed's configuration, derived so that no JSON has to be kept beside ours."""
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": training.micro_batch * accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation_steps,
         "zero_optimization": {
             "stage": training.zero_stage,
+            "offload_optimizer": offload if training.offload_optimizer else None,
             # DeepSpeed's half a billion values would be a buffer of 2 GB for each network.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
@@ -68,10 +71,9 @@ def make_engine(
     network: nn.Module, *, lr: float, training: Training, world_size: int, accumulation_steps: int
 ) -> deepspeed.DeepSpeedEngine:
     """A DeepSpeed engine around one network and its Adam."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=training.adam_betas)
     engine, *_ = deepspeed.initialize(
         model=network,
-        optimizer=optimizer,
+        optimizer=make_adam(network.parameters(), lr=lr, training=training),
         config=deepspeed_settings(
             training, world_size=world_size, accumulation_steps=accumulation_steps
         ),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from engine.configuration import Config, accumulation_steps, share_among
+from engine.configuration import Config, Training, accumulation_steps, share_among
 from engine.errors import UserError
+from engine.trainer.adam import check_adam, whose_adam
 from engine.trainer.checkpoints import (
     CHECKPOINTS,
     PREVIOUS,
@@ -69,6 +70,7 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     config = settle_batches(config, options, ranks.world_size)
     stage = config.stages[number]
     condition_on = stage.training.condition_on
+    check_adam(stage.training, ranks.device)
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
@@ -104,12 +106,7 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
                 f"{checkpoint.path} was written with world size {checkpoint.world_size}; "
                 f"resume with as many processes, not {ranks.world_size}"
             )
-        if checkpoint.meta["zero_stage"] != stage.training.zero_stage:
-            raise UserError(
-                f"{checkpoint.path} was written at zero_stage {checkpoint.meta['zero_stage']}; "
-                f"resume with --set stages.{number}.training.zero_stage="
-                f"{checkpoint.meta['zero_stage']}"
-            )
+        _check_same_optimizer(checkpoint, stage.training)
         if number > 1 and not stage.joint and _was_conditioned_on(checkpoint) != condition_on:
             raise UserError(
                 f"{checkpoint.path} was trained with condition_on="
@@ -142,6 +139,24 @@ def settle_batches(config: Config, options: RunOptions, world_size: int) -> Conf
     if training.sample_bank is not None:
         batches_per_rank(training.sample_bank, training, world_size)
     return config
+
+
+def _check_same_optimizer(checkpoint: Checkpoint, training: Training) -> None:
+    """UserError where the optimizer's state has another form than it was saved in."""
+    number = checkpoint.stage_number
+    trained = checkpoint.config().stages[number].training
+    settings = {
+        "zero_stage": (trained.zero_stage, training.zero_stage),
+        "adam": (whose_adam(trained), whose_adam(training)),
+        "offload_optimizer": (trained.offload_optimizer, training.offload_optimizer),
+    }
+    for key, (was, now) in settings.items():
+        if was != now:
+            value = str(was).lower()  # YAML's true and false
+            raise UserError(
+                f"{checkpoint.path} was written with {key} {value}; "
+                f"resume with --set stages.{number}.training.{key}={value}"
+            )
 
 
 def needs_previous(config: Config, number: int) -> bool:

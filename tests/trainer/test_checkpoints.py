@@ -13,6 +13,7 @@ import torch
 from small_runs import Tiny, contents, differences, logged, sample
 
 from engine.errors import UserError
+from engine.trainer import stage_plan
 from engine.trainer.checkpoints import (
     META,
     find_checkpoint,
@@ -284,7 +285,15 @@ def test_read_tensors_reads_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["training.zero_stage=2"], "was written at zero_stage 1; resume with --set "),
+        (
+            ["training.zero_stage=2"],
+            "was written with zero_stage 1; resume with --set stages.1.training.zero_stage=1",
+        ),
+        (
+            ["training.offload_optimizer=true"],
+            "was written with offload_optimizer false; resume with --set "
+            "stages.1.training.offload_optimizer=false",
+        ),
         (["stages.1.generator.channels=8"], "stages.1.generator than"),
         (["stages.1.discriminators.channels=8"], "stages.1.discriminators than"),
         (["data.num_classes=3"], "was trained with data.num_classes=2"),
@@ -301,6 +310,16 @@ def test_another_configuration_is_not_resumed(
     options = [part for change in changes for part in ("--set", change)]
     assert message in tiny.train(1, run, "--max-steps", "3", *options).error
     assert differences(before, contents(newest(run))) == []
+
+
+def test_another_adam_is_not_resumed(
+    tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_plan, "check_adam", lambda *_: None)  # this machine may not have it
+    error = tiny.train(1, run, "--set", "training.adam=deepspeed").error
+    assert "was written with adam torch; resume with --set stages.1.training.adam=torch" in error
+    again = tiny.train(1, run, "--set", "training.adam=torch", "--max-steps", "2")  # as auto
+    assert "nothing to do: step 2 of 2 is reached" in again.out
 
 
 def test_windows_of_another_origin_are_not_resumed(tiny: Tiny, run: Path, tmp_path: Path) -> None:

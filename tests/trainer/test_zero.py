@@ -1,44 +1,107 @@
-"""ZeRO 0 to 3 on two ranks (CPU, gloo): the same training, sharded, saved and resumed."""
+"""ZeRO 0 to 3 on two and four ranks (CPU, gloo): one process's training, sharded and resumed."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small_runs import Tiny, contents, differences, logged, two_ranks
+from small_runs import Tiny, contents, differences, logged, python
 from torch import Tensor
 
 from engine.models.construction import build_generator
 
 ZERO_STAGES = (0, 1, 2, 3)
-RUNS = [(1, zero) for zero in ZERO_STAGES] + [(2, 1), (2, 3)]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # of all runs together
+
+
+class Run(NamedTuple):
+    """A stage trained at a ZeRO stage."""
+
+    stage: int
+    zero: int
+    offload: bool = False
+
+    @property
+    def overrides(self) -> list[str]:
+        """As after `--set`."""
+        offload = str(self.offload).lower()
+        keys = {"zero_stage": self.zero, "offload_optimizer": offload, "discriminator_steps": 1}
+        return [f"training.{key}={value}" for key, value in keys.items()]
+
+
+# By number of ranks. All of stage 1, with its ConvGRU; of stage 2, with windows and a matching
+# discriminator, what costs more than it adds is left out.
+OFFLOADED = [Run(1, 1, True), Run(1, 3, True)]
+SHARED = {
+    1: [Run(1, 0), Run(2, 0)],
+    2: [*(Run(1, zero) for zero in ZERO_STAGES), *OFFLOADED, Run(2, 0), Run(2, 2)],
+    4: [*(Run(1, zero) for zero in ZERO_STAGES), Run(2, 1), Run(2, 3)],
+}
+RESUMED = [*(Run(1, zero) for zero in ZERO_STAGES), *OFFLOADED, Run(2, 3)]
 
 
 @pytest.fixture(scope="module")
-def outs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By ZeRO stage: 'whole' trained two steps, 'parts' resumed from its first."""
+def outs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of this file, in one process and its forks.
+
+    `shared_file`s are of ranks that share one global batch. In a folder per run of train.py 'whole'
+    trained two steps, and 'parts' resumed from its first.
+    """
     folder = tmp_path_factory.mktemp("zero")
-    fixed = ["--max-steps", "2", "--set", "training.checkpoint_every=1"]
-    # Half of the global batch per rank, in two micro-batches: accumulation and sharding together.
-    fixed += ["--set", "training.micro_batch=1", "--set", "training.ema_decay=0.5"]
-    runs = []
-    for stage, zero in RUNS:
-        whole, parts = (folder / f"zero{zero}" / name for name in ("whole", "parts"))
-        more = [*fixed, "--set", f"training.zero_stage={zero}"]
-        if stage == 2:
-            more += ["--previous", str(folder / "zero1/whole")]
-        first = whole / f"stage{stage}" / "checkpoints/step-00000001"
-        runs += [
-            tiny.options(stage, whole, *more),
-            tiny.options(stage, parts, *more, "--resume", first),
-        ]
-    file = folder / "runs.json"
-    file.write_text(json.dumps(runs))
-    finished = two_ranks("tests/trainer/several_runs.py", file)
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs(tiny, folder)))
+    finished = python("tests/trainer/forked_jobs.py", file, seconds=1800)
     assert finished.code == 0, finished.out + finished.err
-    return {zero: folder / f"zero{zero}" for zero in ZERO_STAGES}
+    return folder
+
+
+def jobs(tiny: Tiny, folder: Path) -> list[Any]:
+    """What forked_jobs.py is to do."""
+    commands = [line for run in RESUMED for line in command_lines(tiny, folder, run)]
+    shared = [
+        [
+            num_ranks,
+            "share",
+            [str(tiny.config_file), *(sharing(folder, num_ranks, r) for r in runs)],
+        ]
+        for num_ranks, runs in SHARED.items()
+    ]
+    alone = sharing(folder, 2, Run(1, 0))
+    alone["overrides"].append("training.synchronized_norms=false")
+    alone["file"] = str(folder / "alone.pt")
+    return [*shared, [2, "share", [str(tiny.config_file), alone]], [2, "train", commands]]
+
+
+def sharing(folder: Path, num_ranks: int, run: Run) -> dict[str, Any]:
+    """Four samples in a forward pass of all ranks, accumulated twice in stage 1."""
+    global_batch = 8 if run.stage == 1 else 4
+    batches = [f"micro_batch={4 // num_ranks}", f"global_batch={global_batch}"]
+    return {
+        "stage": run.stage,
+        "overrides": [*run.overrides, *(f"training.{batch}" for batch in batches)],
+        "file": str(shared_file(folder, num_ranks, run)),
+    }
+
+
+def shared_file(folder: Path, num_ranks: int, run: Run) -> Path:
+    return folder / f"shared-{num_ranks}-{tuple(run)}.pt"
+
+
+def command_lines(tiny: Tiny, folder: Path, run: Run) -> list[list[str]]:
+    """Of a whole run and of the rest of it."""
+    # Half of the global batch per rank, in two micro-batches: accumulation and sharding together.
+    settings = [*run.overrides, "training.checkpoint_every=1", "training.micro_batch=1"]
+    settings += ["training.ema_decay=0.5"]
+    options = ["--max-steps", "2", *(part for each in settings for part in ("--set", each))]
+    if run.stage == 2:
+        options += ["--previous", str(folder / str(tuple(RESUMED[1])) / "whole")]
+    whole, parts = (folder / str(tuple(run)) / name for name in ("whole", "parts"))
+    first = checkpoint(whole, run.stage, 1)
+    return [
+        tiny.options(run.stage, whole, *options),
+        tiny.options(run.stage, parts, *options, "--resume", first),
+    ]
 
 
 def checkpoint(out: Path, stage: int, step: int) -> Path:
@@ -50,14 +113,13 @@ def generator(path: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize(("stage", "zeros"), [(1, ZERO_STAGES), (2, (1, 3))])
-def test_every_zero_stage_trains_the_same(
-    outs: dict[int, Path], stage: int, zeros: tuple[int, ...]
-) -> None:
-    """Sharding changes the order of sums, not the algorithm.
+@pytest.mark.parametrize(
+    ("num_ranks", "run"), [(n, run) for n in (2, 4) for run in SHARED[n]], ids=str
+)
+def test_ranks_train_as_one_process_does(outs: Path, num_ranks: int, run: Run) -> None:
+    """The same global batch, with synchronised norms: the split changes the order of sums only.
 
-    Two ranks' gradients are added (a sum of two has one order) and Adam works element by element,
-    so only sums within a kernel and over micro-batches differ: a few roundings, which the second
+    Sums within kernels, over ranks and micro-batches: a few roundings each, which the second
     step's losses see through some 20 layers: 20 eps. Where a gradient's terms cancel its relative
     error grows, and Adam's update is relative: a weight may be off by a thousandth of its updates
     and two roundings.
@@ -65,56 +127,63 @@ def test_every_zero_stage_trains_the_same(
     The exception: a bias in front of a frame norm, which subtracts it, has no gradient but
     rounding. Adam divides that by its own size, so such biases wander by up to lr a step.
     """
+    alone = torch.load(shared_file(outs, 1, Run(run.stage, 0)), weights_only=True)
+    ranks = torch.load(shared_file(outs, num_ranks, run), weights_only=True)
     tolerance = 20 * torch.finfo(torch.float32).eps
-    updates = 2 * 1e-4  # lr, twice
-    wander = 2 * updates  # two runs
-    first, *others = (outs[zero] / "whole" for zero in zeros)
-    log = logged(first / f"stage{stage}")
-    assert [line["step"] for line in log] == [1, 2]
-    assert log[0]["loss_G"] != log[1]["loss_G"]
-    weights = generator(checkpoint(first, stage, 2))["generators"][stage]
-    for other in others:
-        assert logged(other / f"stage{stage}") == [
-            pytest.approx(line, rel=tolerance, abs=tolerance) for line in log
-        ]
-        compared = generator(checkpoint(other, stage, 2))["generators"][stage]
+    assert ranks["measures"] == [
+        pytest.approx(step, rel=tolerance, abs=tolerance) for step in alone["measures"]
+    ]
+    assert alone["measures"][0]["loss_G"] != alone["measures"][1]["loss_G"]
+    for network, lr in (("G", 1e-4), ("D", 5e-4)):
+        updates = 2 * lr
+        weights, compared = alone["weights"][network], ranks["weights"][network]
         assert compared.keys() == weights.keys()
         for name, value in weights.items():
             normalized_away = name.startswith("units.") and name.endswith("bias")
-            atol = wander if normalized_away else 1e-3 * updates + 2.4e-7
+            atol = 2 * updates if normalized_away else 1e-3 * updates + 2.4e-7
             error = (compared[name] - value).abs().max().item()
-            assert error <= atol, (name, error, atol)
+            assert error <= atol, (network, name, error, atol)
 
 
-@pytest.mark.parametrize(("stage", "zero"), RUNS)
-def test_resumed_run_equals_an_uninterrupted_one(
-    outs: dict[int, Path], stage: int, zero: int
-) -> None:
-    whole, parts = (checkpoint(outs[zero] / name, stage, 2) for name in ("whole", "parts"))
+def test_norms_of_each_rank_alone_train_otherwise(outs: Path) -> None:
+    """Else the equality above would say nothing about them."""
+    shared = shared_file(outs, 2, Run(1, 0))
+    losses = [
+        torch.load(file, weights_only=True)["measures"][0]["loss_G"]
+        for file in (shared, outs / "alone.pt")
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("run", RESUMED, ids=str)
+def test_resumed_run_equals_an_uninterrupted_one(outs: Path, run: Run) -> None:
+    folder = outs / str(tuple(run))
+    whole, parts = (checkpoint(folder / name, run.stage, 2) for name in ("whole", "parts"))
     held = contents(whole)
     # ZeRO-0 keeps the optimizer with the model; the others a shard per rank.
     num_shards = sum("optim_states" in name for name in held)
-    assert num_shards == (0 if zero == 0 else 4)
+    assert num_shards == (0 if run.zero == 0 else 4)
     assert {"rank-00000.pt", "rank-00001.pt"} <= held.keys()
     assert differences(held, contents(parts)) == []
     assert logged(parts.parent.parent) == logged(whole.parent.parent)[1:]
 
 
-def test_generator_file_is_whole(outs: dict[int, Path], tiny: Tiny) -> None:
+def test_generator_file_is_whole(outs: Path, tiny: Tiny) -> None:
     """Unsharded at ZeRO-3 too: the same names and shapes, and not the first step's values."""
     network = build_generator(tiny.config(), 1)
     expected = {name: value.shape for name, value in network.state_dict().items()}
-    for zero in ZERO_STAGES:
-        first, second = (
-            generator(checkpoint(outs[zero] / "whole", 1, step))["generators"][1] for step in (1, 2)
-        )
+    for run in RESUMED:
+        if run.stage == 2:
+            continue
+        whole = outs / str(tuple(run)) / "whole"
+        first, second = (generator(checkpoint(whole, 1, step))["generators"][1] for step in (1, 2))
         shapes = {name: value.shape for name, value in second.items()}
         assert shapes == expected
         assert len(differences(first, second)) > 10
 
 
-def test_ranks_see_different_clips_and_noise(outs: dict[int, Path]) -> None:
-    held = contents(checkpoint(outs[1] / "whole", 1, 2))
+def test_ranks_see_different_clips_and_noise(outs: Path) -> None:
+    held = contents(checkpoint(outs / str(tuple(RESUMED[1])) / "whole", 1, 2))
     states: list[dict[str, Tensor]] = [held[f"rank-0000{n}.pt"]["trainer"] for n in (0, 1)]
     assert not states[0]["random"].equal(states[1]["random"])
     assert states[0]["reals"] == states[1]["reals"]  # the position counts both ranks' clips
