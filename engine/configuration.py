@@ -114,6 +114,12 @@ class Training(Section):
     """Scale larger gradients down to this norm; the paper does not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What activations are computed in; weights and optimiser state are always fp32."""
+    checkpointing: Literal["none", "norms", "blocks"] = "norms"
+    """What is made again in the backward pass instead of being kept, the same bit for bit: nothing;
+    norms with their ReLU, which costs little; or every residual block, a forward pass more."""
+    acceleration: Literal["none", "compile", "cuda_graphs"] = "none"
+    """torch.compile of every residual block, or CUDA graphs of passes without gradients. What
+    cannot be accelerated, as networks that train at ZeRO 2 or 3, is named when the run starts."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload_optimizer: bool = False
     """Keep Adam's moments and the weights it updates in the CPU's memory, and run it there."""

@@ -68,7 +68,8 @@ OPERATOR = Operator(
 class Normalized:
     """relu(norm(x)), not computed yet: a convolution that is given it need not keep it.
 
-    Fields as the arguments of `kernels.frame_norm`. `moments` are x's own, by whoever made x.
+    Fields as the arguments of `kernels.frame_norm`. `moments` are x's own, by whoever made x. With
+    `kept` it is computed once and kept for backward after all: more memory, the same bits.
     """
 
     video: Tensor
@@ -77,10 +78,11 @@ class Normalized:
     statistics: tuple[Tensor, Tensor] | None = None
     group: dist.ProcessGroup | None = None
     moments: Moments | None = None
+    kept: bool = False
 
-    def value(self) -> Tensor:
+    def value(self, impl: str | None = None) -> Tensor:
         """The video itself."""
-        return norms.apply(*self.prepare(None), self.video.shape[3:])
+        return norms.apply(*self.prepare(impl), self.video.shape[3:])
 
     def prepare(self, impl: str | None) -> tuple[norm_operators.Tensors, norm_operators.Form]:
         """The norm's tensors and form, as its operators take them."""
@@ -135,12 +137,16 @@ def convolve(
     if impl == "triton" and layout.upsample:
         raise ImplementationError("upsampling convolutions have no form in Triton")
     norm_tensors: Sequence[Tensor | None]
-    form: norm_operators.Form | None
+    form: norm_operators.Form | None = None
     if isinstance(x_BTIHW, Normalized):
         # Asked for by name: the norm in front is a reference where the convolution is one.
-        norm_tensors, form = x_BTIHW.prepare(REFERENCE if impl == REFERENCE else AUTO)
-    else:
-        norm_tensors, form = (norms.rows(video), None, None, None, None), None
+        norm_impl = REFERENCE if impl == REFERENCE else AUTO
+        if x_BTIHW.kept:
+            video = x_BTIHW.value(norm_impl)
+        else:
+            norm_tensors, form = x_BTIHW.prepare(norm_impl)
+    if form is None:
+        norm_tensors = norms.rows(video), None, None, None, None
     shape = (*video.shape[:2], weight_OabI.shape[0], *layout.out_size)
     if residual_BTOHW is not None and residual_BTOHW.shape != shape:
         raise ValueError(f"residual must be {shape}, not {tuple(residual_BTOHW.shape)}")
@@ -148,8 +154,10 @@ def convolve(
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
     own_moments = None
     # With nothing before or after it, a convolution is PyTorch's: the same is kept, and a Function
-    # of our own would cost a CPU some 50 µs of Python.
-    bare = form is None and residual is None and skip is None and impl == "pytorch"
+    # of our own would cost a CPU some 50 µs of Python. But where a norm is in front, whether it is
+    # kept shall change no bit, and PyTorch may sum a bias's gradient in another order.
+    ends_here = residual is None and skip is None
+    bare = ends_here and impl == "pytorch" and not isinstance(x_BTIHW, Normalized)
     if bare or impl == REFERENCE or video.numel() == 0:
         y_BTSO = _compose(layout, form, tensors)
     elif moments and impl != "pytorch":

@@ -315,6 +315,8 @@ MISTAKES_IN_A_KEY = {
         "stages.1.training.offload_optimizer should be a valid boolean (found 'cpu')",
     "training.precision=fp16":
         "stages.1.training.precision should be 'fp32' or 'bf16' (found 'fp16')",
+    "training.checkpointing=units":
+        "stages.1.training.checkpointing should be 'none', 'norms' or 'blocks' (found 'units')",
     "training.zero_stage=4":
         "stages.1.training.zero_stage should be less than or equal to 3 (found 4)",
     "stages.1.generator.multipliers=[]":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
+from engine.models.activation_checkpointing import Block, run_block
 from engine.models.layers import ConvGRU, Convolution, SeparableConvolution
 from engine.models.norms import FrameNorm
 
@@ -41,7 +42,7 @@ def _skip(
     return skip
 
 
-class GeneratorBlock2D(nn.Module):
+class GeneratorBlock2D(Block):
     """norm-ReLU-(2x up)-conv3x3-norm-ReLU-conv3x3 plus shortcut, frames one by one.
 
     The first convolution changes the channels. The shortcut is a 1x1 convolution where channels
@@ -78,7 +79,7 @@ class GeneratorBlock2D(nn.Module):
         )
 
 
-class GeneratorBlock3D(nn.Module):
+class GeneratorBlock3D(Block):
     """norm-ReLU-conv-norm-ReLU-conv plus identity, each conv a separable 3D one."""
 
     def __init__(self, channels: int, condition_size: int, *, inject: bool) -> None:
@@ -103,7 +104,7 @@ class GeneratorBlock3D(nn.Module):
         )
 
 
-class RecurrentBlock(nn.Module):
+class RecurrentBlock(Block):
     """A ConvGRU; in an upsampling generator (Appendix C) x_l is added to its hidden states.
 
     Decided: the paper injects after 3D blocks and is silent on the ConvGRU in their place. x_l is
@@ -144,7 +145,7 @@ class GeneratorUnit(nn.Module):
         out_resolution = 2 * resolution if upsample else resolution
         inner = low_resolution is not None and resolution <= low_resolution
         outer = low_resolution is not None and out_resolution <= low_resolution
-        self.temporal: nn.Module = (
+        self.temporal: Block = (
             RecurrentBlock(in_channels, inject=inner)
             if temporal == "conv_gru"
             else GeneratorBlock3D(in_channels, condition_size, inject=inner)
@@ -158,12 +159,12 @@ class GeneratorUnit(nn.Module):
 
     def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
         """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
-        h = self.temporal(x_BTCHW, cond_BK, low)
-        h = self.block1(h, cond_BK, low)
-        return self.block2(h, cond_BK, low)
+        h = run_block(self.temporal, x_BTCHW, cond_BK, low)
+        h = run_block(self.block1, h, cond_BK, low)
+        return run_block(self.block2, h, cond_BK, low)
 
 
-class DiscriminatorBlock(nn.Module):
+class DiscriminatorBlock(Block):
     """(ReLU)-conv-ReLU-conv-(pool) plus a pooled 1x1 shortcut, without norm; 2D or 3x3x3.
 
     The first block of a discriminator has no leading ReLU: it reads pixels. `pooling` is (1, 2, 2),

@@ -1,8 +1,11 @@
 """Networks from a configuration: the one place that reads sizes out of it."""
 
+from typing import Any
+
 import torch
 
 from engine.configuration import Config, Stage
+from engine.models.activation_checkpointing import set_checkpointing
 from engine.models.cascade import JointGenerator
 from engine.models.discriminators import (
     Discriminators,
@@ -23,68 +26,57 @@ def build_generator(config: Config, stage_number: int) -> ClipGenerator | Upsamp
     """The generator of one stage, initialised from the global random state."""
     stage = config.stages[stage_number]
     sizes = stage.generator
+    common: dict[str, Any] = {
+        "resolution": stage.resolution,
+        "channels": sizes.channels,
+        "multipliers": sizes.multipliers,
+        "temporal": sizes.temporal,
+        "num_classes": config.data.num_classes,
+        "latent_size": sizes.latent_size,
+        "class_embedding_size": sizes.class_embedding_size,
+        "compute_dtype": compute_dtype(stage),
+    }
+    generator: ClipGenerator | UpsamplingGenerator
     if stage_number == 1:
-        return ClipGenerator(
-            resolution=stage.resolution,
-            channels=sizes.channels,
-            multipliers=sizes.multipliers,
-            temporal=sizes.temporal,
-            num_classes=config.data.num_classes,
-            latent_size=sizes.latent_size,
-            class_embedding_size=sizes.class_embedding_size,
-            compute_dtype=compute_dtype(stage),
+        generator = ClipGenerator(**common)
+    else:
+        low = config.upsampling(stage_number)
+        generator = UpsamplingGenerator(
+            low_resolution=low.resolution, frame_step=low.frame_step, **common
         )
-    low = config.upsampling(stage_number)
-    return UpsamplingGenerator(
-        resolution=stage.resolution,
-        channels=sizes.channels,
-        multipliers=sizes.multipliers,
-        temporal=sizes.temporal,
-        low_resolution=low.resolution,
-        frame_step=low.frame_step,
-        num_classes=config.data.num_classes,
-        latent_size=sizes.latent_size,
-        class_embedding_size=sizes.class_embedding_size,
-        compute_dtype=compute_dtype(stage),
-    )
+    set_checkpointing(generator, stage.training.checkpointing)
+    return generator
 
 
 def build_joint_generator(config: Config, stage_number: int) -> JointGenerator:
     """Stages 1 to `stage_number` as one network (Appendix H)."""
-    return JointGenerator(
+    generator = JointGenerator(
         [build_generator(config, number) for number in range(1, stage_number + 1)], config
     )
+    # Of the stage that trains, whatever the earlier ones trained with.
+    set_checkpointing(generator, config.stages[stage_number].training.checkpointing)
+    return generator
 
 
 def build_discriminators(config: Config, stage_number: int) -> Discriminators:
     """The discriminators of one stage: matching from stage 2 on, unless switched off."""
     stage = config.stages[stage_number]
-    sizes, num_classes, dtype = stage.discriminators, config.data.num_classes, compute_dtype(stage)
-    spatial = SpatialDiscriminator(
-        resolution=stage.resolution,
-        channels=sizes.channels,
-        multipliers=sizes.multipliers,
-        num_classes=num_classes,
-        compute_dtype=dtype,
-    )
-    temporal = TemporalDiscriminator(
-        resolution=stage.resolution,
-        channels=sizes.channels,
-        multipliers=sizes.multipliers,
-        num_classes=num_classes,
-        pool_time=sizes.pool_time,
-        compute_dtype=dtype,
-    )
-    if stage_number == 1 or not sizes.matching:
-        return Discriminators(spatial, temporal)
-    low = config.upsampling(stage_number)
-    matching = MatchingDiscriminator(
-        low_resolution=low.resolution,
-        frame_step=low.frame_step,
-        channels=sizes.channels,
-        multipliers=sizes.multipliers,
-        num_classes=num_classes,
-        pool_time=sizes.pool_time,
-        compute_dtype=dtype,
-    )
-    return Discriminators(spatial, temporal, matching)
+    sizes = stage.discriminators
+    common: dict[str, Any] = {
+        "channels": sizes.channels,
+        "multipliers": sizes.multipliers,
+        "num_classes": config.data.num_classes,
+        "compute_dtype": compute_dtype(stage),
+    }
+    spatial = SpatialDiscriminator(resolution=stage.resolution, **common)
+    common["pool_time"] = sizes.pool_time
+    temporal = TemporalDiscriminator(resolution=stage.resolution, **common)
+    matching = None
+    if stage_number > 1 and sizes.matching:
+        low = config.upsampling(stage_number)
+        matching = MatchingDiscriminator(
+            low_resolution=low.resolution, frame_step=low.frame_step, **common
+        )
+    discriminators = Discriminators(spatial, temporal, matching)
+    set_checkpointing(discriminators, stage.training.checkpointing)
+    return discriminators

@@ -8,17 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.models.blocks import GeneratorUnit, Temporal
-from engine.models.layers import (
-    Convolution,
-    Embedding,
-    Linear,
-    NormalizedWeights,
-    normalized_weights,
-)
+from engine.models.layers import Convolution, Embedding, Linear, normalized_weights
 from engine.models.norms import FrameNorm
 
 BASE_RESOLUTION = 4
@@ -32,7 +25,6 @@ class GeneratorTrunk(nn.Module):
     but the last" cannot reach 128x128 in five units.
 
     `compute_dtype` is what activations are in; weights, statistics and the output are fp32.
-    `checkpoint_units` recomputes every unit in the backward pass instead of keeping its insides.
     """
 
     def __init__(
@@ -56,7 +48,6 @@ class GeneratorTrunk(nn.Module):
             )
         self.resolution, self.latent_size = resolution, latent_size
         self.compute_dtype = compute_dtype
-        self.checkpoint_units = False
         self.embedding = Embedding(num_classes, class_embedding_size) if num_classes else None
         condition_size = latent_size + (class_embedding_size if num_classes else 0)
         self.base_channels = width = channels * multipliers[0]
@@ -96,16 +87,11 @@ class GeneratorTrunk(nn.Module):
         self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int, low: Tensor | None
     ) -> Tensor:
         """The whole network; `low` is x_l or None. Returns [B, num_frames, 3, H, W], fp32."""
-        with normalized_weights(self, self.compute_dtype) as weights:
-            return self._synthesize(z_BZ, labels_B, num_frames, low, weights)
+        with normalized_weights(self, self.compute_dtype):
+            return self._synthesize(z_BZ, labels_B, num_frames, low)
 
     def _synthesize(
-        self,
-        z_BZ: Tensor,
-        labels_B: Tensor | None,
-        num_frames: int,
-        low: Tensor | None,
-        weights: NormalizedWeights,
+        self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int, low: Tensor | None
     ) -> Tensor:
         cond_BK = self.condition(z_BZ, labels_B)
         base = self.base(cond_BK.to(self.compute_dtype))
@@ -113,11 +99,7 @@ class GeneratorTrunk(nn.Module):
         # A stride of 0 over T tells the first ConvGRU that its input does not change in time.
         h = base_BHWC.permute(0, 3, 1, 2)[:, None].expand(-1, num_frames, -1, -1, -1)
         for unit in self.units:
-            if self.checkpoint_units and torch.is_grad_enabled():
-                contexts = weights.checkpoint_contexts
-                h = checkpoint(unit, h, cond_BK, low, use_reentrant=False, context_fn=contexts)
-            else:
-                h = unit(h, cond_BK, low)
+            h = unit(h, cond_BK, low)
         rgb = kernels.conv2d(self.norm(h, cond_BK), *self.to_rgb(h.dtype))
         return torch.tanh(rgb.float())
 

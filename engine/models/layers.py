@@ -7,10 +7,9 @@ so that checkpointed, repeated and accumulated passes all see one and the same Ï
 divides all its weights at once, in `normalized_weights`, where there is an operator for that.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 import kernels
 
+_one_by_one = False
 _INITIAL_ITERATIONS = 3  # an orthogonal matrix has Ïƒ = 1 for any u, so few are plenty
 
 
@@ -73,7 +73,7 @@ class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
     exception too, brings back what there was before.
     """
 
-    def __init__(self, prepared: dict[SpectralWeight, Tensor]) -> None:
+    def __init__(self, prepared: Mapping[SpectralWeight, Tensor | None]) -> None:
         self._prepared = prepared
         self._before: list[list[Tensor | None]] = []
 
@@ -92,16 +92,6 @@ class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
         for layer, tensor in zip(self._prepared, self._before.pop(), strict=True):
             layer.prepared = tensor
 
-    def checkpoint_contexts(
-        self,
-    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """For the `context_fn` of `torch.utils.checkpoint.checkpoint`.
-
-        Recomputing, in the backward pass, comes after this context's end: it enters it again, and
-        so sees the very tensors of the forward pass. They are kept until then.
-        """
-        return nullcontext(), self
-
 
 def normalized_weights(
     network: nn.Module, dtype: torch.dtype, *, impl: str | None = None
@@ -114,8 +104,11 @@ def normalized_weights(
     Nothing is prepared, and every layer divides its own weight, where "auto" would run the
     reference, which is no faster for a list; and where weights are partitioned (ZeRO-3): those are
     whole only inside their own module's forward and backward, also if they happen to be gathered
-    now. A layer that is asked for another dtype than was prepared divides its own, too.
+    now; and inside `one_by_one`. A layer that is asked for another dtype than was prepared divides
+    its own, too.
     """
+    if _one_by_one:
+        return NormalizedWeights({})
     if impl is None:
         weight = next(network.parameters())
         choices = kernels.implementations(weight.device, weight.dtype)
@@ -133,6 +126,22 @@ def normalized_weights(
         impl=impl,
     )
     return NormalizedWeights(dict(zip(layers, prepared, strict=True)))
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Within this context no pass prepares its weights: every layer divides its own."""
+    global _one_by_one
+    before, _one_by_one = _one_by_one, True
+    try:
+        yield
+    finally:
+        _one_by_one = before
+
+
+def prepared_weights(module: nn.Module) -> NormalizedWeights:
+    """What is prepared at this moment for the layers of a part of a network, to be used again."""
+    return NormalizedWeights({layer: layer.prepared for layer in spectral_weights(module)})
 
 
 def _is_partitioned(weight: Tensor) -> bool:

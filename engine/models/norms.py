@@ -35,6 +35,8 @@ class FrameNorm(nn.Module):
         self._accumulated: _Moments | None = None
         self.group: dist.ProcessGroup | None = None
         """The ranks whose samples share the batch's statistics; None for this rank alone."""
+        self.keeps_result = False
+        """Whether the normalised x is kept for the backward pass, not made again there."""
 
     def forward(
         self, x_BTCHW: Tensor, condition_BK: Tensor, moments: kernels.Moments | None = None
@@ -58,7 +60,9 @@ class FrameNorm(nn.Module):
         gain_BC = 1 + self.gain(condition_BK)
         bias_BC = self.bias(condition_BK)
         group = self.group if statistics is None else None
-        return kernels.Normalized(x_BTCHW, gain_BC, bias_BC, statistics, group, moments)
+        return kernels.Normalized(
+            x_BTCHW, gain_BC, bias_BC, statistics, group, moments, self.keeps_result
+        )
 
     def start_accumulating(self) -> None:
         """Use the batch's statistics again and remember them from now on."""

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.trainer.acceleration import accelerate
 from engine.trainer.checkpoints import CHECKPOINTS, PREVIOUS, step_name
 from engine.trainer.console import Console
 from engine.trainer.interruption import Interruption
@@ -31,7 +32,10 @@ def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> 
     try:
         _freeze_previous(plan, builder, console)
         snapshots = _snapshots(plan, builder, index)
-        run = _Run(plan, builder, builder.trainer(loader), snapshots, console)
+        trainer = builder.trainer(loader)
+        for note in accelerate(stage, ranks, trainer, builder.previous):
+            console.say(f"note: {note}")
+        run = _Run(plan, builder, trainer, snapshots, console)
         run.resume()
         return run.train()
     finally:

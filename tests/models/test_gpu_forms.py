@@ -20,6 +20,7 @@ import torch
 from small_networks import clip_generator, discriminators, upsampling_generator
 import kernels
 from engine.models import update_spectral_norm
+from engine.models.activation_checkpointing import set_checkpointing
 from kernels import implementation
 
 for operator in implementation._operators.values():
@@ -38,7 +39,7 @@ made = kernels.Normalized
 kernels.Normalized = lambda *args: moments_seen.append(args[5] is not None) or made(*args)
 
 
-def results(name, checkpointed=False):
+def results(name, mode="norms"):
     torch.manual_seed(0)
     build = {"clip": clip_generator, "upsampling": upsampling_generator, "D": discriminators}[name]
     network = build(num_classes=5)
@@ -46,7 +47,7 @@ def results(name, checkpointed=False):
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     update_spectral_norm(network, num_iterations=2)
-    network.checkpoint_units = checkpointed
+    set_checkpointing(network, mode)
     random = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(shape, generator=random).requires_grad_()
     labels, z, low = torch.tensor([1, 3]), draw(2, 16), draw(2, 2, 3, 8, 8)
@@ -77,7 +78,7 @@ for name in sys.argv[1:]:
     if name == "upsampling":
         # Every second norm of a block is given the moments of the convolution before it.
         assert any(moments_seen)
-        again, _ = results(name, checkpointed=True)
+        again, _ = results(name, "blocks")
         assert torch.equal(again, got)
 """
 

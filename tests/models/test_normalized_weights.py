@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import kernels
 from engine.models import discriminators as discriminators_module
 from engine.models import generator as generator_module
+from engine.models.activation_checkpointing import set_checkpointing
 from engine.models.discriminators import Discriminators, ResidualTower
 from engine.models.generator import GeneratorTrunk
 from engine.models.layers import (
@@ -134,7 +135,7 @@ def test_recomputing_sees_the_same_tensors(name: str, singles: list[Tensor]) -> 
     network = build(name)
     assert isinstance(network, GeneratorTrunk)
     plain = results(network)
-    network.checkpoint_units = True
+    set_checkpointing(network, "blocks")
     y = run(network)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     prepared: list[Tensor] = []

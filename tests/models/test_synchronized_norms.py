@@ -8,6 +8,7 @@ from small_networks import clip_generator
 from torch import Tensor, nn
 from torch import multiprocessing as mp
 
+from engine.models.activation_checkpointing import set_checkpointing
 from engine.models.norms import synchronize_norms
 
 NUM_FRAMES = 3
@@ -48,11 +49,22 @@ def _compare(rank: int, store: Path) -> None:
     # z is cast to fp32 by the condition, the rest is fp64 throughout.
     torch.testing.assert_close(video, expected[mine])
     video.backward(upstream[mine])
+    mine_alone = [gradient.clone() for gradient in _gradients(shared)]
     scale = max(wanted.abs().max().item() for wanted in _gradients(whole))
     for gradient, wanted in zip(_gradients(shared), _gradients(whole), strict=True):
         dist.all_reduce(gradient)
         # Latents, gains and pixels are fp32 in any network: sums of hundreds of their products.
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=100 * EPS * scale)
+    # A block that is computed again repeats its all-reduces, in one order on all ranks.
+    for mode in ("none", "blocks"):
+        again = _generator()
+        synchronize_norms(again, dist.group.WORLD)
+        set_checkpointing(again, mode)
+        same = again(z_BZ[mine], None, NUM_FRAMES)
+        same.backward(upstream[mine])
+        assert torch.equal(same, video)
+        for gradient, wanted in zip(_gradients(again), mine_alone, strict=True):
+            assert torch.equal(gradient, wanted)
     dist.destroy_process_group()
 
 
