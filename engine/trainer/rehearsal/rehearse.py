@@ -28,6 +28,8 @@ from engine.video.dataset import describe
 from engine.video.loader import ClipLoader, Clips
 
 ZERO_STAGES = (0, 1, 2, 3)
+NOT_REHEARSED = {"sample_bank": None, "offload_optimizer": False, "acceleration": "none"}
+"""Settings that a rehearsal does without: they want values, or memory that a host has."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class Rehearsal:
     """Of the rehearsed step, on rank 0."""
     collectives: dict[str, tuple[int, int]]
     """Of the rehearsed step, on rank 0: kind -> how many, bytes of the tensors given to them."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """The configured settings that were not rehearsed."""
+        settings = dict(self.training)
+        return [name for name, value in NOT_REHEARSED.items() if settings[name] != value]
 
     @property
     def training(self) -> Training:
@@ -154,12 +162,14 @@ def _previous_stages(config: Config, number: int) -> PreviousStages | None:
 
 
 def _one_micro_batch(builder: StageBuilder) -> StageBuilder:
-    """Accumulated micro-batches all do the same; one of them keeps a rehearsal short."""
+    """Accumulated micro-batches all do the same; one of them keeps a rehearsal short.
+
+    Without `NOT_REHEARSED`, none of which changes a partition or a file.
+    """
     training = builder.config.stages[builder.number].training
     global_batch = training.micro_batch * builder.ranks.world_size
-    return replace(
-        builder, config=_changed(builder.config, builder.number, global_batch=global_batch)
-    )
+    settings = {"global_batch": global_batch} | NOT_REHEARSED
+    return replace(builder, config=_changed(builder.config, builder.number, **settings))
 
 
 def _any_decoder(config: Config) -> Config:

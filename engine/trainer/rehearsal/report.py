@@ -20,6 +20,8 @@ def report_lines(found: Rehearsal) -> Iterator[str]:
     yield from _partitions(found)
     yield from _layout(found)
     yield from _step(found)
+    if found.left_out:
+        yield f"rehearsed without: {', '.join(f'training.{name}' for name in found.left_out)}"
     yield NOT_EXERCISED
 
 
