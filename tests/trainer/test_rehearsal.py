@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import REPOSITORY, Finished, Tiny, call, contents, flat, python, two_ranks
+from small_runs import REPOSITORY, Finished, Tiny, call, contents, flat, python
 from torch import Tensor
 
 import engine.train
@@ -50,8 +50,8 @@ def real(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two real ranks trained a step of `RUNS`."""
     out = tmp_path_factory.mktemp("real")
     file = out / "runs.json"
-    file.write_text(json.dumps(options_of(tiny, out)))
-    done = two_ranks("tests/trainer/several_runs.py", file)
+    file.write_text(json.dumps([[2, "train", options_of(tiny, out)]]))
+    done = python("tests/trainer/forked_jobs.py", file, seconds=600)
     assert done.code == 0, done.out + done.err
     return out
 

@@ -28,7 +28,12 @@ from engine.video.dataset import describe
 from engine.video.loader import ClipLoader, Clips
 
 ZERO_STAGES = (0, 1, 2, 3)
-NOT_REHEARSED = {"sample_bank": None, "offload_optimizer": False, "acceleration": "none"}
+NOT_REHEARSED = {
+    "adam": "auto",
+    "sample_bank": None,
+    "offload_optimizer": False,
+    "acceleration": "none",
+}
 """Settings that a rehearsal does without: they want values, or memory that a host has."""
 
 
