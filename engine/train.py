@@ -7,6 +7,7 @@ import shlex
 import signal
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from engine.command_line import ArgumentParser, report, run
@@ -15,7 +16,7 @@ from engine.errors import UserError
 from engine.trainer.console import Console
 from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
-from engine.trainer.stage_plan import Plan, RunOptions, plan_run
+from engine.trainer.stage_plan import Plan, RunOptions, plan_run, settle_batches
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPILOG = """\
@@ -92,12 +93,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "rank 0 to OUT/stageN/profile, from STEPS steps (%(const)s) soon after the start; then "
         "train on",
     )
+    parser.add_argument(
+        "--rehearse",
+        type=int,
+        metavar="N",
+        help="play rank 0 of N GPUs at full size without a GPU, write nothing, and tell how data, "
+        "batch, ZeRO and checkpoints are divided",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     options = parser.parse_args(arguments)
     if options.max_steps is not None and options.max_steps < 1:
         parser.error("--max-steps must be at least 1")
     if options.profile is not None and options.profile < 1:
         parser.error("--profile must time at least 1 step")
+    if options.rehearse is not None and options.rehearse < 1:
+        parser.error("--rehearse must be at least 1 GPU")
     return options
 
 
@@ -122,7 +132,11 @@ def main(arguments: list[str]) -> None:
     ranks = Ranks.from_environment()
     follow_launcher()
     try:
-        plan = settle(parse(arguments), ranks)
+        options = parse(arguments)
+        if options.rehearse is not None:
+            rehearse(options, ranks)
+            return
+        plan = settle(options, ranks)
         console = Console(is_main=ranks.is_main)
         console.capture(plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log")
     except UserError:
@@ -136,8 +150,13 @@ def main(arguments: list[str]) -> None:
 def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
     """Everything that can be checked before devices, data or other ranks are touched."""
     config = configure(options)
+    return plan_run(config, run_options(options, config), ranks)
+
+
+def run_options(options: argparse.Namespace, config: Config) -> RunOptions:
+    """What the command line adds to the configuration."""
     out = options.out or Path("runs") / config.name
-    run_options = RunOptions(
+    return RunOptions(
         config_name=options.config,
         stage_number=options.stage,
         out=out,
@@ -147,7 +166,6 @@ def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
         max_steps=options.max_steps,
         profile_steps=options.profile,
     )
-    return plan_run(config, run_options, ranks)
 
 
 def repeated_options(options: argparse.Namespace, out: Path) -> str:
@@ -158,6 +176,46 @@ def repeated_options(options: argparse.Namespace, out: Path) -> str:
     for override in options.overrides:
         words += ["--set", override]
     return " " + shlex.join(words)
+
+
+def rehearse(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Play rank 0 of `options.rehearse` and print what was found; nothing is written."""
+    if ranks.world_size > 1:
+        raise UserError(
+            f"--rehearse {options.rehearse} plays all ranks in one process: start it with "
+            "python engine/train.py, without a launcher"
+        )
+    config = settle_for_rehearsal(options)
+    console = Console(is_main=True)
+    for name in ("resume", "previous", "max_steps", "profile"):
+        if getattr(options, name) not in (None, "auto"):
+            option = "--" + name.replace("_", "-")
+            console.say(f"note: {option} is not used: a rehearsal is one step from no checkpoint")
+    with TemporaryDirectory() as folder:
+        try:
+            console.capture(Path(folder) / "chatter.log")
+            from engine.trainer.rehearsal.rehearse import rehearse as rehearse_stage
+            from engine.trainer.rehearsal.report import report_lines
+            from engine.trainer.rehearsal.stand_ins import fake_job
+
+            with fake_job(options.rehearse) as played:
+                found = rehearse_stage(
+                    config,
+                    options.stage,
+                    played,
+                    data_asked=options.data is not None,
+                    say=console.say,
+                )
+            for line in report_lines(found):
+                console.say(line)
+        finally:
+            console.release()
+
+
+def settle_for_rehearsal(options: argparse.Namespace) -> Config:
+    """The configuration as so many ranks run it; no checkpoint is looked for."""
+    config = configure(options)
+    return settle_batches(config, run_options(options, config), options.rehearse)
 
 
 def announce(plan: Plan, ranks: Ranks, console: Console) -> None:

@@ -112,9 +112,7 @@ def write_checkpoint(
             for file in sorted(partial.rglob("*"))
             if file.is_file()
         }
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        whole = {"format": FORMAT, "step": step, **meta, "versions": versions, "files": files}
-        (partial / META).write_text(json.dumps(whole, indent=1))
+        (partial / META).write_text(meta_text(step, meta, files))
         if final.exists():  # the same step again, after a resume from an earlier one
             shutil.rmtree(final)
         partial.rename(final)
@@ -123,6 +121,13 @@ def write_checkpoint(
             shutil.rmtree(old)
     barrier()
     return final
+
+
+def meta_text(step: int, meta: dict[str, Any], files: dict[str, tuple[int, str]]) -> str:
+    """What meta.json says; `files` are the other files' sizes and hashes."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    whole = {"format": FORMAT, "step": step, **meta, "versions": versions, "files": files}
+    return json.dumps(whole, indent=1)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

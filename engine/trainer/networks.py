@@ -66,8 +66,11 @@ class StageBuilder:
         stage, training = self.config.stages[self.number], self.config.stages[self.number].training
         torch.manual_seed(self.seed(WEIGHTS))
         build = build_joint_generator if stage.joint else build_generator
-        generator = build(self.config, self.number).to(self.ranks.device)
-        discriminators = build_discriminators(self.config, self.number).to(self.ranks.device)
+        device = self.ranks.device
+        # On the CPU, so that a seed gives the same weights everywhere; a rehearsal has no weights.
+        with torch.device(device if device.type == "meta" else "cpu"):
+            generator = build(self.config, self.number).to(device)
+            discriminators = build_discriminators(self.config, self.number).to(device)
         if training.synchronized_norms and self.ranks.world_size > 1:
             synchronize_norms(generator, dist.group.WORLD)
         # "fp32" shall mean it: cuDNN's convolutions would use TF32.

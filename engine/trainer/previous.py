@@ -6,6 +6,7 @@ the norm statistics they run with. From then on stage N does not depend on their
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,8 +98,15 @@ def freeze_previous(
             number, zs, labels_B, latents.random
         ),
     )
+    write_tensors(path, previous_contents(generators, cascade))
+
+
+def previous_contents(
+    generators: dict[int, dict[str, torch.Tensor]], cascade: Cascade
+) -> dict[str, Any]:
+    """What previous.pt keeps: state dicts, and the statistics that the cascade is fixed to."""
     statistics = {n: norm_statistics(g) for n, g in enumerate(cascade.generators, start=1)}
-    write_tensors(path, {"generators": generators, "statistics": statistics})
+    return {"generators": generators, "statistics": statistics}
 
 
 def copy_previous(source: Path, path: Path) -> None:

@@ -20,38 +20,45 @@ _TAG = "state"  # DeepSpeed wants a folder name of its own inside ours
 def save_run(trainer: Trainer, builder: StageBuilder, *, folder: Path, keep: int) -> Path:
     """Write a checkpoint of the whole run under `folder`. Collective."""
     ranks = builder.ranks
-    zero_stage = builder.config.stages[builder.number].training.zero_stage
-
-    def write_files(path: Path) -> None:
-        for name, engine in _engines(trainer):
-            engine.save_checkpoint(str(path / name), tag=_TAG, save_latest=False)
-            if ranks.is_main:
-                for script in (path / name).glob("*.py"):
-                    script.unlink()  # recovery scripts, which would unpickle without checks
-        weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage, keep=ranks.is_main)
-        torch.save(_rank_state(trainer), path / _rank_file(ranks.rank))
-        if ranks.is_main:
-            average = trainer.average.state_dict() if trainer.average else None
-            torch.save(_generator_file(trainer, weights, average), path / GENERATOR)
-
     return write_checkpoint(
         folder,
         step=trainer.step,
-        write_files=write_files,
-        meta={
-            "stage": builder.number,
-            "world_size": ranks.world_size,
-            "zero_stage": zero_stage,
-            # Hashed once: it is written when the stage starts and never changes.
-            "previous": builder.previous and builder.previous.digest,
-            "config": builder.config.to_tree(),
-            "classes": list(builder.facts.classes),
-            "frames_per_second": builder.frames_per_second,
-        },
+        write_files=lambda path: write_run_files(trainer, builder, path),
+        meta=run_meta(builder),
         is_main=ranks.is_main,
         barrier=ranks.barrier,
         keep=keep,
     )
+
+
+def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None:
+    """This rank's files of a checkpoint, into the folder `path`. Collective."""
+    ranks = builder.ranks
+    zero_stage = builder.config.stages[builder.number].training.zero_stage
+    for name, engine in _engines(trainer):
+        engine.save_checkpoint(str(path / name), tag=_TAG, save_latest=False)
+        if ranks.is_main:
+            for script in (path / name).glob("*.py"):
+                script.unlink()  # recovery scripts, which would unpickle without checks
+    weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage, keep=ranks.is_main)
+    torch.save(_rank_state(trainer), path / rank_file(ranks.rank))
+    if ranks.is_main:
+        average = trainer.average.state_dict() if trainer.average else None
+        torch.save(_generator_file(trainer, weights, average), path / GENERATOR)
+
+
+def run_meta(builder: StageBuilder) -> dict[str, Any]:
+    """What meta.json keeps of a run, besides its step and files."""
+    return {
+        "stage": builder.number,
+        "world_size": builder.ranks.world_size,
+        "zero_stage": builder.config.stages[builder.number].training.zero_stage,
+        # Hashed once: it is written when the stage starts and never changes.
+        "previous": builder.previous and builder.previous.digest,
+        "config": builder.config.to_tree(),
+        "classes": list(builder.facts.classes),
+        "frames_per_second": builder.frames_per_second,
+    }
 
 
 def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
@@ -60,7 +67,7 @@ def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
         loaded, _ = engine.load_checkpoint(str(checkpoint.path / name), tag=_TAG)
         if loaded is None:  # DeepSpeed only logs it, and would go on from scratch
             raise UserError(f"{checkpoint.path}/{name} could not be loaded")
-    state = checkpoint.read(_rank_file(ranks.rank))
+    state = checkpoint.read(rank_file(ranks.rank))
     trainer.load_state_dict(state["trainer"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
@@ -92,7 +99,8 @@ def _engines(trainer: Trainer) -> tuple[tuple[str, Any], ...]:
     return ("generator", trainer.g_engine), ("discriminators", trainer.d_engine)
 
 
-def _rank_file(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """A rank's own file of a checkpoint."""
     return f"rank-{rank:05d}.pt"
 
 

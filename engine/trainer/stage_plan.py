@@ -69,16 +69,9 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     Raises UserError with one line.
     """
     number = options.stage_number
-    if number not in config.stages:
-        raise UserError(
-            f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
-        )
-    config = share_among(config, number, ranks.world_size)
+    config = settle_batches(config, options, ranks.world_size)
     stage = config.stages[number]
     condition_on = stage.training.condition_on
-    accumulation_steps(stage.training, ranks.world_size)
-    if stage.training.sample_bank is not None:
-        batches_per_rank(stage.training.sample_bank, stage.training, ranks.world_size)
     check_adam(stage.training, ranks.device)
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
@@ -130,6 +123,24 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     if condition_on == "data" and (number == 1 or stage.joint):
         plan.notes.append("condition_on=data is not used: this stage upsamples no frozen one")
     return plan
+
+
+def settle_batches(config: Config, options: RunOptions, world_size: int) -> Config:
+    """The configuration as `world_size` ranks run it.
+
+    Raises UserError when there is no such stage, or its batch cannot be shared among the ranks.
+    """
+    number = options.stage_number
+    if number not in config.stages:
+        raise UserError(
+            f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
+        )
+    config = share_among(config, number, world_size)
+    training = config.stages[number].training
+    accumulation_steps(training, world_size)
+    if training.sample_bank is not None:
+        batches_per_rank(training.sample_bank, training, world_size)
+    return config
 
 
 def _check_same_optimizer(checkpoint: Checkpoint, training: Training) -> None:

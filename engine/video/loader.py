@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.video.index import VideoIndex
 from engine.video.pipeline import ClipStream, Decoder
-from engine.video.sampler import ClipRequest, ClipSampler
+from engine.video.sampler import ClipRequest, ClipSampler, batch_numbers
 from engine.views import nearest_view
 
 _DALI_CPU_CODECS = {"vp8", "vp9", "mjpeg"}
@@ -124,6 +124,11 @@ class ClipLoader:
         self._expected = self._request_batches(0)
 
     @property
+    def sampler(self) -> ClipSampler:
+        """Which clips there are, the same on all ranks."""
+        return self._sampler
+
+    @property
     def description(self) -> str:
         """One line for a person: how many clips, of what, decoded by what."""
         codecs = Counter(entry.codec for entry in self._used)
@@ -202,8 +207,12 @@ class ClipLoader:
 
     def _request_batches(self, position: int) -> Iterator[list[ClipRequest]]:
         while True:
-            first = position + self._rank
-            numbers = range(first, first + self._batch_size * self._world_size, self._world_size)
+            numbers = batch_numbers(
+                position,
+                rank=self._rank,
+                world_size=self._world_size,
+                batch_size=self._batch_size,
+            )
             yield [self._sampler.request(number) for number in numbers]
             position += self._batch_size * self._world_size
 

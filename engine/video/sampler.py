@@ -67,10 +67,13 @@ class ClipSampler:
         """Clips per epoch: one per usable video."""
         return len(self.usable_videos)
 
+    def video(self, number: int) -> int:
+        """Which video the clip with this number (any from 0) is of: its place in the index."""
+        return int(self.usable_videos[self._usable(number)])
+
     def request(self, number: int) -> ClipRequest:
         """The clip with this number (any number from 0)."""
-        epoch, place = divmod(number, len(self))
-        usable = self._order(epoch)[place]
+        usable = self._usable(number)
         return ClipRequest(
             number=number,
             video=int(self.usable_videos[usable]),
@@ -79,6 +82,10 @@ class ClipSampler:
             crop_y=self._uniform(_CROP_Y, number) if self._random_crop else 0.5,
             flip=self._horizontal_flip and self._uniform(_FLIP, number) < 0.5,
         )
+
+    def _usable(self, number: int) -> int:
+        epoch, place = divmod(number, len(self))
+        return int(self._order(epoch)[place])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
@@ -91,6 +98,15 @@ class ClipSampler:
     def _uniform(self, stream: int, number: int) -> float:
         """A number in [0, 1): the hash's 53 high bits, as many as a float holds."""
         return (_hash(self._seed, stream, 0, number) >> 11) * 2.0**-53
+
+
+def batch_numbers(position: int, *, rank: int, world_size: int, batch_size: int) -> range:
+    """The clip numbers of a rank's batch, once all ranks together have taken `position` clips.
+
+    Clip k belongs to rank k % world_size; `batch_size` is one rank's.
+    """
+    first = position + rank
+    return range(first, first + batch_size * world_size, world_size)
 
 
 def _hash(seed: int, stream: int, epoch: int, low: _Words) -> _Words:

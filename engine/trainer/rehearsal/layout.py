@@ -1,0 +1,143 @@
+"""The files of a checkpoint: what rank 0's real saving code would write, and so the others'.
+
+`torch.save` is replaced by a note of what it was given; only empty folders are made, elsewhere.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.trainer.checkpoints import meta_text
+from engine.trainer.networks import StageBuilder
+from engine.trainer.previous import previous_contents
+from engine.trainer.rehearsal.partitions import Partition
+from engine.trainer.rehearsal.stand_ins import replaced
+from engine.trainer.run_state import rank_file, run_meta, write_run_files
+from engine.trainer.step import Trainer
+
+UNKNOWN_HASH = "0" * 64
+_SHARD = re.compile(r"(.*/zero_pp_rank_)0(_mp_rank_00_.*)")
+_FP32_SHARD = "single_partition_of_fp32_groups"
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of tensors."""
+
+    tensors: dict[str, int]
+    """Path inside the file -> number of values."""
+    num_bytes: int
+    """Of the tensors' storages; the rest, names and shapes, is some 0.3 KB a tensor."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint of all ranks, and what stands beside it."""
+
+    by_rank: tuple[dict[str, File], ...]
+    """What each rank writes, by path below the checkpoint."""
+    meta_bytes: int
+    previous: File | None
+    """previous.pt, written once per stage; None where no frozen stage is needed."""
+
+    @property
+    def num_files(self) -> int:
+        """With meta.json."""
+        return 1 + sum(len(files) for files in self.by_rank)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one checkpoint, on disk."""
+        files = (file for files in self.by_rank for file in files.values())
+        return self.meta_bytes + sum(file.num_bytes for file in files)
+
+
+def checkpoint_layout(
+    trainer: Trainer, builder: StageBuilder, partitions: dict[str, Partition]
+) -> Layout:
+    """Of a trainer that has trained, so that the optimizers have their moments.
+
+    `partitions` are the two engines', by network.
+    """
+    with TemporaryDirectory() as folder, _noted_saves(Path(folder)) as mine:
+        write_run_files(trainer, builder, Path(folder))
+    world_size = builder.ranks.world_size
+    by_rank = tuple(_files_of(rank, mine, partitions, world_size) for rank in range(world_size))
+    sizes = {
+        name: (file.num_bytes, UNKNOWN_HASH) for files in by_rank for name, file in files.items()
+    }
+    meta = meta_text(trainer.step, run_meta(builder), dict(sorted(sizes.items())))
+    return Layout(by_rank, len(meta), _previous(builder))
+
+
+def _previous(builder: StageBuilder) -> File | None:
+    if builder.previous is None:
+        return None
+    cascade = builder.previous.cascade
+    generators = {n: g.state_dict() for n, g in enumerate(cascade.generators, start=1)}
+    return _file(previous_contents(generators, cascade))
+
+
+@contextlib.contextmanager
+def _noted_saves(folder: Path) -> Iterator[dict[str, File]]:
+    """`torch.save` to a path below `folder`, noted under that path."""
+    files: dict[str, File] = {}
+
+    def note(value: Any, path: str | Path, **options: Any) -> None:
+        files[str(Path(path).relative_to(folder))] = _file(value)
+
+    with replaced(torch, "save", note):
+        yield files
+
+
+def _file(value: Any) -> File:
+    tensors = dict(_tensors_in(value))
+    # As torch.save: a storage once, and whole, however many tensors look at parts of it.
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors.values()}
+    return File({path: t.numel() for path, t in tensors.items()}, sum(storages.values()))
+
+
+def _tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _tensors_in(item, f"{path}/{key}")
+
+
+def _files_of(
+    rank: int, of_rank_0: dict[str, File], partitions: dict[str, Partition], world_size: int
+) -> dict[str, File]:
+    """Another rank's files: rank 0's that are named after a rank, under its own name.
+
+    Every rank's part is of one size, but DeepSpeed saves the last one's weights without the
+    padding (ZeRO-1 and 2; it leaves the moments padded).
+    """
+    if rank == 0:
+        return of_rank_0
+    files = {rank_file(rank): of_rank_0[rank_file(0)]}
+    for name, file in of_rank_0.items():
+        shard = _SHARD.fullmatch(name)
+        if shard is not None:
+            partition = partitions[Path(name).parts[0]]
+            is_last = rank == world_size - 1
+            files[f"{shard[1]}{rank}{shard[2]}"] = (
+                _without_padding(file, partition) if is_last else file
+            )
+    return files
+
+
+def _without_padding(file: File, partition: Partition) -> File:
+    tensors = {
+        path: count - (partition.num_padding if f"/{_FP32_SHARD}/" in path else 0)
+        for path, count in file.tensors.items()
+    }
+    return replace(file, tensors=tensors)
