@@ -25,7 +25,7 @@ from engine.video.dataset import describe
 from engine.video.index import VideoIndex
 
 if TYPE_CHECKING:
-    from engine.trainer.profiling import StepProfile
+    from engine.trainer.profiling.step_profile import StepProfile
 
 
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
@@ -198,7 +198,7 @@ class _Run:
         num_steps = self._options.profile_steps
         if num_steps is None:
             return None
-        from engine.trainer.profiling import NUM_STEPS_BEFORE, StepProfile
+        from engine.trainer.profiling.step_profile import NUM_STEPS_BEFORE, StepProfile
 
         needed = NUM_STEPS_BEFORE + num_steps
         if num_steps_left < needed:

@@ -17,10 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.trainer import profile_trace
-from engine.trainer.module_table import StepCosts
-from engine.trainer.profile_counts import Counted, OperatorCounter
-from engine.trainer.profile_places import (
+from engine.trainer.profiling import timeline
+from engine.trainer.profiling.counts import Counted, OperatorCounter
+from engine.trainer.profiling.module_table import StepCosts
+from engine.trainer.profiling.places import (
     BACKWARD,
     BLOCKS,
     CONVOLUTION,
@@ -37,7 +37,7 @@ from engine.trainer.profile_places import (
     Range,
     named_parts,
 )
-from engine.trainer.profile_trace import Interval, Peak, Times
+from engine.trainer.profiling.timeline import Interval, Peak, Times
 from engine.trainer.ranks import Ranks
 
 # ------------------------------------------------------------------------------- whole runs
@@ -303,13 +303,13 @@ def test_a_real_trace_is_charged_to_the_same_places(tmp_path: Path) -> None:
     counter = OperatorCounter()
     with counter:
         toy.step(x, counter)
-    times = profile_trace.times(trace, "cpu")
+    times = timeline.times(trace, "cpu")
     assert sum(times.seconds.values()) == pytest.approx(times.step_seconds, rel=1e-6)
     assert {p for p in times.seconds if p.kind == PRODUCT} == {
         p for p, c in counter.counted.items() if c.flops
     }
     # At the peak there are at least h of three parts, all N x N.
-    peak = profile_trace.peak(trace, "cpu")
+    peak = timeline.peak(trace, "cpu")
     assert sum(peak.by_part.values()) == peak.num_bytes >= 3 * 4 * N * N
     assert peak.by_part["plain"] == peak.by_part["custom"] == 4 * N * N
 
@@ -365,7 +365,7 @@ GPU_TRACE = {
 
 
 def test_a_device_is_charged_by_what_it_runs_and_what_it_waits_for() -> None:
-    times = profile_trace.times(GPU_TRACE, "cuda")
+    times = timeline.times(GPU_TRACE, "cuda")
     microseconds = {place: round(1e6 * seconds, 6) for place, seconds in times.seconds.items()}
     assert microseconds == {
         Place(STEP, REST, FORWARD, IDLE): 2 + 5,
@@ -383,8 +383,8 @@ def test_a_device_is_charged_by_what_it_runs_and_what_it_waits_for() -> None:
 
 
 def test_memory_at_the_peak_is_of_the_device_alone() -> None:
-    assert profile_trace.peak(GPU_TRACE, "cuda") == Peak(130, {"G": 130})
-    assert profile_trace.peak(GPU_TRACE, "cpu") == Peak(999, {"G": 999})
+    assert timeline.peak(GPU_TRACE, "cuda") == Peak(130, {"G": 130})
+    assert timeline.peak(GPU_TRACE, "cpu") == Peak(999, {"G": 999})
 
 
 def test_a_table_by_hand() -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import kernels.flop_formulas  # noqa: F401 — our operators' are in the registry, too
-from engine.trainer.profile_places import (
+from engine.trainer.profiling.places import (
     BACKWARD,
     FORWARD,
     OTHER,

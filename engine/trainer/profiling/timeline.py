@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from engine.trainer.profile_places import (
+from engine.trainer.profiling.places import (
     BACKWARD,
     FORWARD,
     IDLE,

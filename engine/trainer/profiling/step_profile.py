@@ -22,10 +22,10 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from engine.trainer import profile_trace
-from engine.trainer.module_table import StepCosts
-from engine.trainer.profile_counts import OperatorCounter
-from engine.trainer.profile_places import Range, named_parts
+from engine.trainer.profiling import timeline
+from engine.trainer.profiling.counts import OperatorCounter
+from engine.trainer.profiling.module_table import StepCosts
+from engine.trainer.profiling.places import Range, named_parts
 from engine.trainer.step import Trainer
 
 FOLDER = "profile"
@@ -118,13 +118,13 @@ class StepProfile:
             trace = json.load(text)
         device_type = self._device.type
         costs = StepCosts.of(
-            profile_trace.times(trace, device_type),
+            timeline.times(trace, device_type),
             self._counter.counted,
             device_type=device_type,
             plain_step_seconds=self._plain_seconds,
             matmul_flop_per_s=matmul_rate(self._device, self._dtype),
             matmul_dtype=str(self._dtype).removeprefix("torch."),
-            peak=profile_trace.peak(trace, device_type),
+            peak=timeline.peak(trace, device_type),
         )
         (self.folder / "modules.md").write_text(costs.markdown(self._title), encoding="utf-8")
         document = json.dumps(costs.document(), indent=1)

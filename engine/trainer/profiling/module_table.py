@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.trainer.profile_counts import Counted
-from engine.trainer.profile_places import BACKWARD, FORWARD, RECOMPUTED, REST, Place
-from engine.trainer.profile_trace import Peak, Times
+from engine.trainer.profiling.counts import Counted
+from engine.trainer.profiling.places import BACKWARD, FORWARD, RECOMPUTED, REST, Place
+from engine.trainer.profiling.timeline import Peak, Times
 
 NOTES = """\
 - Time: {clock}, mean of {num_steps} profiled steps; a row is what the part does itself, without \

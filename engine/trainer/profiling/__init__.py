@@ -1,0 +1,1 @@
+"""`--profile`: where a training step spends its time, FLOPs, bytes and memory."""
