@@ -1,11 +1,14 @@
-"""What every script's command line has in common: one clear line and exit code 2 for bad input."""
+"""What the scripts' command lines have in common: one clear line and exit code 2 for bad input."""
 
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -22,6 +25,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError: one line, where argparse would print the whole usage before it."""
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def find_config(name: str) -> Path:
+    """The file as named or, for the shipped ones, in the repository: the script runs anywhere."""
+    here, shipped = Path(name), REPOSITORY / name
+    return here if here.exists() or not shipped.exists() else shipped
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:

@@ -4,14 +4,12 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 
-from engine.command_line import ArgumentParser, run
+from engine.command_line import ArgumentParser, find_config, run
 from engine.configuration import load_config
 from engine.planning.assumptions import GOAL_HFU, Assumptions, checked
 from engine.planning.devices import find_device
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 EPILOG = """\
 examples:
   python engine/plan.py --config configs/kinetics600.yaml --stage 2 --gpus 8 --gpu-memory 80
@@ -110,12 +108,6 @@ def main(arguments: list[str]) -> None:
         plan = planner.plan(config, options.stage)
         compared = [] if dvdgan is None else compare(planner, assumptions, config, dvdgan)
     print(json.dumps(as_json(plan, compared)) if options.json else as_text(plan, compared))
-
-
-def find_config(name: str) -> Path:
-    """The file as named or, for the shipped ones, in the repository: the script runs anywhere."""
-    here, shipped = Path(name), REPOSITORY / name
-    return here if here.exists() or not shipped.exists() else shipped
 
 
 def say(line: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
-from engine.command_line import ArgumentParser, report, run
+from engine.command_line import ArgumentParser, find_config, report, run
 from engine.configuration import Config, Training, accumulation_steps, load_config
 from engine.errors import UserError
 from engine.trainer.console import Console
@@ -18,7 +18,6 @@ from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
 from engine.trainer.stage_plan import Plan, RunOptions, plan_run, settle_batches
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 EPILOG = """\
 examples:
   deepspeed engine/train.py --stage 1      the sample data set, on all GPUs, or on the CPU
@@ -119,12 +118,6 @@ def configure(options: argparse.Namespace) -> Config:
     if options.data:
         overrides += [f"data.path={json.dumps(options.data)}", "data.procedural=null"]
     return load_config(find_config(options.config), overrides)
-
-
-def find_config(name: str) -> Path:
-    """The file as named or, for the shipped ones, in the repository: the script runs anywhere."""
-    here, shipped = Path(name), REPOSITORY / name
-    return here if here.exists() or not shipped.exists() else shipped
 
 
 def main(arguments: list[str]) -> None:
