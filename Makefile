@@ -7,7 +7,7 @@
 # on first use and again when setup.py or constraints.txt changes.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 DEMO_ARGS ?=
 
 # Paths are relative throughout: the checkout may lie in a folder with spaces in its name.

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Tiny, contents, differences, logged, two_ranks
-from test_step import make
+from small_runs import Tiny, contents, differences, logged, python
+from small_trainers import make
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
@@ -41,6 +41,9 @@ from engine.trainer.profiling.timeline import Interval, Peak, Times
 from engine.trainer.ranks import Ranks
 
 # ------------------------------------------------------------------------------- whole runs
+
+
+pytestmark = pytest.mark.xdist_group("profiling")  # fixtures that take long, made once
 
 
 @pytest.fixture(scope="module")
@@ -115,15 +118,15 @@ def test_mistakes(tiny: Tiny, tmp_path: Path, options: tuple[str, ...], line: st
 
 
 @pytest.mark.slow
-def test_one_of_two_ranks_is_profiled(tiny: Tiny, tmp_path: Path) -> None:
+def test_one_of_python_is_profiled(tiny: Tiny, tmp_path: Path) -> None:
     """The other one waits, and both train as they would without."""
     fixed = ("--max-steps", "6", "--set", "training.micro_batch=2")
     runs = [
         tiny.options(1, tmp_path / "plain", *fixed),
         tiny.options(1, tmp_path / "profiled", *fixed, "--profile", "2"),
     ]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    done = two_ranks("tests/trainer/several_runs.py", tmp_path / "runs.json")
+    (tmp_path / "jobs.json").write_text(json.dumps([[2, "train", runs]]))
+    done = python("tests/trainer/forked_jobs.py", tmp_path / "jobs.json", seconds=240)
     assert done.code == 0, done.out + done.err
     assert logged(tmp_path / "plain/stage1") == logged(tmp_path / "profiled/stage1")
     _, document = read(tmp_path / "profiled/stage1")

@@ -12,7 +12,11 @@ from torch import Tensor
 from engine.models.construction import build_generator
 
 ZERO_STAGES = (0, 1, 2, 3)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # of all runs together
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),  # of all runs together
+    pytest.mark.xdist_group("zero"),  # which are to be made once
+]
 
 
 class Run(NamedTuple):
