@@ -6,7 +6,7 @@ import json
 import sys
 
 from engine.command_line import ArgumentParser, find_config, run
-from engine.configuration import load_config
+from engine.configuration import Config, load_config
 from engine.planning.assumptions import GOAL_HFU, Assumptions, checked
 from engine.planning.devices import find_device
 
@@ -94,8 +94,7 @@ def main(arguments: list[str]) -> None:
         hfu=options.hfu or GOAL_HFU,
     )
     checked(config, options.stage, assumptions)
-    against = options.against or ("configs/dvdgan.yaml" if config.resolution == 128 else "none")
-    dvdgan = None if against == "none" else load_config(find_config(against), DVDGAN_OF_TABLE_3)
+    dvdgan = baseline(options.against, config)
 
     # Imported late: these pull in DeepSpeed, which talks while it is imported. What it says goes
     # where progress does.
@@ -106,8 +105,20 @@ def main(arguments: list[str]) -> None:
 
         planner = Planner(assumptions, say)
         plan = planner.plan(config, options.stage)
-        compared = [] if dvdgan is None else compare(planner, assumptions, config, dvdgan)
+        precision = plan.config.stages[options.stage].training.precision
+        compared = (
+            [] if dvdgan is None else compare(planner, assumptions, config, dvdgan, precision)
+        )
     print(json.dumps(as_json(plan, compared)) if options.json else as_text(plan, compared))
+
+
+def baseline(against: str | None, config: Config) -> Config | None:
+    """What to compare with: a file's model, or the paper's DVD-GAN for 128x128, or nothing."""
+    if against is None:
+        if config.resolution != 128:
+            return None
+        return load_config(find_config("configs/dvdgan.yaml"), DVDGAN_OF_TABLE_3)
+    return None if against == "none" else load_config(find_config(against))
 
 
 def say(line: str) -> None:

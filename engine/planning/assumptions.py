@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from engine.configuration import Config, accumulation_steps, share_among
 from engine.errors import UserError
 from engine.planning.devices import Device
+from engine.trainer.sample_bank import batches_per_rank
 
 GOAL_HFU = 0.55
 """Of executed FLOPs (`HFU`), the project's goal on an H100. Not measured on any device yet."""
@@ -35,6 +36,8 @@ def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
     config = share_among(config, number, assumptions.num_gpus)
     training = config.stages[number].training
     accumulation_steps(training, assumptions.num_gpus)
+    if training.sample_bank is not None:
+        batches_per_rank(training.sample_bank, training, assumptions.num_gpus)
     assumptions.device.tflops(training.precision)
     if assumptions.limit_bytes <= 0:
         raise UserError(

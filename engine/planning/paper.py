@@ -12,6 +12,9 @@ class Measured:
     seconds_per_iteration: float
 
 
+MODELS_OF_TABLE_3 = {"kinetics600", "dvdgan"}
+"""Names of their configurations."""
+
 # (resolution, frames) of what is trained.
 TABLE_3 = {
     (32, 25): Measured(4, 27_897, 3.45),

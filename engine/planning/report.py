@@ -10,6 +10,7 @@ from engine.planning.step_time import LINK_FRACTION, Work
 from engine.planning.training_plan import Plan, Row
 
 GB = 1e9
+GPUS_OF_A_NODE = 8
 
 
 def as_text(plan: Plan, compared: Sequence[Compared]) -> str:
@@ -120,6 +121,20 @@ def _host(plan: Plan) -> list[str]:
     ]
 
 
+def _left_out(plan: Plan) -> list[str]:
+    """What the plan does not know of this run."""
+    lines = []
+    if plan.config.stages[plan.number].training.acceleration != "none":
+        lines.append(
+            "training.acceleration is left out: its time, and what CUDA graphs hold of memory."
+        )
+    if plan.assumptions.num_gpus > GPUS_OF_A_NODE:
+        lines.append(
+            "The link's rate is that within a node unless --link gave the one between nodes."
+        )
+    return lines
+
+
 def _assumed(plan: Plan) -> str:
     assumed, device = plan.assumptions, plan.assumptions.device
     goal = ", the project's goal, which is not measured" if assumed.hfu == GOAL_HFU else ""
@@ -127,6 +142,7 @@ def _assumed(plan: Plan) -> str:
     return "\n".join(
         (
             *_host(plan),
+            *_left_out(plan),
             "Memory is counted on the meta device and from what DeepSpeed allocates. "
             f"{assumed.reserve_gb:g} of {device.memory_gb:g} GB are left",
             "to CUDA, cuDNN, NCCL, prefetched clips and fragmentation (--reserve). ZeRO-3 is an "

@@ -83,6 +83,11 @@ def predict(
     sent = training.discriminator_steps * communicated_bytes(
         networks["D"], num_micro_batches
     ) + communicated_bytes(networks["G"], num_micro_batches)
+    if scaling.zero_stage == 3:  # each network also runs while the other one learns
+        passes = {"G": training.discriminator_steps, "D": 1}
+        share = 1 - 1 / scaling.num_ranks
+        for name, count in passes.items():
+            sent += count * num_micro_batches * networks[name].whole * share
     flops = num_samples * (work.flops + work.frozen_flops)
     return Seconds(
         computing=flops / (hfu * device.tflops(training.precision) * 1e12),
