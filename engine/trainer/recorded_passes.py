@@ -43,6 +43,9 @@ class RecordedPasses:
                 again_args, again_kwargs = tree_unflatten(given, structure)
                 return self._forward(*again_args, **again_kwargs)
 
+            # Not beside the old one: each holds all the memory of its pass.
+            recording = self._recordings.pop(key, None)
+            del recording
             recording = self._recordings[key] = _Recording(run, leaves, addresses)
         return recording.replay(leaves)
 

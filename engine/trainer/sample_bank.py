@@ -18,6 +18,7 @@ Decided, where the paper has no bank:
 """
 
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -74,13 +75,13 @@ class BankedWindows:
         stage = cascade.config.stages[number - 1]
         # Channels last, as the loader's clips are.
         shape = self.num_videos, stage.num_frames, stage.resolution, stage.resolution, 3
-        try:
-            self._videos_NTHWC = torch.empty(shape, dtype=torch.uint8)
-        except RuntimeError:
+        # Asked first: Linux promises any amount, and kills the process that then writes to it.
+        if math.prod(shape) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise UserError(
                 f"training.sample_bank: {math.prod(shape) / 1e9:.0f} GB for this rank's videos do "
                 "not fit into main memory; lower num_videos"
-            ) from None
+            )
+        self._videos_NTHWC = torch.empty(shape, dtype=torch.uint8)
         has_classes = cascade.config.data.num_classes is not None
         self._labels_N = torch.empty(self.num_videos, dtype=torch.int64) if has_classes else None
         self._device = next(cascade.parameters()).device

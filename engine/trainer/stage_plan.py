@@ -73,6 +73,12 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     stage = config.stages[number]
     condition_on = stage.training.condition_on
     check_adam(stage.training, ranks.device)
+    acceleration = stage.training.acceleration
+    if options.profile_steps is not None and acceleration != "none":
+        raise UserError(
+            f"--profile looks into blocks, which acceleration={acceleration} hides; add --set "
+            f"stages.{number}.training.acceleration=none"
+        )
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")

@@ -138,8 +138,8 @@ class _Run:
         if trainer.step >= last_step:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
             return checkpoint
-        self._fill_bank()
         profile = self._profile(last_step - trainer.step)
+        self._fill_bank()
         logbook = None
         if self._ranks.is_main:
             device = self._ranks.device

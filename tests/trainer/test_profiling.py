@@ -37,6 +37,7 @@ from engine.trainer.profiling.places import (
     Range,
     named_parts,
 )
+from engine.trainer.profiling.step_profile import StepProfile
 from engine.trainer.profiling.timeline import Interval, Peak, Times
 from engine.trainer.ranks import Ranks
 
@@ -111,14 +112,33 @@ def test_training_is_the_same_with_a_profile(
             ("--profile", "3", "--max-steps", "6"),
             "--profile 3 takes 7 steps, 6 are left; raise --max-steps",
         ),
+        (
+            ("--profile", "--set", "training.acceleration=compile"),
+            "--profile looks into blocks, which acceleration=compile hides; add --set "
+            "stages.1.training.acceleration=none",
+        ),
     ],
 )
 def test_mistakes(tiny: Tiny, tmp_path: Path, options: tuple[str, ...], line: str) -> None:
     assert line in tiny.train(1, tmp_path, *options).error
 
 
+@pytest.mark.parametrize("num_steps", [3, 4, 5])
+def test_a_profile_that_is_given_up_leaves_nothing(
+    tiny: Tiny, ranks: Ranks, tmp_path: Path, num_steps: int
+) -> None:
+    """Before, in and after the profiler's warm-up: the run ends as it would without."""
+    watched = StepProfile(
+        make(ranks, tiny.config()), tmp_path, num_steps=2, title="", dtype=torch.float32
+    )
+    for _ in range(num_steps):
+        watched.train_step()
+    watched.close()
+    assert list(tmp_path.rglob("*.*")) == []
+
+
 @pytest.mark.slow
-def test_one_of_python_is_profiled(tiny: Tiny, tmp_path: Path) -> None:
+def test_one_of_two_ranks_is_profiled(tiny: Tiny, tmp_path: Path) -> None:
     """The other one waits, and both train as they would without."""
     fixed = ("--max-steps", "6", "--set", "training.micro_batch=2")
     runs = [
