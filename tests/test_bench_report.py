@@ -207,7 +207,9 @@ def test_calls_are_added_to_one_file() -> None:
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
     # pytest-benchmark measures nothing where it believes to be a worker of pytest-xdist.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    # Neither a worker nor a rank: this process may be connected, and its port taken.
+    given = os.environ.items()
+    environment = {k: v for k, v in given if not k.startswith(("PYTEST_XDIST", "MASTER_", "RANK"))}
     return subprocess.run(
         [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )
