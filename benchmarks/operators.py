@@ -3,8 +3,8 @@
 - `ours`: what `kernels` runs by itself ("auto").
 - `reference`: the composition of PyTorch operators that defines it, eager.
 - `compiled`: the same under torch.compile.
-- `plain`: for convolutions, the shortest way to write them with PyTorch's own, which on a GPU is
-  cuDNN on channels-last tensors: what one would have without this project.
+- `plain`: for convolutions, `plain.py`'s form of them, which on a GPU is cuDNN on channels-last
+  tensors: what one would have without this project.
 """
 
 import itertools
@@ -15,16 +15,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import kernels
 from benchmarks.calls import Call
 from benchmarks.correctness import Function, check_call, gradients
 from benchmarks.floors import Cost, operator_cost
+from benchmarks.plain import PlainOperators
 from benchmarks.timing import cache_bytes, num_copies
 
 Direction = Literal["forward", "forward_backward"]
 OURS, REFERENCE, COMPILED, PLAIN = "ours", "reference", "compiled", "plain"
+_WITH_PLAIN_FORM = ("conv2d", "upsample_conv", "conv_pool2d", "conv_pool3d", "separable_conv3d")
 
 
 @dataclass
@@ -68,8 +69,8 @@ def side_functions(operator: str, *, compiled: bool, plain: bool) -> dict[str, F
         # Dynamo keeps eight graphs of a function and runs the rest eagerly, without an error.
         torch._dynamo.reset()
         functions[COMPILED] = _as_references(torch.compile(ours, dynamic=False))
-    if plain and operator in _PLAIN:
-        functions[PLAIN] = _PLAIN[operator]
+    if plain and operator in _WITH_PLAIN_FORM:
+        functions[PLAIN] = getattr(PlainOperators(channels_last=True), operator)
     return functions
 
 
@@ -110,84 +111,3 @@ def _rotating_sides(
         return gradients(y, given, dy)
 
     return {name: partial(once, function) for name, function in functions.items()}
-
-
-# --------------------------------------------------------------------------- plain PyTorch
-
-
-def _plain_conv2d(
-    x_BTIHW: Tensor,
-    weight_OhwI: Tensor,
-    bias_O: Tensor | None = None,
-    *,
-    residual_BTOHW: Tensor | None = None,
-    skip: kernels.LowSkip | None = None,
-) -> Tensor:
-    weight, bias = _as(x_BTIHW, weight_OhwI.permute(0, 3, 1, 2), bias_O)
-    y = F.conv2d(x_BTIHW.flatten(0, 1), weight, bias, padding="same")
-    return _plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
-
-
-def _plain_upsample_conv(
-    x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
-) -> Tensor:
-    up = F.interpolate(x_BTIHW.flatten(0, 1), scale_factor=2.0, mode="nearest")
-    return _plain_conv2d(up.unflatten(0, x_BTIHW.shape[:2]), weight_OhwI, bias_O)
-
-
-def _plain_conv_pool2d(
-    x_BTIHW: Tensor,
-    weight_OhwI: Tensor,
-    bias_O: Tensor | None = None,
-    *,
-    residual_BTOHW: Tensor | None = None,
-) -> Tensor:
-    y = F.avg_pool2d(_plain_conv2d(x_BTIHW, weight_OhwI, bias_O).flatten(0, 1), 2)
-    return _plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, None)
-
-
-def _plain_conv_pool3d(
-    x_BTIHW: Tensor,
-    weight_OthwI: Tensor,
-    bias_O: Tensor | None = None,
-    *,
-    residual_BTOHW: Tensor | None = None,
-    pooling: kernels.Pooling = (1, 2, 2),
-) -> Tensor:
-    weight, bias = _as(x_BTIHW, weight_OthwI.permute(0, 4, 1, 2, 3), bias_O)
-    y_BOTHW = F.conv3d(x_BTIHW.transpose(1, 2), weight, bias, padding="same")
-    return _plus(F.avg_pool3d(y_BOTHW, pooling).transpose(1, 2), residual_BTOHW, None)
-
-
-def _plain_separable_conv3d(
-    x_BTIHW: Tensor,
-    temporal_weight_OtI: Tensor,
-    spatial_weight_OhwO: Tensor,
-    bias_O: Tensor | None = None,
-    *,
-    residual_BTOHW: Tensor | None = None,
-    skip: kernels.LowSkip | None = None,
-) -> Tensor:
-    temporal = temporal_weight_OtI.permute(0, 2, 1)[..., None, None]
-    spatial = spatial_weight_OhwO.permute(0, 3, 1, 2)[:, :, None]
-    mixed = F.conv3d(x_BTIHW.transpose(1, 2), temporal, padding="same")
-    y = F.conv3d(mixed, spatial, bias_O, padding="same")
-    return _plus(y.transpose(1, 2), residual_BTOHW, skip)
-
-
-def _as(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-
-
-def _plus(y: Tensor, residual: Tensor | None, skip: kernels.LowSkip | None) -> Tensor:
-    y = y if residual is None else y + residual
-    return y if skip is None else kernels.add_low_skip(y, skip)
-
-
-_PLAIN: dict[str, Function] = {
-    "conv2d": _plain_conv2d,
-    "upsample_conv": _plain_upsample_conv,
-    "conv_pool2d": _plain_conv_pool2d,
-    "conv_pool3d": _plain_conv_pool3d,
-    "separable_conv3d": _plain_separable_conv3d,
-}

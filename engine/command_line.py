@@ -22,6 +22,23 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def add_configuration(self) -> None:
+        """`--config FILE` and `--set KEY=VALUE`; see `find_config`."""
+        self.add_argument(
+            "--config",
+            default="configs/sample.yaml",
+            metavar="FILE",
+            help="what to train (default: %(default)s)",
+        )
+        self.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="override a configuration key, e.g. stages.2.training.micro_batch=8; repeatable",
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError: one line, where argparse would print the whole usage before it."""
         raise UserError(f"{message} (see {self.prog} --help)")

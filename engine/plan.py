@@ -26,20 +26,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = ArgumentParser(__doc__ or "", EPILOG)
     parser.add_argument("--stage", type=int, required=True, metavar="N", help="which stage to plan")
-    parser.add_argument(
-        "--config",
-        default="configs/sample.yaml",
-        metavar="FILE",
-        help="what to train (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a configuration key, e.g. stages.2.training.micro_batch=8; repeatable",
-    )
+    parser.add_configuration()
     parser.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="how many (default: %(default)s)"
     )

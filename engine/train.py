@@ -36,24 +36,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--stage", type=int, required=True, metavar="N", help="which stage to train"
     )
-    parser.add_argument(
-        "--config",
-        default="configs/sample.yaml",
-        metavar="FILE",
-        help="what to train (default: %(default)s)",
-    )
+    parser.add_configuration()
     parser.add_argument(
         "--data",
         metavar="PATH",
         help="an index made by engine/prepare.py, or a folder of videos (default: data.path)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override a configuration key, e.g. stages.2.training.micro_batch=8; repeatable",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where to write (default: runs/NAME)"

@@ -1,7 +1,6 @@
 """The result file and its tables, and the command that makes them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from result_files import CPU, document, feed, row
+from small_runs import environment
 
 from benchmarks import report, results
 from engine.errors import UserError
@@ -207,11 +207,9 @@ def test_calls_are_added_to_one_file() -> None:
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
     # pytest-benchmark measures nothing where it believes to be a worker of pytest-xdist.
-    # Neither a worker nor a rank: this process may be connected, and its port taken.
-    given = os.environ.items()
-    environment = {k: v for k, v in given if not k.startswith(("PYTEST_XDIST", "MASTER_", "RANK"))}
+    given = {k: v for k, v in environment().items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
-        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        [*command, *arguments], cwd=REPOSITORY, env=given, capture_output=True, text=True
     )
 
 

@@ -11,13 +11,15 @@ from small_runs import Tiny, call
 import engine.plan
 from engine.configuration import Config, load_config
 from engine.errors import UserError
-from engine.planning.assumptions import share_of
+from engine.planning.assumptions import Assumptions, share_of
+from engine.planning.comparison import compare
 from engine.planning.counters import BACKWARD, FORWARD, FROZEN, Update
 from engine.planning.devices import DEVICES, find_device
 from engine.planning.meta_step import Step, run_step
 from engine.planning.peak import Scaling, find_peak, networks_of
 from engine.planning.stage_memory import StageMemory, divisors
 from engine.planning.step_time import predict, work_of
+from engine.planning.training_plan import Planner
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINETICS = load_config(CONFIGS / "kinetics600.yaml")
@@ -153,6 +155,19 @@ def test_a_bank_makes_fewer_videos() -> None:
     overrides = ["stages.2.training.sample_bank={num_videos: 12800, refresh_every: 100}"]
     banked = load_config(CONFIGS / "kinetics600.yaml", overrides).stages[2].training
     assert work_of(step_of(4), banked).frozen_flops == pytest.approx(300 * 128 / (3 * 512))
+
+
+def test_the_papers_figures_stand_beside_the_papers_models_only() -> None:
+    """BDD100K's first stage has the size of Kinetics-600's, but not its classes and channels."""
+    assumptions = Assumptions(find_device("h100"), num_gpus=8, reserve_gb=6, hfu=0.5)
+    planner = Planner(assumptions, lambda line: None)
+    found = {}
+    for name in ("bdd100k", "kinetics600"):
+        config = load_config(CONFIGS / f"{name}.yaml")
+        first = config.model_copy(update={"stages": {1: config.stages[1]}})
+        compared = compare(planner, assumptions, first, first, "bf16")
+        found[name] = [each.paper and each.paper.memory_mb for each in compared]
+    assert found == {"bdd100k": [None, None], "kinetics600": [27_897, 27_897]}
 
 
 def test_devices() -> None:
