@@ -259,6 +259,10 @@ def test_text_and_comparison(plan: Plan, tmp_path: Path) -> None:
         (["--stage", "1", "--gpus", "3"], "--gpus 3 cannot share training.global_batch 4 evenly"),
         (["--stage", "1", "--device", "tpu"], "--device 'tpu' is not among v100, a100-40, a100"),
         (["--stage", "1", "--hfu", "1.5"], "--hfu is a fraction of the peak"),
+        (
+            ["--stage", "2", "--set", "stages.2.training.sample_bank={num_videos: 3}"],
+            "training.sample_bank.num_videos 3 must be a multiple of 4",
+        ),
         (["--stage", "1", "--gpu-memory", "-1"], "--gpu-memory must be more than 0, not -1"),
         (["--stage", "1", "--gpu-memory", "nan"], "--gpu-memory must be more than 0, not nan"),
         (["--stage", "1", "--reserve", "80"], "--reserve 80 leaves nothing of --gpu-memory 80"),
