@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
     make_writable(options.out)
-    cascade = load_cascade(config, read_generators(checkpoint), device)
+    cascade = load_cascade(config, read_generators(checkpoint), device).freeze()
     fix_statistics(cascade, plan, options.out)
     write(options.out, generate(cascade, plan), plan)
     print(f"wrote: {len(plan.labels)} clips of {plan.num_frames} frames")

@@ -160,10 +160,13 @@ def convolve(
     bare = ends_here and impl == "pytorch" and not isinstance(x_BTIHW, Normalized)
     if bare or impl == REFERENCE or video.numel() == 0:
         y_BTSO = _compose(layout, form, tensors)
-    elif moments and impl != "pytorch":
-        y_BTSO, *own_moments = _Convolution.apply(layout, form, impl, True, *tensors)
     else:
-        y_BTSO = _Convolution.apply(layout, form, impl, False, *tensors)
+        # A Function costs some 50 µs of Python, also where nothing is to be kept.
+        run = _Convolution.apply if torch.is_grad_enabled() else _forward
+        if moments and impl != "pytorch":
+            y_BTSO, *own_moments = run(layout, form, impl, True, *tensors)
+        else:
+            y_BTSO = run(layout, form, impl, False, *tensors)
     y_BTOHW = as_video(y_BTSO, layout.out_size)
     return y_BTOHW, None if own_moments is None else (own_moments[0], own_moments[1])
 
@@ -258,12 +261,40 @@ def _fake_moments(y_BTSO: Tensor, moments: bool) -> Moments:
 # ------------------------------------------------------------------------------- autograd
 
 
-class _Convolution(torch.autograd.Function):
-    """Composed of PyTorch's convolution and our operators, which counters and compilers see.
+def _forward(
+    layout: Layout,
+    form: norm_operators.Form | None,
+    impl: str,
+    moments: bool,
+    *tensors: Any,
+) -> Any:
+    """y, and its mean and variance if `moments` are wanted; without derivatives.
 
-    Arguments: layout, form, implementation and whether moments are wanted; then x, the norm's four,
-    W, b, residual, and x_l's video, weight and bias, as many of them as there are, else None.
+    The tensors: x, the norm's four, W, b, residual, and x_l's video, weight and bias, as many of
+    them as there are, else None.
     """
+    *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
+    a = _prologue(form, norm_tensors)
+    size = layout.out_size
+    terms = residual, video, low_weight, low_bias
+    own: Sequence[Tensor] = ()
+    if impl == "triton":
+        y_BTSO, *own = fused_convolution(a, weight, bias, *terms, size, layout.columns, moments)
+    elif impl == "epilogue":
+        y_BTSO = convolution_pytorch.convolution(layout, a, weight, None)
+        if moments or bias is not None or residual is not None or video is not None:
+            y = convolution_pytorch.changeable(y_BTSO)
+            own = add_terms_(y, bias, *terms, size, moments)
+    else:
+        y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
+        skip = None if video is None else LowSkip(video, low_weight, low_bias)
+        convolution_pytorch.add_terms_(y_BTSO, residual, skip, size)
+    return (y_BTSO, *own) if moments else y_BTSO
+
+
+class _Convolution(torch.autograd.Function):
+    """`_forward` and its gradient, of PyTorch's convolution and our operators, which counters and
+    compilers see."""
 
     @staticmethod
     def forward(
@@ -274,29 +305,15 @@ class _Convolution(torch.autograd.Function):
         moments: bool,
         *tensors: Any,
     ) -> Any:
-        *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
+        *norm_tensors, weight, bias, _, video, low_weight, low_bias = tensors
         ctx.layout, ctx.form = layout, form
         # Biases may be parameters, which ZeRO-3 empties before the backward pass: kept by size.
         ctx.bias_sizes = [None if v is None else v.shape for v in (bias, low_bias)]
         ctx.save_for_backward(*norm_tensors, weight, video, low_weight)
-        a = _prologue(form, norm_tensors)
-        size = layout.out_size
-        terms = residual, video, low_weight, low_bias
-        own: Sequence[Tensor] = ()
-        if impl == "triton":
-            y_BTSO, *own = fused_convolution(a, weight, bias, *terms, size, layout.columns, moments)
-        elif impl == "epilogue":
-            y_BTSO = convolution_pytorch.convolution(layout, a, weight, None)
-            if moments or bias is not None or residual is not None or video is not None:
-                own = add_terms_(y_BTSO, bias, *terms, size, moments)
-        else:
-            y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
-            skip = None if video is None else LowSkip(video, low_weight, low_bias)
-            convolution_pytorch.add_terms_(y_BTSO, residual, skip, size)
-        if not moments:
-            return y_BTSO
-        ctx.mark_non_differentiable(*own)
-        return y_BTSO, *own
+        results = _forward(layout, form, impl, moments, *tensors)
+        if moments:
+            ctx.mark_non_differentiable(*results[1:])
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

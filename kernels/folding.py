@@ -83,7 +83,7 @@ def folded_shape(shape: tuple[int, ...], how: Fold) -> tuple[int, ...]:
     if how is None:
         return shape
     pooling = (2, 2) if how == "upsampling" else how
-    taps = (length + (size == 2) for length, size in zip(shape[1:-1], pooling, strict=True))
+    taps = (length + int(size == 2) for length, size in zip(shape[1:-1], pooling, strict=True))
     return (shape[0], *taps, shape[-1])
 
 

@@ -70,23 +70,34 @@ class Operator:
         Raises ImplementationError when what was asked for cannot run, ValueError when the
         environment's setting is no setting.
         """
-        return self.explain(impl, device, dtype).implementation
+        return self._chosen(impl, device, dtype)[0]
 
     def explain(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
         """As `choose`, with the reason."""
+        name, passed_over = self._chosen(impl, device, dtype)
+        if (_setting if impl is None else impl) != AUTO:
+            return Choice(name, "asked for")
+        reasons = [f"not {form}: {reason}" for form, reason in passed_over]
+        return Choice(name, "; ".join(reasons) or "the best there is")
+
+    def _chosen(
+        self, impl: str | None, device: torch.device, dtype: torch.dtype
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Its name, and what "auto" passed over, with the reasons. Every call of an operator comes
+        here: no sentence is made before someone asks for it."""
         asked = _checked(_setting) if impl is None else impl
         device = _meta_as if device.type == "meta" else device
         if asked != AUTO:
-            return self._named(asked, device, dtype)
+            return self._named(asked, device, dtype), []
         passed_over = []
         for form in self._implementations:
             reason = form.obstacle(device, dtype) or form.reluctance(device, dtype)
             if reason is None:
                 break
-            passed_over.append(f"not {form.name}: {reason}")
-        return Choice(form.name, "; ".join(passed_over) or "the best there is")
+            passed_over.append((form.name, reason))
+        return form.name, passed_over
 
-    def _named(self, asked: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    def _named(self, asked: str, device: torch.device, dtype: torch.dtype) -> str:
         for form in self._implementations:
             if form.name == asked:
                 obstacle = form.obstacle(device, dtype)
@@ -94,7 +105,7 @@ class Operator:
                     raise ImplementationError(
                         f"kernels.{self.name} cannot run as {asked}: {obstacle}"
                     )
-                return Choice(asked, "asked for")
+                return asked
         known = ", ".join(form.name for form in self._implementations)
         raise ImplementationError(
             f"kernels.{self.name} has no implementation {asked!r}, only {known}"

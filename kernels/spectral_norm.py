@@ -274,8 +274,8 @@ def check_lists(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Te
 def _check(weight: Tensor, u_R: Tensor, v_K: Tensor) -> None:
     if weight.dim() < 2 or weight.numel() == 0:
         raise ValueError(f"a weight must be [R, ...] and not empty, not {tuple(weight.shape)}")
-    R, K = weight.shape[0], weight[0].numel()
-    for name, vector, length in (("u", u_R, R), ("v", v_K, K)):
+    R = weight.shape[0]
+    for name, vector, length in (("u", u_R, R), ("v", v_K, weight.numel() // R)):
         if tuple(vector.shape) != (length,):
             raise ValueError(f"{name} must be [{length}], not {tuple(vector.shape)}")
         if (vector.dtype, vector.device) != (weight.dtype, weight.device):

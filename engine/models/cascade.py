@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.configuration import Config
 from engine.models.generator import ClipGenerator
+from engine.models.layers import settle_weights
 from engine.models.upsampler import UpsamplingGenerator
 
 
@@ -53,6 +54,13 @@ class Cascade(nn.Module):
         _split(generators)
         self.generators = nn.ModuleList(generators)
         self.config = config
+
+    def freeze(self) -> "Cascade":
+        """Train no more: without gradients, every weight divided by its σ once. Returns itself."""
+        first, upsamplers = _split(list(self.generators))
+        for generator in (first, *upsamplers):
+            settle_weights(generator, generator.compute_dtype)
+        return self.requires_grad_(False)
 
     @torch.no_grad()
     def generate(self, zs: Sequence[Tensor], labels_B: Tensor | None, num_frames: int) -> Tensor:

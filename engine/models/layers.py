@@ -33,11 +33,14 @@ class SpectralWeight(nn.Module):
 
     u: Tensor
     v: Tensor
+    prepared: Tensor | None
 
     def __init__(self, *shape: int, fold: kernels.Fold = None, kept_dtype: bool = False) -> None:
         super().__init__()
         self.fold, self.kept_dtype = fold, kept_dtype
-        self.prepared: Tensor | None = None  # of the pass at hand; see NormalizedWeights
+        # Of the pass at hand, see NormalizedWeights; of all passes once it is settled.
+        self.register_buffer("prepared", None, persistent=False)
+        self.settled = False
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_buffer("u", torch.empty(shape[0]))
         self.register_buffer("v", torch.empty(self.weight[0].numel()))
@@ -101,23 +104,38 @@ def normalized_weights(
     Around one forward pass: the weights are those of this moment. Their gradients all come at the
     end of the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
 
-    Nothing is prepared, and every layer divides its own weight, where "auto" would run the
-    reference, which is no faster for a list; where weights are partitioned (ZeRO-3): those are
-    whole only inside their own module's forward and backward, also if they happen to be gathered
-    now; and inside `divided_one_by_one`. A layer that is asked for another dtype than was prepared
+    Nothing is prepared where the weights are settled. Nothing is, and every layer divides its own,
+    where "auto" would run the reference, which is no faster for a list; where weights are
+    partitioned (ZeRO-3): those are whole only inside their own module's forward and backward, also
+    if they happen to be gathered now; and inside `divided_one_by_one`. A layer that is asked for another dtype than was prepared
     divides its own, too.
     """
-    if _one_by_one:
+    layers = spectral_weights(network)
+    if _one_by_one or all(layer.settled for layer in layers):
         return NormalizedWeights({})
     if impl is None:
         weight = next(network.parameters())
         choices = kernels.implementations(weight.device, weight.dtype)
         if choices["spectral_normalize_all"].implementation == "reference":
             return NormalizedWeights({})
-    layers = spectral_weights(network)
     if any(_is_partitioned(layer.weight) for layer in layers):
         return NormalizedWeights({})
-    prepared = kernels.spectral_normalize_all(
+    return NormalizedWeights(dict(zip(layers, _divided(layers, dtype, impl), strict=True)))
+
+
+@torch.no_grad()
+def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Divide the weights of a network that trains no more, once for all passes to come.
+
+    Costs a copy of them, folded, in `dtype`. What is loaded into the network later is not seen.
+    """
+    layers = spectral_weights(network)
+    for layer, kernel in zip(layers, _divided(layers, dtype, None), strict=True):
+        layer.prepared, layer.settled = kernel, True
+
+
+def _divided(layers: Sequence[SpectralWeight], dtype: torch.dtype, impl: str | None) -> list[Tensor]:
+    return kernels.spectral_normalize_all(
         [layer.weight for layer in layers],
         [layer.u for layer in layers],
         [layer.v for layer in layers],
@@ -125,7 +143,6 @@ def normalized_weights(
         [layer.fold for layer in layers],
         impl=impl,
     )
-    return NormalizedWeights(dict(zip(layers, prepared, strict=True)))
 
 
 @contextmanager

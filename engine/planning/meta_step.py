@@ -217,7 +217,7 @@ class MetaStep:
             for norm in frame_norms(generator).values():
                 channels = norm.gain.normalized.u.numel()
                 norm.fix((torch.zeros(num_frames, channels), torch.ones(num_frames, channels)))
-        return Cascade(generators, self._config).requires_grad_(False)
+        return Cascade(generators, self._config).freeze()
 
 
 def run_step(

@@ -31,7 +31,7 @@ class PreviousStages:
     """Stages 1 to N-1 as a cascade without gradients."""
 
     def __init__(self, cascade: Cascade, digest: str) -> None:
-        self.cascade = cascade.requires_grad_(False)
+        self.cascade = cascade.freeze()
         self.digest = digest
         """The SHA-256 of the file that it was read from."""
 

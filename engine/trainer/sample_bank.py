@@ -93,20 +93,24 @@ class BankedWindows:
         """Of this rank's videos."""
         return self._videos_NTHWC.nbytes
 
-    def advance(self, step: int, on_batch: Callable[[int], object] = lambda count: None) -> None:
-        """Hold what iteration `step` (counted from 0) draws from; `on_batch(n)` after each drawn.
+    def advance(self, step: int, goes_on: Callable[[int], bool] = lambda count: True) -> bool:
+        """Hold what iteration `step` (counted from 0) draws from.
 
-        All of them at the start and after a resume, later those whose turn it is.
+        All of them at the start and after a resume, later those whose turn it is. `goes_on(n)` is
+        asked after the n-th batch drawn; a no ends it with False, and the bank serves no more until
+        it is advanced again.
         """
         num_replaced = step * self.num_batches // self._refresh_every
         to_hold = range(num_replaced, num_replaced + self.num_batches)
         if to_hold == self._held:
-            return
+            return True
         missing = [batch for batch in to_hold if batch not in self._held]
         for count, batch in enumerate(missing, start=1):
             self._draw(batch)
-            on_batch(count)
+            if not goes_on(count):
+                return False
         self._held = to_hold
+        return True
 
     def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
         """Labels [B] and x_l [B, T_low, 3, h, h]."""

@@ -139,7 +139,10 @@ class _Run:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
             return checkpoint
         profile = self._profile(last_step - trainer.step)
-        self._fill_bank()
+        if not self._fill_bank():
+            if not checkpoint.exists():
+                checkpoint = self._save()
+            return self._interrupted(checkpoint)
         logbook = None
         if self._ranks.is_main:
             device = self._ranks.device
@@ -161,12 +164,7 @@ class _Run:
             if step % training.sample_every == 0 or stopping:
                 self._snapshots.write(trainer, logbook)
             if step % training.checkpoint_every == 0 or stopping:
-                checkpoint = save_run(
-                    trainer,
-                    self._builder,
-                    folder=self._checkpoints,
-                    keep=training.keep_checkpoints,
-                )
+                checkpoint = self._save()
             if stopping:
                 break
         progress.close()
@@ -174,24 +172,44 @@ class _Run:
             profile.close()
         if logbook:
             logbook.close()
-        if trainer.step < last_step:
-            self._console.say(f"interrupted: saved {checkpoint}; --resume auto goes on")
+        return self._interrupted(checkpoint) if trainer.step < last_step else checkpoint
+
+    def _save(self) -> Path:
+        return save_run(
+            self._trainer,
+            self._builder,
+            folder=self._checkpoints,
+            keep=self._training.keep_checkpoints,
+        )
+
+    def _interrupted(self, checkpoint: Path) -> Path:
+        self._console.say(f"interrupted: saved {checkpoint}; --resume auto goes on")
         return checkpoint
 
-    def _fill_bank(self) -> None:
-        """Draw all that step's bank holds: here, so that the time is not the first step's."""
+    def _fill_bank(self) -> bool:
+        """Draw all that step's bank holds: here, so that the time is not the first step's.
+
+        False when a signal asked for the end meanwhile: it may take hours.
+        """
         bank = self._trainer.bank
         if bank is None:
-            return
+            return True
         self._console.say(
             f"bank: drawing {bank.num_videos} videos on each rank, {bank.num_bytes / 1e6:.0f} MB "
             "of main memory"
         )
         began = time.monotonic()
         progress = self._console.progress(0, bank.num_batches, "bank", "batch")
-        bank.advance(self._trainer.step, on_batch=progress.update)
+
+        def goes_on(num_drawn: int) -> bool:
+            progress.update(num_drawn)
+            return not self._ranks.any(self._interruption.requested)
+
+        filled = bank.advance(self._trainer.step, goes_on)
         progress.close()
-        self._console.say(f"bank: drawn in {time.monotonic() - began:.1f} s")
+        if filled:
+            self._console.say(f"bank: drawn in {time.monotonic() - began:.1f} s")
+        return filled
 
     def _profile(self, num_steps_left: int) -> "StepProfile | None":
         """What rank 0 looks at its first steps with, if that is asked for."""

@@ -263,13 +263,23 @@ def test_gradcheck(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "more"),
-    [("conv 3x3", GIVEN), ("separable", [*NORM, *TERMS]), ("upsample", NORM)],
+    ("kind", "more", "impl"),
+    [
+        ("conv 3x3", GIVEN, None),
+        ("conv 3x3", ["residual"], "pytorch"),
+        ("conv 3x3", [], "epilogue"),
+        ("separable", [*NORM, *TERMS], "pytorch"),
+        ("separable", [*NORM, *TERMS], "epilogue"),
+        ("separable", [*NORM, *TERMS], "triton"),
+        ("upsample", NORM, None),
+    ],
     ids=str,
 )
-def test_compiled_and_checkpointed_equal_eager(kind: str, more: list[str]) -> None:
+def test_compiled_and_checkpointed_equal_eager(
+    kind: str, more: list[str], impl: str | None
+) -> None:
     tensors = case(kind, more, dtype=torch.float32)
-    function = partial(run, kind)
+    function = partial(run, kind, impl=impl)
     torch.compiler.reset()  # every case is a program of its own
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
 

@@ -22,6 +22,7 @@ from engine.models.layers import (
     SpectralWeight,
     divided_one_by_one,
     normalized_weights,
+    settle_weights,
     spectral_weights,
     update_spectral_norm,
 )
@@ -254,6 +255,25 @@ def test_on_a_cpu_nothing_is_prepared_unless_asked_for() -> None:
             assert not nothing_prepared(network)
     with pytest.raises(kernels.ImplementationError, match="no implementation 'cuda'"):
         normalized_weights(network, torch.float32, impl="cuda")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_settled_weights_are_divided_once(name: str, singles: list[Tensor]) -> None:
+    """In passes with and without gradients, of the same numbers as one by one bit for bit."""
+    network = build(name)
+    expected, state = run(network), {n: v.clone() for n, v in network.state_dict().items()}
+    settle_weights(network, torch.float32)
+    singles.clear()
+    assert torch.equal(run(network), expected)
+    with torch.no_grad():
+        assert torch.equal(run(network), expected)
+    # Asked for again by a whole pass in lists, they are not divided either.
+    with in_lists(network, torch.float32):
+        assert torch.equal(run(network), expected)
+    assert singles == []
+    assert all(torch.equal(v, state[n]) for n, v in network.state_dict().items())
+    prepared = [layer.prepared for layer in spectral_weights(network)]
+    assert all(kernel is not None and not kernel.requires_grad for kernel in prepared)
 
 
 def test_on_the_meta_device_they_are_prepared_in_their_dtypes() -> None:

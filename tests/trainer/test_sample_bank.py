@@ -1,6 +1,9 @@
 """The bank of the frozen stages' samples: what is in it, when, and what training takes from it."""
 
+import os
+import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,11 @@ def held(bank: BankedWindows) -> tuple[Tensor, Tensor]:
     return videos, bank._labels_N.clone()
 
 
+def recorded(drawn: list[int], count: int) -> bool:
+    drawn.append(count)
+    return True
+
+
 @pytest.mark.parametrize("number", [2, 3])
 def test_windows_are_of_what_the_frozen_stages_generate_for_the_seeds(
     tiny: Tiny, ranks: Ranks, number: int
@@ -135,7 +143,7 @@ def test_the_oldest_batch_is_replaced(tiny: Tiny, ranks: Ranks) -> None:
     for step, expected in enumerate([(0, 1), (0, 1), (2, 1), (2, 1), (2, 3), (2, 3)]):
         drawn: list[int] = []
         before = [part[:4] for part in held(bank)], [part[4:] for part in held(bank)]
-        bank.advance(step, on_batch=drawn.append)
+        assert bank.advance(step, partial(recorded, drawn))
         assert drawn == {0: [1, 2], 2: [1], 4: [1]}.get(step, [])
         videos, labels = held(bank)
         for place, number in enumerate(expected):
@@ -163,7 +171,7 @@ def test_several_batches_are_replaced_at_once(tiny: Tiny, ranks: Ranks) -> None:
     num_drawn = []
     for step in (0, 1, 2, 3, 9):
         drawn: list[int] = []
-        bank.advance(step, on_batch=drawn.append)
+        assert bank.advance(step, partial(recorded, drawn))
         num_drawn.append(len(drawn))
     assert num_drawn == [4, 1, 1, 2, 4]
 
@@ -250,6 +258,34 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert len(differences(contents(whole), contents(anew))) > 100
 
 
+def test_a_signal_ends_the_drawing_and_nothing_is_lost(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step and after a resume: it is seen after the batch at hand."""
+    options = ("--previous", cascade_run, "--set", f"stages.2.training.sample_bank={BANK}")
+    whole = tiny.trained(2, tmp_path / "whole", "--max-steps", "2", *options)
+    drawn = []
+    draw = BankedWindows._draw
+
+    def draw_and_kill(bank: BankedWindows, batch: int) -> None:
+        draw(bank, batch)
+        drawn.append(batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "parts"
+    for step in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(BankedWindows, "_draw", draw_and_kill)
+            stopped = tiny.train(2, out, "--max-steps", "2", *options)
+        checkpoint = out / f"stage2/checkpoints/step-{step:08}"
+        assert stopped.code == 0, stopped.err
+        assert f"interrupted: saved {checkpoint}; --resume auto goes on" in stopped.out
+        assert "bank: drawn in" not in stopped.out
+        tiny.trained(2, out, "--max-steps", str(step + 1), *options)
+    assert drawn == [0, 0]
+    assert differences(contents(whole), contents(out / "stage2/checkpoints/step-00000002")) == []
+
+
 @pytest.mark.parametrize(("num_videos", "nearest"), [(3, "4"), (10, "8 or 12")])
 def test_videos_that_ranks_cannot_share(
     tiny: Tiny, cascade_run: Path, tmp_path: Path, num_videos: int, nearest: str
@@ -274,6 +310,6 @@ def test_videos_that_memory_cannot_hold(tiny: Tiny, ranks: Ranks) -> None:
 def test_values_that_are_no_numbers_are_not_hidden(tiny: Tiny, ranks: Ranks) -> None:
     stage = Stage(banked(tiny), 2, ranks)
     with torch.no_grad():
-        next(stage.cascade.generators[0].parameters()).fill_(float("nan"))
+        stage.cascade.generators[0].get_parameter("to_rgb.bias").fill_(float("nan"))
     with pytest.raises(UserError, match="the frozen stage 1 generates values that are not finite"):
         stage.bank().advance(0)
