@@ -21,6 +21,7 @@ from kernels.folding import Fold
 from kernels.frame_norm import frame_norm, frame_statistics
 from kernels.implementation import (
     ImplementationError,
+    chosen,
     implementations,
     meta_as,
     set_default,
@@ -45,6 +46,7 @@ __all__ = [
     "Pooling",
     "add_low_skip",
     "average_pool",
+    "chosen",
     "conv2d",
     "conv2d_with_moments",
     "conv3d",

@@ -122,6 +122,11 @@ def implementations(
     }
 
 
+def chosen(operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which of its implementations an operator runs if it is called without `impl=`."""
+    return _operators[operator].choose(None, device, dtype)
+
+
 @contextmanager
 def use(impl: str) -> Iterator[None]:
     """Within this context, operators called without `impl=` run `impl`: "auto" or "reference".

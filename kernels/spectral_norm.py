@@ -24,6 +24,7 @@ for all weights together, and "reference"; of W / σ and its gradient: "triton" 
 W / σ of a whole network at once, with resampling folded in, is `kernels.spectral_norm_list`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -263,20 +264,23 @@ def check_lists(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Te
         raise ValueError(f"{len(weights)} weights, {len(us)} u and {len(vs)} v")
     if not weights:
         raise ValueError("a list of no weights")
+    dtype, device = weights[0].dtype, weights[0].device
     for weight, u_R, v_K in zip(weights, us, vs, strict=True):
         _check(weight, u_R, v_K)
-        if (weight.dtype, weight.device) != (weights[0].dtype, weights[0].device):
+        if weight.dtype != dtype or weight.device != device:
             raise ValueError("weights of one call must be of one dtype on one device")
         if not (u_R.is_contiguous() and v_K.is_contiguous()):
             raise ValueError("u and v of a list must be contiguous")
 
 
 def _check(weight: Tensor, u_R: Tensor, v_K: Tensor) -> None:
-    if weight.dim() < 2 or weight.numel() == 0:
-        raise ValueError(f"a weight must be [R, ...] and not empty, not {tuple(weight.shape)}")
-    R = weight.shape[0]
-    for name, vector, length in (("u", u_R, R), ("v", v_K, weight.numel() // R)):
-        if tuple(vector.shape) != (length,):
+    # Every weight of every pass comes here: as few of PyTorch's attributes as will do.
+    shape, dtype, device = weight.shape, weight.dtype, weight.device
+    count = math.prod(shape)
+    if len(shape) < 2 or count == 0:
+        raise ValueError(f"a weight must be [R, ...] and not empty, not {tuple(shape)}")
+    for name, vector, length in (("u", u_R, shape[0]), ("v", v_K, count // shape[0])):
+        if vector.shape != (length,):
             raise ValueError(f"{name} must be [{length}], not {tuple(vector.shape)}")
-        if (vector.dtype, vector.device) != (weight.dtype, weight.device):
+        if vector.dtype != dtype or vector.device != device:
             raise ValueError(f"{name} must be of its weight's dtype and on its device")

@@ -15,11 +15,11 @@ since the network lies between; the form for single weights (6·N and 10·N if W
 cache) pays with two launches for each. FLOPs 4·N and 6·N.
 
 Implementations: "triton" (two launches forward and two backward, for fp32 weights), "pytorch" (the
-closed form, weight by weight), "reference" (the default on a CPU).
+closed form, weight by weight), "reference".
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +36,13 @@ from kernels.implementation import (
 from kernels.spectral_norm import (
     check_lists,
     fp32_triton_obstacle,
-    pytorch_reluctance,
     spectral_normalize_reference,
 )
 
 SPECTRAL_NORMALIZE_ALL = Operator(
     "spectral_normalize_all",
     Implementation("triton", fp32_triton_obstacle, triton_reluctance),
-    Implementation("pytorch", everywhere, pytorch_reluctance),
+    Implementation("pytorch", everywhere),
 )
 LOW = (torch.float16, torch.bfloat16)
 
@@ -75,14 +74,11 @@ def normalize_all_operator(
     dtype: torch.dtype,
     lows: Sequence[bool],
     folds: Sequence[int],
-    impl: str,
 ) -> tuple[list[Tensor], Tensor]:
-    """(K of every weight, σ [L]). The weights as they are, as in `kernels.spectral_norm`."""
-    dtypes, hows = _dtypes(weights, dtype, lows), [FOLDS[index] for index in folds]
-    if impl == "pytorch":
-        return spectral_norm_list_pytorch.normalize(weights, us, vs, dtypes, hows)
+    """(K of every weight, σ [L])."""
     from kernels import spectral_norm_list_triton
 
+    dtypes, hows = _dtypes(weights, dtype, lows), [FOLDS[index] for index in folds]
     return spectral_norm_list_triton.normalize(weights, us, vs, dtypes, hows)
 
 
@@ -94,7 +90,6 @@ def _(
     dtype: torch.dtype,
     lows: Sequence[bool],
     folds: Sequence[int],
-    impl: str,
 ) -> tuple[list[Tensor], Tensor]:
     dtypes = _dtypes(weights, dtype, lows)
     kernels = [
@@ -118,14 +113,11 @@ def gradients_operator(
     vs: Sequence[Tensor],
     sigma_L: Tensor,
     folds: Sequence[int],
-    impl: str,
 ) -> list[Tensor]:
     """dW of every weight, from dK."""
-    hows = [FOLDS[index] for index in folds]
-    if impl == "pytorch":
-        return spectral_norm_list_pytorch.gradients(dys, weights, us, vs, sigma_L.unbind(), hows)
     from kernels import spectral_norm_list_triton
 
+    hows = [FOLDS[index] for index in folds]
     return spectral_norm_list_triton.gradients(dys, weights, us, vs, sigma_L, hows)
 
 
@@ -137,28 +129,60 @@ def _(dys: Sequence[Tensor], weights: Sequence[Tensor], *arguments: Any) -> list
 # ------------------------------------------------------------------------------- autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
-    weights, us, vs, _, _, ctx.folds, ctx.impl = inputs
-    ctx.save_for_backward(*weights, *us, *vs, output[1])
-    ctx.mark_non_differentiable(output[1])
+class _Form(NamedTuple):
+    """What is the same for a network's every pass."""
+
+    dtype: torch.dtype
+    lows: tuple[bool, ...]
+    folds: tuple[int, ...]
+    impl: str
 
 
-def _backward(ctx: Any, dys: list[Tensor], _: Any) -> tuple[Any, ...]:
-    *lists, sigma_L = ctx.saved_tensors
-    count = len(lists) // 3
-    weights, us, vs = lists[:count], lists[count : 2 * count], lists[2 * count :]
-    if torch.is_grad_enabled():  # a graph of the backward pass is wanted: σ a function of W
-        sigmas = spectral_norm_list_pytorch.sigmas_of(weights, us, vs)
-        hows = [FOLDS[index] for index in ctx.folds]
-        dws = spectral_norm_list_pytorch.gradients(dys, weights, us, vs, sigmas, hows)
-    else:
-        dys = [dy.contiguous() for dy in dys]
-        dws = gradients_operator(dys, weights, us, vs, sigma_L, ctx.folds, ctx.impl)
-    nothing = [None] * count
-    return dws, nothing, nothing, None, None, None, None
+def _forward(form: _Form, *tensors: Tensor) -> tuple[list[Tensor], Tensor]:
+    """(K of every weight, σ [L]) without derivatives, of all weights, then all u, then all v."""
+    weights, us, vs = _thirds(tensors)
+    if form.impl == "triton":
+        return normalize_all_operator(weights, us, vs, form.dtype, form.lows, form.folds)
+    dtypes, hows = _dtypes(weights, form.dtype, form.lows), [FOLDS[i] for i in form.folds]
+    return spectral_norm_list_pytorch.normalize(weights, us, vs, dtypes, hows)
 
 
-normalize_all_operator.register_autograd(_backward, setup_context=_save)
+class _NormalizeAll(torch.autograd.Function):
+    """Not the operator's own: a registered one handles hundreds of tensors in a millisecond more.
+
+    The weights as they are, as in `kernels.spectral_norm`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, form: _Form, *tensors: Tensor) -> tuple[Tensor, ...]:
+        kernels, sigma_L = _forward(form, *tensors)
+        ctx.form = form
+        ctx.save_for_backward(*tensors, sigma_L)
+        return tuple(kernels)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, sigma_L = ctx.saved_tensors
+        form: _Form = ctx.form
+        weights, us, vs = _thirds(tensors)
+        dws: Sequence[Tensor]
+        if form.impl == "triton" and not torch.is_grad_enabled():
+            dys = tuple(dy.contiguous() for dy in dys)
+            dws = gradients_operator(dys, weights, us, vs, sigma_L, form.folds)
+        else:
+            if torch.is_grad_enabled():  # a graph of the backward pass is wanted: σ a function of W
+                sigma_L = torch.stack(spectral_norm_list_pytorch.sigmas_of(weights, us, vs))
+            hows = [FOLDS[index] for index in form.folds]
+            dws = spectral_norm_list_pytorch.gradients(dys, weights, us, vs, sigma_L, hows)
+        return None, *dws, *[None] * (2 * len(weights))
+
+
+def _thirds(
+    tensors: Sequence[Tensor],
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    count = len(tensors) // 3
+    return tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+
 
 # ------------------------------------------------------------------------ public function
 
@@ -198,17 +222,17 @@ def spectral_normalize_all(
         names = ", ".join(sorted(map(str, others)))
         raise ValueError(f"kernels are of their weights' {own} and one 16-bit dtype, not {names}")
 
-    us, vs = [u_R.detach() for u_R in us], [v_K.detach() for v_K in vs]
-    chosen = SPECTRAL_NORMALIZE_ALL.choose(impl, weights[0].device, own)
-    if chosen == REFERENCE:
+    us, vs = ([v.detach() if v.requires_grad else v for v in vectors] for vectors in (us, vs))
+    impl = SPECTRAL_NORMALIZE_ALL.choose(impl, weights[0].device, own)
+    if impl == REFERENCE:
         return spectral_normalize_all_reference(weights, us, vs, wanted, folds)
-    kernels, _ = normalize_all_operator(
-        [weight.contiguous() for weight in weights],
-        us,
-        vs,
+    form = _Form(
         next(iter(others), own),
-        [dtype != own for dtype in wanted],
-        [FOLDS.index(how) for how in folds],
-        chosen,
+        tuple(dtype != own for dtype in wanted),
+        tuple(FOLDS.index(how) for how in folds),
+        impl,
     )
-    return cast(list[Tensor], kernels)
+    tensors = *(weight.contiguous() for weight in weights), *us, *vs
+    if torch.is_grad_enabled():
+        return list(_NormalizeAll.apply(form, *tensors))
+    return _forward(form, *tensors)[0]

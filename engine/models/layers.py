@@ -105,19 +105,16 @@ def normalized_weights(
     end of the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
 
     Nothing is prepared where the weights are settled. Nothing is, and every layer divides its own,
-    where "auto" would run the reference, which is no faster for a list; where weights are
+    where the references are to run, which find nothing folded into a weight; where weights are
     partitioned (ZeRO-3): those are whole only inside their own module's forward and backward, also
-    if they happen to be gathered now; and inside `divided_one_by_one`. A layer that is asked for another dtype than was prepared
-    divides its own, too.
+    if they happen to be gathered now; and inside `divided_one_by_one`. A layer that is asked for
+    another dtype than was prepared divides its own, too.
     """
     layers = spectral_weights(network)
     if _one_by_one or all(layer.settled for layer in layers):
         return NormalizedWeights({})
-    if impl is None:
-        weight = next(network.parameters())
-        choices = kernels.implementations(weight.device, weight.dtype)
-        if choices["spectral_normalize_all"].implementation == "reference":
-            return NormalizedWeights({})
+    if impl is None and _run_references(layers):
+        return NormalizedWeights({})
     if any(_is_partitioned(layer.weight) for layer in layers):
         return NormalizedWeights({})
     return NormalizedWeights(dict(zip(layers, _divided(layers, dtype, impl), strict=True)))
@@ -128,13 +125,23 @@ def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
     """Divide the weights of a network that trains no more, once for all passes to come.
 
     Costs a copy of them, folded, in `dtype`. What is loaded into the network later is not seen.
+    Nothing is done where the references are to run, as in `normalized_weights`.
     """
     layers = spectral_weights(network)
+    if _run_references(layers):
+        return
     for layer, kernel in zip(layers, _divided(layers, dtype, None), strict=True):
         layer.prepared, layer.settled = kernel, True
 
 
-def _divided(layers: Sequence[SpectralWeight], dtype: torch.dtype, impl: str | None) -> list[Tensor]:
+def _run_references(layers: Sequence[SpectralWeight]) -> bool:
+    weight = layers[0].weight
+    return kernels.chosen("spectral_normalize_all", weight.device, weight.dtype) == "reference"
+
+
+def _divided(
+    layers: Sequence[SpectralWeight], dtype: torch.dtype, impl: str | None
+) -> list[Tensor]:
     return kernels.spectral_normalize_all(
         [layer.weight for layer in layers],
         [layer.u for layer in layers],

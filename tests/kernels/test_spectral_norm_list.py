@@ -350,8 +350,11 @@ def test_two_dtypes_of_16_bits_are_refused() -> None:
 
 def test_which_form_runs_and_why() -> None:
     name = "spectral_normalize_all"
-    assert kernels.implementations("cpu")[name].implementation == "reference"
+    assert kernels.implementations("cpu")[name].implementation == "pytorch"
     assert kernels.implementations("meta")[name].implementation == "pytorch"
+    assert kernels.chosen(name, torch.device("cuda"), torch.float64) == "pytorch"
+    with kernels.use("reference"):
+        assert kernels.chosen(name, torch.device("cpu"), torch.float32) == "reference"
     double = kernels.implementations("cuda", torch.float64)[name]
     assert "not triton: float64" in double.reason
     drawn = draw([((2, 3), None)]).double()

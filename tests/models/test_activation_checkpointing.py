@@ -1,6 +1,7 @@
 """What a network keeps for its backward pass changes nothing else, bit for bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, get_args
 
@@ -10,8 +11,6 @@ from small_networks import clip_generator, discriminators, upsampling_generator
 from torch import Tensor, nn
 
 from engine.configuration import Training, load_config
-from engine.models import discriminators as discriminators_module
-from engine.models import generator as generator_module
 from engine.models import update_spectral_norm
 from engine.models.activation_checkpointing import Block, Checkpointing, set_checkpointing
 from engine.models.construction import (
@@ -20,7 +19,7 @@ from engine.models.construction import (
     build_joint_generator,
 )
 from engine.models.discriminators import Discriminators
-from engine.models.layers import normalized_weights, spectral_weights
+from engine.models.layers import divided_one_by_one, spectral_weights
 from engine.models.norms import frame_norms
 from engine.models.upsampler import UpsamplingGenerator
 
@@ -34,12 +33,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 @pytest.fixture(params=["one by one", "in lists"])
-def _weights(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How a pass divides its weights: each where it is used, or, as on a GPU, all at once."""
-    if request.param == "in lists":
-        in_lists = partial(normalized_weights, impl="pytorch")
-        monkeypatch.setattr(generator_module, "normalized_weights", in_lists)
-        monkeypatch.setattr(discriminators_module, "normalized_weights", in_lists)
+def _weights(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How a pass divides its weights: each where it is used, as under ZeRO-3, or all at once."""
+    with divided_one_by_one() if request.param == "one by one" else nullcontext():
+        yield
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

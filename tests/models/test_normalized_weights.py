@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,6 @@ from small_networks import clip_generator, discriminators, upsampling_generator
 from torch import Tensor, nn
 
 import kernels
-from engine.models import discriminators as discriminators_module
-from engine.models import generator as generator_module
 from engine.models.activation_checkpointing import set_checkpointing
 from engine.models.discriminators import Discriminators, ResidualTower
 from engine.models.generator import GeneratorTrunk
@@ -34,14 +33,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "upsampling, conv": partial(upsampling_generator, num_classes=5),
     "D": partial(discriminators, num_classes=5),
 }
-in_lists = partial(normalized_weights, impl="pytorch")
-
-
-@pytest.fixture
-def _in_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks prepare their weights, which on a CPU they would not."""
-    monkeypatch.setattr(generator_module, "normalized_weights", in_lists)
-    monkeypatch.setattr(discriminators_module, "normalized_weights", in_lists)
 
 
 @pytest.fixture
@@ -109,18 +100,14 @@ def in_fp64(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_in_a_list_as_one_by_one(
-    name: str, request: pytest.FixtureRequest, singles: list[Tensor]
-) -> None:
+def test_in_a_list_as_one_by_one(name: str, singles: list[Tensor]) -> None:
     """In fp64 up to 1e-12; in fp32 at most twice as far from that and a rounding; all of them."""
     network = build(name)
     found: dict[str, list[Tensor]] = {}
-    for form in ("singles", "lists"):
+    for form, context in (("singles", divided_one_by_one()), ("lists", nullcontext())):
         singles.clear()
-        if form == "lists":
-            request.getfixturevalue("_in_lists")
-        found[form] = results(network)
-        with pytest.MonkeyPatch.context() as patch:
+        with context, pytest.MonkeyPatch.context() as patch:
+            found[form] = results(network)
             found[f"{form}, fp64"] = results(in_fp64(network, patch))
         assert (len(singles) == 0) == (form == "lists")
         assert nothing_prepared(network)
@@ -130,7 +117,6 @@ def test_in_a_list_as_one_by_one(
     assert distance(found["lists"], truth) <= 2 * distance(found["singles"], truth) + eps
 
 
-@pytest.mark.usefixtures("_in_lists")
 @pytest.mark.parametrize("name", ["clip, GRU", "upsampling, conv"])
 def test_recomputing_sees_the_same_tensors(name: str, singles: list[Tensor]) -> None:
     """Bit for bit, also in a second backward pass through the same graph."""
@@ -153,7 +139,6 @@ def test_recomputing_sees_the_same_tensors(name: str, singles: list[Tensor]) -> 
     assert singles == []
 
 
-@pytest.mark.usefixtures("_in_lists")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_two_passes_before_their_backward_passes(name: str) -> None:
     """D on real and D on fake videos; and a pass without gradients in between."""
@@ -170,7 +155,6 @@ def test_two_passes_before_their_backward_passes(name: str) -> None:
         torch.testing.assert_close(got, one + other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("_in_lists")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_changed_weight_is_seen_by_the_next_pass(name: str) -> None:
     """Through `.data`, as DeepSpeed writes it, which leaves no trace."""
@@ -183,7 +167,6 @@ def test_a_changed_weight_is_seen_by_the_next_pass(name: str) -> None:
     assert torch.equal(after, run(copy.deepcopy(network)))
 
 
-@pytest.mark.usefixtures("_in_lists")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_stale_after_an_exception(name: str) -> None:
     network = build(name)
@@ -204,7 +187,7 @@ def test_nothing_stale_after_an_exception(name: str) -> None:
 def test_entered_again_and_within_itself() -> None:
     """What was there before comes back, step by step."""
     network = build("clip, GRU")
-    first, second = (in_lists(network, torch.float32) for _ in range(2))
+    first, second = (normalized_weights(network, torch.float32) for _ in range(2))
     layer = spectral_weights(network)[0]
     with first:
         outer = layer.prepared
@@ -220,10 +203,10 @@ def test_entered_again_and_within_itself() -> None:
 def test_other_networks_are_left_alone() -> None:
     """A cascade runs the frozen stages before its own, within or beside its pass."""
     inner, outer = build("clip, GRU"), build("upsampling, conv")
-    with in_lists(outer, torch.float32):
+    with normalized_weights(outer, torch.float32):
         held = [layer.prepared for layer in spectral_weights(outer)]
         assert nothing_prepared(inner)
-        with torch.no_grad(), in_lists(inner, torch.float32):
+        with torch.no_grad(), normalized_weights(inner, torch.float32):
             run(inner)
         assert nothing_prepared(inner)
         now = [layer.prepared for layer in spectral_weights(outer)]
@@ -236,20 +219,23 @@ def test_partitioned_weights_are_divided_where_they_are_whole(monkeypatch: Any) 
     weight = spectral_weights(network)[3].weight
     whole = weight.data
     weight.data = torch.empty(0)
-    with in_lists(network, torch.float32):
-        assert nothing_prepared(network)
-    weight.data = whole
-    with in_lists(network, torch.float32):
-        assert not nothing_prepared(network)
-    monkeypatch.setattr(weight, "ds_status", "AVAILABLE", raising=False)
-    with in_lists(network, torch.float32):
-        assert nothing_prepared(network)
-
-
-def test_on_a_cpu_nothing_is_prepared_unless_asked_for() -> None:
-    network = build("D")
     with normalized_weights(network, torch.float32):
         assert nothing_prepared(network)
+    weight.data = whole
+    with normalized_weights(network, torch.float32):
+        assert not nothing_prepared(network)
+    monkeypatch.setattr(weight, "ds_status", "AVAILABLE", raising=False)
+    with normalized_weights(network, torch.float32):
+        assert nothing_prepared(network)
+
+
+def test_for_references_nothing_is_prepared_unless_asked_for() -> None:
+    """They are of weights into which nothing is folded."""
+    network = build("D")
+    with kernels.use("reference"):
+        settle_weights(network, torch.float32)
+        with normalized_weights(network, torch.float32):
+            assert nothing_prepared(network)
     for impl in ("reference", "pytorch"):
         with normalized_weights(network, torch.float32, impl=impl):
             assert not nothing_prepared(network)
@@ -266,9 +252,6 @@ def test_settled_weights_are_divided_once(name: str, singles: list[Tensor]) -> N
     singles.clear()
     assert torch.equal(run(network), expected)
     with torch.no_grad():
-        assert torch.equal(run(network), expected)
-    # Asked for again by a whole pass in lists, they are not divided either.
-    with in_lists(network, torch.float32):
         assert torch.equal(run(network), expected)
     assert singles == []
     assert all(torch.equal(v, state[n]) for n, v in network.state_dict().items())
@@ -304,7 +287,7 @@ def test_what_a_layer_gets() -> None:
     folded, plain = Convolution(4, 5, fold="upsampling"), Convolution(4, 5)
     network = nn.ModuleList([folded, plain, SpectralWeight(3, 4, kept_dtype=True)])
     whole = [layer().detach() for layer in spectral_weights(network)]
-    with in_lists(network, torch.float16):
+    with normalized_weights(network, torch.float16):
         assert torch.equal(folded(None)[0], fold(whole[0], "upsampling").half())
         assert torch.equal(folded(torch.float16)[0], whole[0].half())
         assert plain(torch.float16)[0] is plain.normalized.prepared
