@@ -132,6 +132,10 @@ class Training(Section):
     """What stage 2 and later upsample: windows of the frozen stages' samples, or of real clips."""
     sample_bank: SampleBank | None = None
     """None lets the frozen stages generate every window anew."""
+    reuse_fakes: bool = False
+    """G's update judges again, by the updated D, what the last D update was shown, and generates
+    nothing: a pass of G and of the frozen stages less per iteration. Not the paper's, which draws
+    anew. G's activations are held during that D update, so nothing can be accumulated."""
     norm_statistics_passes: PositiveInt = 200
     """Dummy passes that fix the per-frame statistics before a generator is used for inference."""
     seed: int = 0
@@ -340,7 +344,8 @@ def variant_names(path: str | Path) -> list[str | None]:
 def accumulation_steps(training: Training, world_size: int) -> int:
     """Forward passes per rank and update: global_batch / (world_size * micro_batch).
 
-    Raises UserError when that is not a whole number, naming the nearest batches that work.
+    Raises UserError when that is not a whole number, naming the nearest batches that work, and
+    when `reuse_fakes` would have to hold several passes.
     """
     steps, remainder = divmod(training.global_batch, world_size * training.micro_batch)
     if remainder:
@@ -350,7 +355,17 @@ def accumulation_steps(training: Training, world_size: int) -> int:
             f"micro_batch {training.micro_batch}; nearest that work: "
             f"{_nearest_batches(training, world_size)}"
         )
+    if training.reuse_fakes and steps > 1:
+        raise UserError(
+            f"training.reuse_fakes holds one pass of G, but {steps} are accumulated; "
+            f"set micro_batch={steps * training.micro_batch}, or reuse_fakes=false"
+        )
     return steps
+
+
+def num_generations(training: Training) -> int:
+    """How often G generates a batch in an iteration: for every D update, and for its own."""
+    return training.discriminator_steps + (0 if training.reuse_fakes else 1)
 
 
 def _nearest_batches(training: Training, world_size: int) -> str:

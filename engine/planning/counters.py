@@ -47,18 +47,18 @@ class Phases:
 
 
 class UpdateBytes(LiveBytes):
-    """Live bytes, the most of them beside every amount of gradients, by phase."""
+    """Live bytes, the most of them beside every amount of gradients, by phase of an update."""
 
     def __init__(self, update: Update, phases: Phases, *, block_bytes: int) -> None:
         super().__init__(block_bytes=block_bytes)
-        self._most, self._phases = update.most, phases
+        self.update, self._phases = update, phases
 
     def changed(self) -> None:
         """Take note."""
         super().changed()
         key = self._phases.now, self.now[GRADIENTS]
-        if self.now[ACTIVATIONS] > self._most.get(key, -1):
-            self._most[key] = self.now[ACTIVATIONS]
+        if self.now[ACTIVATIONS] > self.update.most.get(key, -1):
+            self.update.most[key] = self.now[ACTIVATIONS]
 
 
 class WorkByPhase(TorchDispatchMode):
@@ -69,7 +69,7 @@ class WorkByPhase(TorchDispatchMode):
 
     def __init__(self, update: Update, phases: Phases) -> None:
         super().__init__()
-        self._update, self._phases = update, phases
+        self.update, self._phases = update, phases
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -79,10 +79,10 @@ class WorkByPhase(TorchDispatchMode):
         result = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self._update.flops[self._phases.now] += formula(*args, **kwargs, out_val=result)
+            self.update.flops[self._phases.now] += formula(*args, **kwargs, out_val=result)
         read, written = tensors_in((args, kwargs)), tensors_in(result)
         if read and not _is_view(func, read, written):
-            self._update.moved[self._phases.now] += sum(t.nbytes for t in read + written)
+            self.update.moved[self._phases.now] += sum(t.nbytes for t in read + written)
         return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.flop_formulas  # noqa: F401 — our own operators, for the counter
-from engine.configuration import Config
+from engine.configuration import Config, num_generations
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 
 
@@ -57,14 +57,14 @@ def count_forward(config: Config, stage_number: int) -> Forward:
 def count_frozen(config: Config, stage_number: int) -> float:
     """TFLOP per sample and step that the frozen stages before this one add to its own.
 
-    Without a bank they make a video for each window that G upsamples, one per D update and one
-    for G's. A bank's videos are all replaced once in `refresh_every` steps.
+    Without a bank they make a video for each window that G upsamples. A bank's videos are all
+    replaced once in `refresh_every` steps.
     """
     training = config.stages[stage_number].training
     gigaflops = sum(_generator_gigaflops(config, number) for number in range(1, stage_number))
     bank = training.sample_bank
     if bank is None:
-        return (training.discriminator_steps + 1) * gigaflops / 1e3
+        return num_generations(training) * gigaflops / 1e3
     return bank.num_videos / bank.refresh_every / training.global_batch * gigaflops / 1e3
 
 

@@ -8,7 +8,6 @@ update ends.
 The same code runs on a CPU with real tensors, which is how the tests hold it against an allocator.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -162,7 +161,7 @@ class MetaStep:
             for network in (generator, discriminators)
         ]
         # DeepSpeed's part is left out, so there is nothing to gather.
-        training = stage.training.model_copy(update={"zero_stage": 0})
+        training = self._training = stage.training.model_copy(update={"zero_stage": 0})
         self._trainer = Trainer(
             stage_number=number,
             stage=stage.model_copy(update={"training": training}),
@@ -178,8 +177,8 @@ class MetaStep:
         self._frozen_networks = [] if frozen is None else [frozen]
 
     def d_step(self) -> object:
-        """D's update."""
-        return self._trainer.d_step()
+        """D's update: the last one of an iteration, which may keep its fakes for G's."""
+        return self._trainer.d_step(keep_fakes=self._training.reuse_fakes)
 
     def g_step(self) -> object:
         """G's update."""
@@ -187,24 +186,20 @@ class MetaStep:
 
     def run(self, *, block_bytes: int = 1) -> Step:
         """One D update and one G update of a micro-batch."""
-        updates, parameter_bytes = [], 0
-        for run in (self.d_step, self.g_step):
-            update = Update()
-            with ExitStack() as stack:
-                stack.enter_context(ChannelsLastConvolutions())  # within: others see its results
-                stack.enter_context(WorkByPhase(update, self._phases))
-                live = UpdateBytes(update, self._phases, block_bytes=block_bytes)
-                stack.enter_context(live)
-                for network in (*self._networks, *self._frozen_networks):
-                    live.register(PARAMETERS, network.parameters())
-                    live.register(PARAMETERS, network.buffers())
-                    live.watch_gradients(network.parameters())
+        updates = Update(), Update()
+        work = WorkByPhase(updates[0], self._phases)
+        live = UpdateBytes(updates[0], self._phases, block_bytes=block_bytes)
+        with ChannelsLastConvolutions(), work, live:  # those within see what the first makes
+            for network in (*self._networks, *self._frozen_networks):
+                live.register(PARAMETERS, network.parameters())
+                live.register(PARAMETERS, network.buffers())
+                live.watch_gradients(network.parameters())
+            for update, run in zip(updates, (self.d_step, self.g_step), strict=True):
+                work.update = live.update = update
                 run()
-                parameter_bytes = live.now[PARAMETERS]
-            updates.append(update)
-        micro_batch = self._config.stages[self._number].training.micro_batch
+            parameter_bytes = live.now[PARAMETERS]
         sizes = [[p.numel() for p in network.parameters()] for network in self._networks]
-        return Step(micro_batch, updates[0], updates[1], parameter_bytes, sizes[0], sizes[1])
+        return Step(self._training.micro_batch, *updates, parameter_bytes, *sizes)
 
     def _frozen(self) -> Cascade | None:
         """The stages before, on fixed statistics, where they make this one's windows."""

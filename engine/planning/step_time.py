@@ -7,7 +7,7 @@ memory's full rate, and communication after it, none of it hidden.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.configuration import Training
+from engine.configuration import Training, num_generations
 from engine.planning.counters import FROZEN, Update
 from engine.planning.devices import Device
 from engine.planning.meta_step import Step
@@ -49,7 +49,7 @@ def _made_anew(training: Training) -> float:
     bank = training.sample_bank
     if bank is None:
         return 1.0
-    windows = (training.discriminator_steps + 1) * training.global_batch
+    windows = num_generations(training) * training.global_batch
     return bank.num_videos / bank.refresh_every / windows
 
 
@@ -84,7 +84,7 @@ def predict(
         networks["D"], num_micro_batches
     ) + communicated_bytes(networks["G"], num_micro_batches)
     if scaling.zero_stage == 3:  # each network also runs while the other one learns
-        passes = {"G": training.discriminator_steps, "D": 1}
+        passes = {"G": num_generations(training) - 1, "D": 1}
         share = 1 - 1 / scaling.num_ranks
         for name, count in passes.items():
             sent += count * num_micro_batches * networks[name].whole * share

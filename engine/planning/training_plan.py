@@ -118,7 +118,8 @@ class Planner:
         peak = memory.peak(micro_batch, scaling)
         fits = peak.total <= assumed.limit_bytes
         found = memory.largest(share, scaling, assumed.limit_bytes)
-        if found is None:
+        # Reused fakes cannot be accumulated.
+        if found is None or (training.reuse_fakes and found < share):
             return Row(zero_stage, mode, peak, fits, None)
         scaling = scaling._replace(accumulates=found < share)
         seconds = predict(

@@ -55,6 +55,7 @@ class Trainer:
         self._reals = reals
         self._random = random
         self._accumulation_steps = accumulation_steps
+        self._kept_fakes: list[Fake] = []  # between the last D update and G's, if reuse_fakes
         zero_stage = stage.training.zero_stage
         self._g_update = EngineUpdate(g_engine, zero_stage)
         self._d_update = EngineUpdate(d_engine, zero_stage)
@@ -69,7 +70,9 @@ class Trainer:
             self.bank.advance(self.step)
         # All of them are kept, not the last one's: ZeRO skips an update whose gradient is not
         # finite, and nothing else would tell.
-        d_updates = [self.d_step() for _ in range(self._training.discriminator_steps)]
+        num_first = self._training.discriminator_steps - 1
+        d_updates = [self.d_step() for _ in range(num_first)]
+        d_updates.append(self.d_step(keep_fakes=self._training.reuse_fakes))
         measures = {
             name: torch.stack([update[name] for update in d_updates]).mean()
             for name in d_updates[0]
@@ -82,13 +85,20 @@ class Trainer:
         self._check_finite(means)
         return means
 
-    def d_step(self) -> dict[str, Tensor]:
-        """One discriminator update over the global batch."""
+    def d_step(self, *, keep_fakes: bool = False) -> dict[str, Tensor]:
+        """One discriminator update over the global batch.
+
+        `keep_fakes` keeps them with their graph, for the `g_step` that must come next.
+        """
         measures = Means()
         for _ in range(self._accumulation_steps):
             real = self._reals.next()
-            with torch.no_grad():
-                fake = self._fakes.run(self.g_engine.module, self._draw())
+            if keep_fakes:
+                self._kept_fakes.append(self._generated())
+                fake = _detached(self._kept_fakes[-1])
+            else:
+                with torch.no_grad():
+                    fake = self._fakes.run(self.g_engine.module, self._draw())
             # One pass over both halves: D has no batch norm, so it is exact, and launches once.
             scores = self.d_engine(*self._judged(_joined(real, fake)))
             real_scores, fake_scores = _halves(scores)
@@ -110,7 +120,7 @@ class Trainer:
         measures = Means()
         with frozen(self.d_engine.module):
             for _ in range(self._accumulation_steps):
-                fake = self._fakes.run(self.g_engine, self._draw())
+                fake = self._kept_fakes.pop() if self._kept_fakes else self._generated()
                 scores = self.d_engine.module(*self._judged(fake))
                 loss = generator_hinge(scores.all)
                 self.g_engine.backward(loss)
@@ -132,6 +142,10 @@ class Trainer:
         self.step = state["step"]
         self._random.set_state(state["random"])
         self._reals.load_state_dict(state["reals"])
+
+    def _generated(self) -> Fake:
+        """With gradients to G's weights."""
+        return self._fakes.run(self.g_engine, self._draw())
 
     def _draw(self) -> Inputs:
         return self._fakes.draw(self._training.micro_batch)
@@ -168,6 +182,11 @@ def _halves(scores: Scores) -> tuple[Scores, Scores]:
     matching = (None, None) if scores.matching is None else scores.matching.chunk(2)
     real, fake = (Scores(*s) for s in zip(spatial, temporal, matching, strict=True))
     return real, fake
+
+
+def _detached(fake: Fake) -> Fake:
+    low = None if fake.low_BTCHW is None else fake.low_BTCHW.detach()
+    return fake._replace(video_BTCHW=fake.video_BTCHW.detach(), low_BTCHW=low)
 
 
 def _joined(real: Real, fake: Fake) -> Real:

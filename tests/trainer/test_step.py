@@ -6,10 +6,11 @@ from small_runs import Tiny, differences
 from small_trainers import FACTS, RandomClips, make
 from torch import Tensor, nn
 
-from engine.configuration import Config
+from engine.configuration import Config, accumulation_steps
+from engine.errors import UserError
 from engine.models.construction import build_generator
 from engine.models.layers import spectral_weights
-from engine.models.norms import collect_statistics
+from engine.models.norms import FrameNorm, collect_statistics
 from engine.trainer.deepspeed_engines import frozen
 from engine.trainer.fakes import Fake, Fakes, Inputs, LatentSource
 from engine.trainer.networks import StageBuilder
@@ -97,6 +98,66 @@ def test_gradients_of_the_generators_step_do_not_reach_the_discriminators(
     assert norms[0] == norms[1]
     networks = [trainer.d_engine.module for trainer in (with_g, without_g)]
     assert differences(*map(weights, networks)) == []
+
+
+class RepeatedFakes:
+    """For G's update the inputs of the last D update again, generated anew."""
+
+    def __init__(self, fakes: Fakes) -> None:
+        self._fakes, self._num_drawn = fakes, 0
+        self._last: Inputs = {}
+
+    def draw(self, batch_size: int) -> Inputs:
+        self._num_drawn += 1
+        if self._num_drawn % 3:
+            self._last = self._fakes.draw(batch_size)
+        return self._last
+
+    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+        return self._fakes.run(generator, inputs)
+
+
+class RepeatedFakesBuilder(StageBuilder):
+    def fakes(self, latents: LatentSource, reals: Reals | None) -> Fakes:
+        return RepeatedFakes(super().fakes(latents, reals))
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero_stage"), [("1", 0), ("2", 1), ("2", 3), ("2, joint", 2), ("2, blocks", 3)]
+)
+def test_reused_fakes_are_those_of_the_last_d_update(
+    tiny: Tiny, ranks: Ranks, stage: str, zero_stage: int
+) -> None:
+    """Bit for bit what generating them twice gives, with a pass of G less."""
+    number = int(stage[0])
+    changes = {"2, joint": ["stages.2.joint=true"], "2, blocks": ["training.checkpointing=blocks"]}
+    keys = [f"training.zero_stage={zero_stage}", *changes.get(stage, [])]
+    found = []
+    for reuse, builder_class in (("true", StageBuilder), ("false", RepeatedFakesBuilder)):
+        torch.manual_seed(0)
+        config = tiny.config(*keys, f"training.reuse_fakes={reuse}")
+        trainer = make(ranks, config, number, builder_class)
+        passes: list[bool] = []
+        norm = next(m for m in trainer.g_engine.module.modules() if isinstance(m, FrameNorm))
+        norm.register_forward_pre_hook(lambda *_, p=passes: p.append(torch.is_grad_enabled()))
+        measures = [trainer.train_step() for _ in range(2)]
+        state = [weights(trainer.g_engine.module), weights(trainer.d_engine.module)]
+        found.append((measures, state, passes))
+    (reused, state, passes), (generated, expected, more_passes) = found
+    assert reused == generated
+    assert differences(state, expected) == []
+    if stage != "2, blocks":  # in the backward pass a block runs again
+        assert passes == [False, True] * 2
+        assert more_passes == [False, False, True] * 2
+
+
+def test_reused_fakes_are_not_accumulated(tiny: Tiny) -> None:
+    keys = "stages.1.training.micro_batch=2", "training.reuse_fakes=true"
+    training = tiny.config(*keys).stages[1].training
+    message = "holds one pass of G, but 2 are accumulated; set micro_batch=4, or reuse_fakes=false"
+    with pytest.raises(UserError, match=message):
+        accumulation_steps(training, 1)
+    assert accumulation_steps(training, 2) == 1
 
 
 def test_frozen_restores_what_it_found(tiny: Tiny, ranks: Ranks) -> None:
@@ -281,7 +342,7 @@ def test_a_skipped_first_d_update_stops_the_run(tiny: Tiny, ranks: Ranks) -> Non
             hook.remove()
         return measures
 
-    trainer.d_step = then_no_hooks  # type: ignore[method-assign]
+    trainer.d_step = then_no_hooks  # type: ignore[method-assign, assignment]
     with pytest.raises(NonFiniteError, match="grad_norm_D"):
         trainer.train_step()
 
