@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels
 from benchmarks.plain import PlainOperators
 from benchmarks.results import Attempt, WholeStep
 from benchmarks.setups import BUILDS, NODE_GPUS, SETUPS, USABLE_BYTES, Build, Setup, config_of
@@ -48,7 +49,8 @@ class Iterations:
     ) -> None:
         self._setup, self._build, self._overrides = setup, build, overrides
         self.config = config = config_of(setup, build, setup.samples, overrides)
-        self._builder = stage_builder(config, setup.number, ranks)
+        with settling_nothing(build):
+            self._builder = stage_builder(config, setup.number, ranks)
         self.operators = operators_of(build)
         make_engines = plain_engines if build.plain else deepspeed_engines
         self.trainer = trainer_around(self._builder, *make_engines(self._builder))
@@ -81,6 +83,11 @@ class Iterations:
         self.operators.compile()
         for engine in (self.trainer.g_engine, self.trainer.d_engine):
             engine.module.compile()
+
+
+def settling_nothing(build: Build) -> AbstractContextManager[None]:
+    """A plain build's frozen stages divide their weights in every pass, as the references do."""
+    return kernels.use("reference") if build.plain else nullcontext()
 
 
 # ----------------------------------------------------------------------------- on a CPU
@@ -131,7 +138,8 @@ def count_iteration(
     """
     config = config_of(setup, build, samples, overrides)
     operators = operators_of(build)
-    with nullcontext() if operators is None else operators.installed():
+    installed = nullcontext() if operators is None else operators.installed()
+    with settling_nothing(build), installed:
         step = run_step(config, setup.number)
     training = config.stages[setup.number].training
     d_flops, g_flops = (sum(update.flops.values()) for update in step.updates.values())

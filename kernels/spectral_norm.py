@@ -54,7 +54,7 @@ def fp32_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None
     return triton_obstacle(device, dtype) or _not_fp32(dtype)
 
 
-def pytorch_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+def _pytorch_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why "auto" does not run the closed form in PyTorch on a CPU."""
     if device.type != "cpu":
         return None
@@ -73,7 +73,7 @@ POWER_ITERATION = Operator(
 SPECTRAL_NORMALIZE = Operator(
     "spectral_normalize",
     Implementation("triton", fp32_triton_obstacle, triton_reluctance),
-    Implementation("pytorch", everywhere, pytorch_reluctance),
+    Implementation("pytorch", everywhere, _pytorch_reluctance),
 )
 
 # ------------------------------------------------------------------------------- references

@@ -15,7 +15,7 @@ since the network lies between; the form for single weights (6·N and 10·N if W
 cache) pays with two launches for each. FLOPs 4·N and 6·N.
 
 Implementations: "triton" (two launches forward and two backward, for fp32 weights), "pytorch" (the
-closed form, weight by weight), "reference".
+closed form in few calls), "reference".
 """
 
 from collections.abc import Sequence

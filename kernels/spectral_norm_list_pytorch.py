@@ -1,6 +1,6 @@
 """W / σ of a list of weights, folded and cast, and its gradient: the closed form in PyTorch.
 
-Operators of PyTorch throughout, weight by weight: differentiable, right in fp64.
+Operators of PyTorch throughout: differentiable, right in fp64.
 """
 
 from collections.abc import Sequence
@@ -57,5 +57,9 @@ def gradients(
         torch.addr(d.view(len(u_R), -1), u_R, v_K)
         for d, u_R, v_K in zip(ds, us, scaled, strict=True)
     ]
-    dws = torch._foreach_div(products, sigma_L.unbind())
-    return [dw.view_as(weight) for dw, weight in zip(dws, weights, strict=True)]
+    sigmas = sigma_L.unbind()
+    if torch.is_grad_enabled():
+        products = list(torch._foreach_div(products, sigmas))
+    else:
+        torch._foreach_div_(products, sigmas)
+    return [dw.view_as(weight) for dw, weight in zip(products, weights, strict=True)]

@@ -4,7 +4,7 @@ Weights are stored [O, ...] with input channels last and kept in fp32; a layer c
 dtype of its input (`Linear`, convolutions) by casting the normalised weight. Power iteration is
 no part of a forward pass: the training loop calls `update_spectral_norm` once per optimiser step,
 so that checkpointed, repeated and accumulated passes all see one and the same σ. A network's pass
-divides all its weights at once, in `normalized_weights`, where there is an operator for that.
+divides all its weights at once, in `normalized_weights`, unless they are partitioned.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,9 +38,8 @@ class SpectralWeight(nn.Module):
     def __init__(self, *shape: int, fold: kernels.Fold = None, kept_dtype: bool = False) -> None:
         super().__init__()
         self.fold, self.kept_dtype = fold, kept_dtype
-        # Of the pass at hand, see NormalizedWeights; of all passes once it is settled.
+        # Of the pass at hand, see NormalizedWeights; of all passes once there is no weight.
         self.register_buffer("prepared", None, persistent=False)
-        self.settled = False
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_buffer("u", torch.empty(shape[0]))
         self.register_buffer("v", torch.empty(self.weight[0].numel()))
@@ -62,6 +61,10 @@ class SpectralWeight(nn.Module):
         the network computes in: where the pass has prepared it. The shapes tell them apart.
         """
         folds = self.fold is not None
+        if self.weight is None:  # settled
+            assert self.prepared is not None
+            assert dtype in (None, self.prepared.dtype), "it is kept in one dtype only"
+            return self.prepared
         if self.prepared is not None and (
             dtype is None if folds else self.prepared.dtype == (dtype or self.weight.dtype)
         ):
@@ -111,11 +114,11 @@ def normalized_weights(
     another dtype than was prepared divides its own, too.
     """
     layers = spectral_weights(network)
-    if _one_by_one or all(layer.settled for layer in layers):
+    if _one_by_one or _settled(layers):
         return NormalizedWeights({})
     if impl is None and _run_references(layers):
         return NormalizedWeights({})
-    if any(_is_partitioned(layer.weight) for layer in layers):
+    if any(_is_partitioned(_weight(layer)) for layer in layers):
         return NormalizedWeights({})
     return NormalizedWeights(dict(zip(layers, _divided(layers, dtype, impl), strict=True)))
 
@@ -124,18 +127,29 @@ def normalized_weights(
 def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
     """Divide the weights of a network that trains no more, once for all passes to come.
 
-    Costs a copy of them, folded, in `dtype`. What is loaded into the network later is not seen.
-    Nothing is done where the references are to run, as in `normalized_weights`.
+    They themselves are dropped: the network keeps them folded and in `dtype`, and is neither saved
+    nor loaded again. Nothing is done where the references are to run, as in `normalized_weights`,
+    or where it has been done.
     """
     layers = spectral_weights(network)
-    if _run_references(layers):
+    if _settled(layers) or _run_references(layers):
         return
     for layer, kernel in zip(layers, _divided(layers, dtype, None), strict=True):
-        layer.prepared, layer.settled = kernel, True
+        layer.prepared = kernel
+        layer.register_parameter("weight", None)
+
+
+def _settled(layers: Sequence[SpectralWeight]) -> bool:
+    return all(next(layer.parameters(), None) is None for layer in layers)
+
+
+def _weight(layer: SpectralWeight) -> Tensor:
+    # Not `layer.weight`: at ZeRO-3 DeepSpeed would gather it, and again in every later pass.
+    return next(layer.parameters())
 
 
 def _run_references(layers: Sequence[SpectralWeight]) -> bool:
-    weight = layers[0].weight
+    weight = _weight(layers[0])
     return kernels.chosen("spectral_normalize_all", weight.device, weight.dtype) == "reference"
 
 

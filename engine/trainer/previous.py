@@ -87,7 +87,7 @@ def freeze_previous(
 ) -> None:
     """Write `path`: the checkpoint's generators with their statistics at training's lengths."""
     generators = read_generators(checkpoint)
-    cascade = load_cascade(config, generators, latents.device)
+    cascade = load_cascade(config, generators, latents.device).freeze()
     fix_standing_statistics(
         cascade,
         latents=latents,

@@ -105,6 +105,7 @@ class BankedWindows:
         if to_hold == self._held:
             return True
         missing = [batch for batch in to_hold if batch not in self._held]
+        self._held = range(0)  # until all are drawn: what they replace is gone
         for count, batch in enumerate(missing, start=1):
             self._draw(batch)
             if not goes_on(count):

@@ -253,7 +253,7 @@ class _Run:
         return 0
 
     def _speed(self, seconds_per_step: float) -> dict[str, float]:
-        # Real clips that go through D; a step generates 1.5 times as many with two D updates.
+        # Real clips that go through D.
         clips = self._training.global_batch * self._training.discriminator_steps
         return {
             "seconds_per_step": seconds_per_step,

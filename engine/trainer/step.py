@@ -55,7 +55,7 @@ class Trainer:
         self._reals = reals
         self._random = random
         self._accumulation_steps = accumulation_steps
-        self._kept_fakes: list[Fake] = []  # between the last D update and G's, if reuse_fakes
+        self._kept_fake: Fake | None = None  # between the last D update and G's, if reuse_fakes
         zero_stage = stage.training.zero_stage
         self._g_update = EngineUpdate(g_engine, zero_stage)
         self._d_update = EngineUpdate(d_engine, zero_stage)
@@ -88,14 +88,15 @@ class Trainer:
     def d_step(self, *, keep_fakes: bool = False) -> dict[str, Tensor]:
         """One discriminator update over the global batch.
 
-        `keep_fakes` keeps them with their graph, for the `g_step` that must come next.
+        `keep_fakes` keeps them with their graph, for the `g_step` that comes next; there is room
+        for one micro-batch's.
         """
         measures = Means()
         for _ in range(self._accumulation_steps):
             real = self._reals.next()
             if keep_fakes:
-                self._kept_fakes.append(self._generated())
-                fake = _detached(self._kept_fakes[-1])
+                self._kept_fake = self._generated()
+                fake = _detached(self._kept_fake)
             else:
                 with torch.no_grad():
                     fake = self._fakes.run(self.g_engine.module, self._draw())
@@ -120,7 +121,8 @@ class Trainer:
         measures = Means()
         with frozen(self.d_engine.module):
             for _ in range(self._accumulation_steps):
-                fake = self._kept_fakes.pop() if self._kept_fakes else self._generated()
+                fake = self._generated() if self._kept_fake is None else self._kept_fake
+                self._kept_fake = None
                 scores = self.d_engine.module(*self._judged(fake))
                 loss = generator_hinge(scores.all)
                 self.g_engine.backward(loss)

@@ -1,6 +1,7 @@
 """The plain PyTorch build that the engine is measured against is of the same networks."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 import kernels
 from benchmarks.plain import INSTALLED, PlainOperators
+from benchmarks.setups import BUILDS
 from benchmarks.trainers import make_trainer, plain_engines, stage_builder, trainer_around
+from benchmarks.whole_step import operators_of, settling_nothing
 from engine.configuration import load_config
 from engine.models import update_spectral_norm
 from engine.models.layers import SpectralWeight, spectral_weights
@@ -124,6 +127,25 @@ def test_plain_adam_takes_the_step_that_deepspeed_takes(tiny: Any, ranks: Ranks)
         # biases in front of a norm do, and a few of the weights.
         assert (a - b).norm() <= 1e-3 * (b - start).norm()
         assert (b - start).norm() > 0
+
+
+def test_frozen_stages_are_plain_too(tiny: Any, ranks: Ranks) -> None:
+    """Ours have their weights folded once; a plain build's windows are the same up to rounding."""
+    config = load_config(tiny.config_file)
+    windows = []
+    for name in ("ours", "fp32"):
+        torch.manual_seed(5)
+        with settling_nothing(BUILDS[name]):
+            previous = stage_builder(config, 2, ranks).previous
+        assert previous is not None
+        operators = operators_of(BUILDS[name])
+        random = torch.Generator().manual_seed(6)
+        zs = [torch.randn(4, config.stages[1].generator.latent_size, generator=random)]
+        labels = torch.tensor([0, 1, 0, 1])
+        with nullcontext() if operators is None else operators.installed():
+            windows.append(previous.cascade.sample_window(2, zs, labels, random))
+    assert windows[0].std() > 0.01
+    torch.testing.assert_close(windows[1], windows[0], rtol=1e-4, atol=1e-5)
 
 
 def weights_of(network: nn.Module) -> Tensor:

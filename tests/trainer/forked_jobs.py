@@ -10,6 +10,7 @@ import os
 # Before torch is imported. As many ranks as are wanted, and forks: on CPUs, also where GPUs are.
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
 
+import contextlib
 import json
 import sys
 import traceback
@@ -22,6 +23,7 @@ from shared_batch import frames_shared, make_sharing
 from small_runs import free_port
 
 from engine.configuration import load_config
+from engine.models.layers import divided_one_by_one
 from engine.train import main
 from engine.trainer import stage_run  # noqa: F401 — imports DeepSpeed before the ranks fork
 from engine.trainer.deepspeed_engines import whole_state
@@ -40,7 +42,8 @@ def train(*runs: list[str]) -> None:
 def share(config_file: str, *runs: dict[str, Any]) -> None:
     """Two steps of ranks that share one global batch; their measures and weights in a file.
 
-    A run has a `stage`, `overrides` of the configuration and the `file`.
+    A run has a `stage`, `overrides` of the configuration and the `file`; and whether every layer
+    divides its own weight, `one_by_one`, as ZeRO-3 has it always.
     """
     ranks = Ranks.from_environment()
     ranks.connect()
@@ -48,7 +51,8 @@ def share(config_file: str, *runs: dict[str, Any]) -> None:
         config = load_config(config_file, run["overrides"])
         training = config.stages[run["stage"]].training
         trainer = make_sharing(ranks, config, run["stage"])
-        with frames_shared(ranks, training.micro_batch):
+        division = divided_one_by_one() if run["one_by_one"] else contextlib.nullcontext()
+        with frames_shared(ranks, training.micro_batch), division:
             measures = [trainer.train_step() for _ in range(2)]
         weights = {
             name: whole_state(network, zero_stage=training.zero_stage, keep=ranks.is_main)

@@ -164,6 +164,20 @@ def test_the_oldest_batch_is_replaced(tiny: Tiny, ranks: Ranks) -> None:
             assert torch.equal(held(resumed)[1], labels)
 
 
+def test_what_was_not_drawn_to_the_end_is_drawn_again(tiny: Tiny, ranks: Ranks) -> None:
+    """Also what was held before, of which some is overwritten."""
+    stage = Stage(banked(tiny), 2, ranks)
+    bank, untouched = stage.bank(), stage.bank()
+    assert bank.advance(0)
+    assert not bank.advance(4, lambda count: False)
+    with pytest.raises(AssertionError, match="advance comes first"):
+        bank(4)
+    for step in (0, 2):
+        assert bank.advance(step)
+        assert untouched.advance(step)
+        assert torch.equal(bank._videos_NTHWC, untouched._videos_NTHWC)
+
+
 def test_several_batches_are_replaced_at_once(tiny: Tiny, ranks: Ranks) -> None:
     """Four batches within three iterations, and one that was never held is never drawn."""
     stage = Stage(banked(tiny, 2, "{num_videos: 16, refresh_every: 3}"), 2, ranks)

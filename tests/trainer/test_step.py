@@ -336,13 +336,13 @@ def test_a_skipped_first_d_update_stops_the_run(tiny: Tiny, ranks: Ranks) -> Non
     hooks = [p.register_hook(lambda grad: grad * float("inf")) for p in D.parameters()]
     first_d_step = trainer.d_step
 
-    def then_no_hooks() -> dict[str, Tensor]:
-        measures = first_d_step()
+    def then_no_hooks(*, keep_fakes: bool = False) -> dict[str, Tensor]:
+        measures = first_d_step(keep_fakes=keep_fakes)
         for hook in hooks:
             hook.remove()
         return measures
 
-    trainer.d_step = then_no_hooks  # type: ignore[method-assign, assignment]
+    trainer.d_step = then_no_hooks  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError, match="grad_norm_D"):
         trainer.train_step()
 

@@ -95,6 +95,7 @@ def sharing(folder: Path, num_ranks: int, run: Run) -> dict[str, Any]:
         "stage": run.stage,
         "overrides": [*run.overrides, *(f"training.{batch}" for batch in batches)],
         "file": str(shared_file(folder, num_ranks, run)),
+        "one_by_one": run.wide,
     }
 
 
@@ -151,7 +152,7 @@ def test_sharded_weights_train_as_whole_ones(outs: Path, stage: int) -> None:
     """On two ranks both and without accumulation: a sum of two gradients has one order.
 
     The wider a network, the more weights have gradients that are nearly nothing but rounding, of
-    which Adam would make much if the order differed.
+    which Adam would make much if the order differed. Hence all divide their weights one by one.
     """
     whole, sharded = (
         torch.load(shared_file(outs, 2, Run(stage, zero, wide=True)), weights_only=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.models.construction import build_generator
 from engine.trainer.checkpoints import meta_text
 from engine.trainer.networks import StageBuilder
 from engine.trainer.previous import previous_contents
@@ -81,7 +82,10 @@ def _previous(builder: StageBuilder) -> File | None:
     if builder.previous is None:
         return None
     cascade = builder.previous.cascade
-    generators = {n: g.state_dict() for n, g in enumerate(cascade.generators, start=1)}
+    with torch.device("meta"):  # as they were trained: the frozen ones have dropped their weights
+        generators = {
+            n: build_generator(builder.config, n).state_dict() for n in range(1, builder.number)
+        }
     return _file(previous_contents(generators, cascade))
 
 
