@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from small_runs import Tiny, call
 
 import engine.plan
-from engine.configuration import Config, load_config
+from engine.configuration import Config, SampleBank, load_config
 from engine.errors import UserError
 from engine.planning.assumptions import Assumptions, share_of
 from engine.planning.comparison import compare
@@ -155,6 +156,43 @@ def test_a_bank_makes_fewer_videos() -> None:
     overrides = ["stages.2.training.sample_bank={num_videos: 12800, refresh_every: 100}"]
     banked = load_config(CONFIGS / "kinetics600.yaml", overrides).stages[2].training
     assert work_of(step_of(4), banked).frozen_flops == pytest.approx(300 * 128 / (3 * 512))
+
+
+def test_reused_fakes_need_a_window_less() -> None:
+    """G generates for D's two updates only; the planner's step says what it computes itself."""
+    reusing = TRAINING.model_copy(update={"reuse_fakes": True})
+    step = step_of(4)
+    step.generator_update.flops[FROZEN] = 0  # as counted where nothing is generated
+    assert work_of(step, reusing).frozen_flops == 200
+    bank = SampleBank(num_videos=12800, refresh_every=100)
+    banked = reusing.model_copy(update={"sample_bank": bank})
+    assert work_of(step, banked).frozen_flops == pytest.approx(200 * 128 / (2 * 512))
+    device = find_device("h100", link_gb_per_second=1e-8)
+    plain, reused = (
+        predict(step, t, Scaling(3, 2, False), device, hfu=1, num_samples=8, num_micro_batches=1)
+        for t in (TRAINING, reusing)
+    )
+    # ZeRO-3: a rank's half of G, 200 bytes, goes out once less.
+    assert plain.communicating - reused.communicating == pytest.approx(200 / 7)
+
+
+def test_reused_fakes_are_not_planned_with_accumulation(tiny: Tiny) -> None:
+    """Where one micro-batch of the whole share does not fit, nothing does."""
+    batches = "training.global_batch=8", "training.micro_batch=8"
+    configs = [tiny.config(*batches, f"training.reuse_fakes={r}") for r in ("true", "false")]
+    memory = StageMemory(configs[0], 2, {}, partial(run_step, block_bytes=1))
+    alone = Scaling(1, 1, False)
+    limit_gb = (memory.peak(8, alone).total - 1) / 1e9
+    device = find_device("h100", memory_gb=limit_gb)
+    assumptions = Assumptions(device, num_gpus=1, reserve_gb=0, hfu=0.5)
+    found = []
+    for config in configs:
+        planner = Planner(assumptions, lambda line: None)
+        rows = planner.plan(config, 2).rows
+        (row,) = [r for r in rows if (r.zero_stage, r.checkpointing) == (1, "norms")]
+        found.append(row.largest)
+    assert found[0] is None
+    assert found[1] is not None
 
 
 def test_the_papers_figures_stand_beside_the_papers_models_only() -> None:

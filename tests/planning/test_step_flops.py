@@ -50,6 +50,8 @@ def test_frozen_stages() -> None:
     # Stage 1's clip, as Kinetics', and stage 2's window of it.
     video = 2.7343 + 0.3777
     assert count_frozen(config, 3) == pytest.approx(3 * video, rel=1e-4)
+    reused = load_config(CONFIGS / "bdd100k.yaml", ["training.reuse_fakes=true"])
+    assert count_frozen(reused, 3) == pytest.approx(2 * video, rel=1e-4)
     bank = "stages.3.training.sample_bank={num_videos: 65_536, refresh_every: 1000}"
     banked = load_config(CONFIGS / "bdd100k.yaml", [bank])
     assert count_frozen(banked, 3) == pytest.approx(65_536 / 1000 / 512 * video, rel=1e-4)
