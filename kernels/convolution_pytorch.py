@@ -74,7 +74,8 @@ def add_terms_(
 def changeable(y: Tensor) -> Tensor:
     """A view, to change y in place by where y is the result of an autograd Function.
 
-    torch 2.11's compiler gives inputs a gradient of zero where a result itself has been changed.
+    torch 2.11's compiler gives the Function's inputs a gradient of zero where an operator gave back
+    the very result that it was given, as one in place does.
     """
     return y.view_as(y)
 

@@ -20,9 +20,14 @@ def normalize(
 ) -> tuple[list[Tensor], Tensor]:
     """(fold(W) / σ of every weight in its dtype, σ [L])."""
     sigmas = sigmas_of(weights, us, vs)
+    divided = [
+        fold(weight, how) / sigma for weight, sigma, how in zip(weights, sigmas, folds, strict=True)
+    ]
+    # Not `to` where it does nothing: torch 2.11's compiler gives the inputs of an autograd Function
+    # a gradient of zero where an operator gave back the very result that it was given.
     kernels = [
-        (fold(weight, how) / sigma).to(dtype)
-        for weight, sigma, dtype, how in zip(weights, sigmas, dtypes, folds, strict=True)
+        kernel if kernel.dtype == dtype else kernel.to(dtype)
+        for kernel, dtype in zip(divided, dtypes, strict=True)
     ]
     return kernels, torch.stack(sigmas)
 
