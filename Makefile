@@ -7,7 +7,7 @@
 # on first use and again when setup.py or constraints.txt changes.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
 
 # Paths are relative throughout: the checkout may lie in a folder with spaces in its name.
@@ -21,7 +21,8 @@ INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.
 demo: $(INSTALLED)
 	@$(RUN) -m engine.demo --out runs/demo $(DEMO_ARGS)
 
-# One torch thread per worker: more only make the workers wait for each other.
+# One torch thread per worker: more only make the workers wait for each other. A file's tests go to
+# one worker, so that fixtures which take minutes are made once.
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests $(PYTEST_ARGS)
 

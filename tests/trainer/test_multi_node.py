@@ -25,8 +25,6 @@ from small_runs import (
 from engine.errors import UserError
 from engine.trainer.ranks import Ranks
 
-pytestmark = pytest.mark.xdist_group("nodes")  # fixtures that take long, made once
-
 SCRIPT = str(REPOSITORY / "engine/train.py")
 Launcher = Callable[[Path, int, int, int], list[str]]
 """(folder for files, port, number of nodes, this node) → the command before train.py."""

@@ -44,9 +44,6 @@ from engine.trainer.ranks import Ranks
 # ------------------------------------------------------------------------------- whole runs
 
 
-pytestmark = pytest.mark.xdist_group("profiling")  # fixtures that take long, made once
-
-
 @pytest.fixture(scope="module")
 def profiled(tiny: Tiny, cascade_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 2, seven steps of which two are timed, and one after the profile."""

@@ -21,8 +21,6 @@ from engine.video.index import VideoIndex
 from engine.video.sampler import ClipSampler
 
 # (stage, ZeRO stage) of the two real runs; the second one stands on the first.
-pytestmark = pytest.mark.xdist_group("rehearsal")  # fixtures that take long, made once
-
 RUNS = [(1, 1), (2, 3)]
 
 

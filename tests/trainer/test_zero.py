@@ -15,7 +15,6 @@ ZERO_STAGES = (0, 1, 2, 3)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),  # of all runs together
-    pytest.mark.xdist_group("zero"),  # which are to be made once
 ]
 
 
