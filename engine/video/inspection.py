@@ -26,6 +26,10 @@ _CONTAINER_OPTIONS = {
 MAX_FRAME_PIXELS = 8192 * 4320
 """8K, the largest common format: 100 MB as RGB. A larger frame is a mistake or an attack."""
 _LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}
+# PyAV to 18 stops at a tag that is not UTF-8 unless told not to; from 19 on it never does.
+_ANY_TAGS: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 # By default libav conceals damage: it would hand us invented pixels.
 _STRICT = {"err_detect": "crccheck+explode", **_LIMIT}
 # A stream may end this much before its header says: encoders round the last frame's duration.
@@ -70,7 +74,7 @@ def open_video(path: Path) -> InputContainer:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise RejectedError("not a regular file")
-        return av.open(str(path), options=_CONTAINER_OPTIONS | _LIMIT, metadata_errors="replace")
+        return av.open(str(path), options=_CONTAINER_OPTIONS | _LIMIT, **_ANY_TAGS)
     except av.error.FFmpegError as error:
         if isinstance(error, OSError) and not isinstance(error, av.error.InvalidDataError):
             raise RejectedError(f"cannot be read: {error.strerror}") from None

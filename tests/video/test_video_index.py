@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,18 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
 def test_flipped_bits_are_found(codec: str, tmp_path: Path) -> None:
     path = write_numbered(tmp_path, codec)
     damage(path, start=path.stat().st_size // 2)
-    with pytest.raises(RejectedError, match="damaged"):
+    # libav of PyAV 19 gives up on the damaged container before the decoder sees its frames.
+    with pytest.raises(RejectedError, match=r"damaged|truncated"):
         inspect_video(path)
+
+
+def test_tags_need_not_be_text(tmp_path: Path) -> None:
+    path = write_numbered(tmp_path, "mjpeg")
+    before = inspect_video(path)
+    content = path.read_bytes()
+    assert content.count(b"Lavf") > 0  # libav's name for itself, a tag of the file
+    path.write_bytes(content.replace(b"Lavf", b"\xff\xfe\xe9f"))
+    assert replace(inspect_video(path), sha256="") == replace(before, sha256="")
 
 
 @pytest.mark.parametrize(
