@@ -97,7 +97,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
     quick = config.getoption("quick")
     config.stash[SESSION] = Session(
-        device=torch.device("cuda" if CUDA else "cpu"),
+        device=torch.device("cuda", 0) if CUDA else torch.device("cpu"),
         quick=quick,
         compiled=(CUDA and not quick) or config.getoption("compile_references"),
         budget_seconds=config.getoption("budget"),
