@@ -7,6 +7,7 @@ same count. torch.compile compiles for the first micro-batch, then anew for any 
 """
 
 import gc
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import NamedTuple
@@ -233,11 +234,20 @@ def search(
     usable_bytes: int,
     most_samples: int = 512,
 ) -> Search:
-    """Double the samples until they do not fit, into the card (None) or into `usable_bytes`."""
+    """Double the samples until they do not fit, into the card (None) or into `usable_bytes`.
+
+    What else stops a larger size, such as PyTorch's upsampling at 2^31 values, is a warning.
+    """
     attempts: list[Attempt] = []
     samples = first
     while samples <= most_samples:
-        tried = attempt(samples)
+        try:
+            tried = attempt(samples)
+        except RuntimeError as error:
+            if not attempts:
+                raise
+            warnings.warn(f"{samples} samples: {error}", stacklevel=2)
+            break
         if tried is None:
             return Search(attempts, min(card_bytes, usable_bytes))
         if (tried.peak_bytes or 0) > usable_bytes:

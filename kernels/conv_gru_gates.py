@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import conv_gru_pytorch
+from kernels.registration import operator
 
 
 def passes(impl: str) -> ModuleType | SimpleNamespace:
@@ -26,7 +27,7 @@ def _kernels() -> ModuleType:
     return conv_gru_triton
 
 
-@torch.library.custom_op("sswgan::gru_reset_update", mutates_args=("ru_BHW2C", "rh_BHWC"))
+@operator("gru_reset_update", mutates_args=("ru_BHW2C", "rh_BHWC"))
 def gru_reset_update(
     gates_x_bHW3C: Tensor,
     gates_h_BHW2C: Tensor,
@@ -38,9 +39,7 @@ def gru_reset_update(
     _kernels().reset_update(gates_x_bHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC)
 
 
-@torch.library.custom_op(
-    "sswgan::gru_candidate", mutates_args=("ru_BHW2C", "h_BHWC", "c_BHWC", "y_BHWC")
-)
+@operator("gru_candidate", mutates_args=("ru_BHW2C", "h_BHWC", "c_BHWC", "y_BHWC"))
 def gru_candidate(
     gates_x_BHW3C: Tensor,
     candidate_h_BHWC: Tensor | None,
@@ -53,9 +52,7 @@ def gru_candidate(
     _kernels().candidate(gates_x_BHW3C, candidate_h_BHWC, ru_BHW2C, h_BHWC, c_BHWC, y_BHWC)
 
 
-@torch.library.custom_op(
-    "sswgan::gru_candidate_grad", mutates_args=("direct_BHWC", "dz_ru_BHW2C", "dz_c_BHWC")
-)
+@operator("gru_candidate_grad", mutates_args=("direct_BHWC", "dz_ru_BHW2C", "dz_c_BHWC"))
 def gru_candidate_grad(
     dy_BHWC: Tensor,
     direct_BHWC: Tensor,
@@ -72,9 +69,7 @@ def gru_candidate_grad(
     )
 
 
-@torch.library.custom_op(
-    "sswgan::gru_reset_grad", mutates_args=("dz_ru_BHW2C", "direct_BHWC", "rh_BHWC")
-)
+@operator("gru_reset_grad", mutates_args=("dz_ru_BHW2C", "direct_BHWC", "rh_BHWC"))
 def gru_reset_grad(
     drh_BHWC: Tensor,
     h_BHWC: Tensor,
@@ -98,4 +93,4 @@ _REGISTERED = SimpleNamespace(
     reset_grad=gru_reset_grad,
 )
 for _operator in vars(_REGISTERED).values():
-    _operator.register_fake(_fake)
+    torch.library.register_fake(_operator, _fake)

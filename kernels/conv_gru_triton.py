@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.frame_norm_triton import channel_block
 from kernels.resources import Variant
+from kernels.tiling import ceil_div
 
 # With four warps eight values per thread: one 16-byte access in bf16, and up to six arrays are
 # in flight at once.
@@ -227,8 +228,8 @@ def _plan(h_BHWC: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[s
         raise ValueError(f"a frame of {S} pixels x 3 x {C} channels has 2^31 values or more")
     block_c = channel_block(C)
     block_s = TILE // block_c
-    num_tiles = triton.cdiv(S, block_s)
-    grid = B * num_tiles, triton.cdiv(C, block_c)
+    num_tiles = ceil_div(S, block_s)
+    grid = B * num_tiles, ceil_div(C, block_c)
     return grid, (S, C, num_tiles), {"BLOCK_S": block_s, "BLOCK_C": block_c, **OPTIONS}
 
 

@@ -47,6 +47,7 @@ from kernels.implementation import (
     triton_reluctance,
 )
 from kernels.low_skip import LowSkip, add_low_skip, low_skip_gradients
+from kernels.registration import operator
 
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance per (time step, channel), [T, C] each, without a gradient."""
@@ -174,7 +175,7 @@ def convolve(
 # -------------------------------------------------------------------- operators and fakes
 
 
-@torch.library.custom_op("sswgan::convolution", mutates_args=())
+@operator("convolution")
 def fused_convolution(
     x_BTSI: Tensor,
     weight_OabI: Tensor,
@@ -201,14 +202,14 @@ def fused_convolution(
     return y_BTHWO.flatten(2, 3), *(own or _no_moments(x_BTSI))
 
 
-@fused_convolution.register_fake
+@torch.library.register_fake(fused_convolution)
 def _(x_BTSI: Tensor, weight_OabI: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_channels = weight_OabI.shape[0]
     y_BTSO = x_BTSI.new_empty(*x_BTSI.shape[:3], num_channels)
     return y_BTSO, *_fake_moments(y_BTSO, rest[-1])
 
 
-@torch.library.custom_op("sswgan::add_terms_", mutates_args=("y_BTSO",))
+@operator("add_terms_", mutates_args=("y_BTSO",))
 def add_terms_(
     y_BTSO: Tensor,
     bias_O: Tensor | None,
@@ -233,7 +234,7 @@ def add_terms_(
     return own or _no_moments(y_BTSO)
 
 
-@add_terms_.register_fake
+@torch.library.register_fake(add_terms_)
 def _(y_BTSO: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _fake_moments(y_BTSO, rest[-1])
 

@@ -49,6 +49,7 @@ from kernels.frame_norm_triton import (
     push_moments,
 )
 from kernels.resources import Variant
+from kernels.tiling import ceil_div
 
 __all__ = ["add_terms", "convolve", "transposed", "variants"]
 
@@ -260,9 +261,9 @@ def convolve(
     if T * rows == 0:
         return y_BTHWO, None
     config = configuration(x_BTHWI.dtype, rows, I, O)
-    num_row_tiles = triton.cdiv(rows, config.block_m)
+    num_row_tiles = ceil_div(rows, config.block_m)
     splits = y_BTHWO.new_empty((2, T, num_row_tiles, O), dtype=torch.float32) if moments else None
-    convolve_kernel[(T * num_row_tiles * triton.cdiv(O, config.block_n),)](
+    convolve_kernel[(T * num_row_tiles * ceil_div(O, config.block_n),)](
         x_BTHWI, weight_OthwI, y_BTHWO, bias_O, residual_BTHWO, *(skip or (None,) * 3),
         *((None, None) if splits is None else splits),
         B, T, H, W, I, O, *_low_sizes(skip),
@@ -293,7 +294,7 @@ def add_terms(
     result_BTHWO = y_BTHWO if in_place else torch.empty_like(y_BTHWO)
     if y_BTHWO.numel() == 0:
         return result_BTHWO, None
-    cut = plan(y_BTHWO.flatten(2, 3))
+    cut = plan(B, T, H * W, O)
     splits = None
     if moments:
         splits = y_BTHWO.new_empty((2, B, T, cut.num_splits, O), dtype=torch.float32)
@@ -310,7 +311,7 @@ def _merge(splits: Tensor, num_frames: int, T: int, S: int, split_rows: int) -> 
     num_splits, O = splits.shape[-2:]
     # Two tensors, not views of one: an operator's results must not share memory.
     mean_TO, var_TO = (splits.new_empty(T, O) for _ in range(2))
-    merge_moments_kernel[(T, triton.cdiv(O, MERGE_TILE["BLOCK_C"]))](
+    merge_moments_kernel[(T, ceil_div(O, MERGE_TILE["BLOCK_C"]))](
         *splits, mean_TO, var_TO,
         num_frames, T, S, O, num_splits, split_rows, float(num_frames * S), **MERGE_TILE, **OPTIONS,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import frame_norm_pytorch
 from kernels.collectives import num_ranks, sum_over
 from kernels.frame_norm_pytorch import widened
+from kernels.registration import operator
 
 
 class Form(NamedTuple):
@@ -50,19 +51,19 @@ def _passes(impl: str) -> ModuleType:
     return frame_norm_triton
 
 
-@torch.library.custom_op("sswgan::frame_moments", mutates_args=())
+@operator("frame_moments")
 def frame_moments(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, each [T, C]."""
     return _passes(impl).moments(x_BTSC)
 
 
-@frame_moments.register_fake
+@torch.library.register_fake(frame_moments)
 def _(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     statistic = widened(x_BTSC.new_empty(x_BTSC.shape[1], x_BTSC.shape[3]))
     return statistic, torch.empty_like(statistic)
 
 
-@torch.library.custom_op("sswgan::frame_norm", mutates_args=())
+@operator("frame_norm")
 def frame_normalize(
     x_BTSC: Tensor,
     gain_BtC: Tensor,
@@ -82,12 +83,12 @@ def frame_normalize(
     )
 
 
-@frame_normalize.register_fake
+@torch.library.register_fake(frame_normalize)
 def _(x_BTSC: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x_BTSC)
 
 
-@torch.library.custom_op("sswgan::frame_norm_sums", mutates_args=())
+@operator("frame_norm_sums")
 def frame_norm_sums(
     dy_BTSC: Tensor,
     x_BTSC: Tensor,
@@ -103,13 +104,13 @@ def frame_norm_sums(
     return _passes(impl).sums(dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, eps, relu)
 
 
-@frame_norm_sums.register_fake
+@torch.library.register_fake(frame_norm_sums)
 def _(dy_BTSC: Tensor, x_BTSC: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     B, T, _, C = x_BTSC.shape
     return widened(x_BTSC.new_empty(2, B, T, C)), widened(x_BTSC.new_empty(2, T, C))
 
 
-@torch.library.custom_op("sswgan::frame_norm_dx", mutates_args=())
+@operator("frame_norm_dx")
 def frame_norm_dx(
     dy_BTSC: Tensor,
     x_BTSC: Tensor,
@@ -128,7 +129,7 @@ def frame_norm_dx(
     )
 
 
-@frame_norm_dx.register_fake
+@torch.library.register_fake(frame_norm_dx)
 def _(dy_BTSC: Tensor, x_BTSC: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x_BTSC)
 
@@ -169,7 +170,7 @@ def _moments_backward(ctx: Any, dmean_TC: Tensor, dvar_TC: Tensor) -> tuple[Tens
     return dx_BTSC.to(x_BTSC.dtype), None
 
 
-frame_moments.register_autograd(_moments_backward, setup_context=_save_x)
+torch.library.register_autograd(frame_moments, _moments_backward, setup_context=_save_x)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -245,4 +246,4 @@ def with_own_statistics(tensors: Sequence[Tensor], form: Form) -> Sequence[Tenso
     return *tensors[:3], *frame_norm_pytorch.moments(tensors[0], form.group)
 
 
-frame_normalize.register_autograd(_normalize_backward, setup_context=_save_inputs)
+torch.library.register_autograd(frame_normalize, _normalize_backward, setup_context=_save_inputs)

@@ -15,6 +15,7 @@ same inputs give the same bits. Splits depend on the shape only, never on the de
 arithmetic is fp32; offsets of frames are int64, within a frame int32 (checked).
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.resources import Variant
+from kernels.tiling import ceil_div, next_power_of_2
 
 # A tile is TILE elements: with four warps 16 per thread, two 16-byte loads in bf16.
 TILE = 2048
@@ -290,25 +292,25 @@ class Plan(NamedTuple):
         return {"BLOCK_S": self.block_s, "BLOCK_C": self.block_c, **OPTIONS}
 
 
-def plan(x_BTSC: Tensor) -> Plan:
+@functools.cache
+def plan(B: int, T: int, S: int, C: int) -> Plan:
     """Raises ValueError for a frame of 2^31 values or more: offsets within a frame are int32."""
-    B, T, S, C = x_BTSC.shape
     if S * C >= 2**31:
         raise ValueError(f"a frame of {S} pixels x {C} channels has 2^31 values or more")
     block_c = channel_block(C)
     block_s = TILE // block_c
-    channel_blocks, num_tiles = triton.cdiv(C, block_c), triton.cdiv(S, block_s)
-    wanted_splits = triton.cdiv(WANTED_PROGRAMS, B * T * channel_blocks)
-    most_splits = triton.cdiv(num_tiles, MIN_TILES)
-    split_rows = triton.cdiv(num_tiles, min(wanted_splits, most_splits)) * block_s
-    num_splits = triton.cdiv(S, split_rows)
+    channel_blocks, num_tiles = ceil_div(C, block_c), ceil_div(S, block_s)
+    wanted_splits = ceil_div(WANTED_PROGRAMS, B * T * channel_blocks)
+    most_splits = ceil_div(num_tiles, MIN_TILES)
+    split_rows = ceil_div(num_tiles, min(wanted_splits, most_splits)) * block_s
+    num_splits = ceil_div(S, split_rows)
     return Plan(
         block_s=block_s,
         block_c=block_c,
         split_rows=split_rows,
         num_splits=num_splits,
         streaming_grid=(B * T * num_splits, channel_blocks),
-        merging_grid=(T, triton.cdiv(C, MERGE_TILE["BLOCK_C"])),
+        merging_grid=(T, ceil_div(C, MERGE_TILE["BLOCK_C"])),
     )
 
 
@@ -317,12 +319,12 @@ def channel_block(C: int) -> int:
     for block in (128, 64, 32):
         if C % block == 0:
             return block
-    return min(128, triton.next_power_of_2(C))
+    return min(128, next_power_of_2(C))
 
 
 def moments(x_BTSC: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, each [T, C] fp32."""
-    (B, T, S, C), cut = x_BTSC.shape, plan(x_BTSC)
+    (B, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
     split_mean, split_square = x_BTSC.new_empty((2, B, T, cut.num_splits, C), dtype=torch.float32)
     mean_TC, var_TC = (x_BTSC.new_empty((T, C), dtype=torch.float32) for _ in range(2))
     moments_kernel[cut.streaming_grid](
@@ -346,7 +348,7 @@ def normalize(
     relu: bool,
 ) -> Tensor:
     """y, [B, T, S, C] of the dtype of x."""
-    (_, T, S, C), cut = x_BTSC.shape, plan(x_BTSC)
+    (_, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
     y_BTSC = torch.empty_like(x_BTSC)
     normalize_kernel[cut.streaming_grid](
         x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, residual_BTSC, y_BTSC,
@@ -367,7 +369,7 @@ def sums(
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
     """(S1, S2) as [2, B, T, C] fp32, and Σ_b gain·(S1, S2) as [2, T, C] fp32."""
-    (B, T, S, C), cut = x_BTSC.shape, plan(x_BTSC)
+    (B, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
     split_dy, split_dyx = x_BTSC.new_empty((2, B, T, cut.num_splits, C), dtype=torch.float32)
     sums_2BTC = x_BTSC.new_empty((2, B, T, C), dtype=torch.float32)
     weighted_2TC = x_BTSC.new_empty((2, T, C), dtype=torch.float32)
@@ -395,7 +397,7 @@ def dx(
     relu: bool,
 ) -> Tensor:
     """dx, [B, T, S, C] of the dtype of x; `terms` None: the statistics do not depend on x."""
-    (_, T, S, C), cut = x_BTSC.shape, plan(x_BTSC)
+    (_, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
     dx_BTSC = torch.empty_like(x_BTSC)
     dx_kernel[cut.streaming_grid](
         dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, terms_2TC, dx_BTSC,

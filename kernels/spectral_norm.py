@@ -41,6 +41,7 @@ from kernels.implementation import (
     triton_obstacle,
     triton_reluctance,
 )
+from kernels.registration import operator
 
 
 def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -106,7 +107,7 @@ def spectral_normalize_reference(
 # -------------------------------------------------------------------- operators and fakes
 
 
-@torch.library.custom_op("sswgan::power_iteration_", mutates_args=("us", "vs"))
+@operator("power_iteration_", mutates_args=("us", "vs"))
 def power_iteration_operator(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -122,12 +123,12 @@ def power_iteration_operator(
     return power_iteration_triton.power_iteration(weights, us, vs, num_iterations)
 
 
-@power_iteration_operator.register_fake
+@torch.library.register_fake(power_iteration_operator)
 def _(weights: Sequence[Tensor], *arguments: Any) -> Tensor:
     return weights[0].new_empty(len(weights))
 
 
-@torch.library.custom_op("sswgan::spectral_normalize", mutates_args=())
+@operator("spectral_normalize")
 def normalize_operator(
     weight: Tensor, u_R: Tensor, v_K: Tensor, dtype: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -141,14 +142,14 @@ def normalize_operator(
     return spectral_norm_triton.normalize(weight, u_R, v_K, dtype)
 
 
-@normalize_operator.register_fake
+@torch.library.register_fake(normalize_operator)
 def _(
     weight: Tensor, u_R: Tensor, v_K: Tensor, dtype: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=dtype), weight.new_empty(())
 
 
-@torch.library.custom_op("sswgan::spectral_normalize_dw", mutates_args=())
+@operator("spectral_normalize_dw")
 def gradient_operator(
     dy: Tensor, weight: Tensor, u_R: Tensor, v_K: Tensor, sigma: Tensor, impl: str
 ) -> Tensor:
@@ -163,7 +164,7 @@ def gradient_operator(
     return spectral_norm_triton.gradient(dy, weight, u_R, v_K, sigma)
 
 
-@gradient_operator.register_fake
+@torch.library.register_fake(gradient_operator)
 def _(dy: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(weight)
 
@@ -197,7 +198,7 @@ def _differentiable_gradient(dy: Tensor, weight: Tensor, u_R: Tensor, v_K: Tenso
     return (dy - (inner * torch.outer(u_R, v_K)).view(weight.shape)) / sigma
 
 
-normalize_operator.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(normalize_operator, _backward, setup_context=_save)
 
 # ------------------------------------------------------------------------ public functions
 

@@ -33,6 +33,7 @@ from kernels.implementation import (
     everywhere,
     triton_reluctance,
 )
+from kernels.registration import operator
 from kernels.spectral_norm import (
     check_lists,
     fp32_triton_obstacle,
@@ -66,7 +67,7 @@ def spectral_normalize_all_reference(
 
 # An operator takes lists of numbers, not of dtypes or folds: `lows` says which kernels are of
 # the dtype, the others being of the weights' own, and `folds` which of FOLDS each has.
-@torch.library.custom_op("sswgan::spectral_normalize_all", mutates_args=())
+@operator("spectral_normalize_all")
 def normalize_all_operator(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -82,7 +83,7 @@ def normalize_all_operator(
     return spectral_norm_list_triton.normalize(weights, us, vs, dtypes, hows)
 
 
-@normalize_all_operator.register_fake
+@torch.library.register_fake(normalize_all_operator)
 def _(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
@@ -105,7 +106,7 @@ def _dtypes(
     return [dtype if low else weight.dtype for weight, low in zip(weights, lows, strict=True)]
 
 
-@torch.library.custom_op("sswgan::spectral_normalize_all_dw", mutates_args=())
+@operator("spectral_normalize_all_dw")
 def gradients_operator(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -121,7 +122,7 @@ def gradients_operator(
     return spectral_norm_list_triton.gradients(dys, weights, us, vs, sigma_L, hows)
 
 
-@gradients_operator.register_fake
+@torch.library.register_fake(gradients_operator)
 def _(dys: Sequence[Tensor], weights: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
     return [torch.empty_like(weight) for weight in weights]
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.resources import Variant
+from kernels.tiling import ceil_div, next_power_of_2
 
 OPTIONS = {"num_warps": 4}
 # 16 values per thread: four loads of 16 bytes under way.
@@ -131,16 +132,16 @@ def plan(R: int, K: int) -> Plan:
     One program for each block of columns is the least; past 2^18 columns, which no weight of a
     video GAN comes near, that raises ValueError.
     """
-    block_k = min(256, triton.next_power_of_2(K))
+    block_k = min(256, next_power_of_2(K))
     block_r = TILE // block_k
-    column_blocks = triton.cdiv(K, block_k)
+    column_blocks = ceil_div(K, block_k)
     if column_blocks > MOST_PROGRAMS:
         raise ValueError(f"a matrix of {K} columns; {MOST_PROGRAMS * block_k} are the most")
-    row_tiles = triton.cdiv(R, block_r)
-    tiles_each = max(MIN_TILES, triton.cdiv(row_tiles, MOST_PROGRAMS // column_blocks))
+    row_tiles = ceil_div(R, block_r)
+    tiles_each = max(MIN_TILES, ceil_div(row_tiles, MOST_PROGRAMS // column_blocks))
     rows_each = tiles_each * block_r
     return Plan(
-        grid=(column_blocks * triton.cdiv(R, rows_each),),
+        grid=(column_blocks * ceil_div(R, rows_each),),
         arguments=(R, K, rows_each, column_blocks),
         tile={"BLOCK_R": block_r, "BLOCK_K": block_k} | OPTIONS,
     )

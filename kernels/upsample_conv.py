@@ -39,6 +39,9 @@ TABLE = (
     ("cuda", 1, "transposed"),
 )
 
+MOST_UPSAMPLED = 2**31
+"""Values: on CUDA, PyTorch's nearest upsampling of a channels-last tensor refuses as many."""
+
 _OPERATOR = Operator(
     "upsample_conv",
     Implementation("transposed", everywhere),
@@ -125,7 +128,14 @@ def is_folded(weight_OhwI: Tensor) -> bool:
 
 def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
     projected = F.conv2d(x_NIHW, conv2d_weight(weight_OhwI.to(x_NIHW.dtype)), bias_O)
-    return F.interpolate(projected, scale_factor=2.0, mode="nearest")
+    return _nearest(projected)
+
+
+def _nearest(x_NCHW: Tensor) -> Tensor:
+    """Every pixel four times, in parts where PyTorch's kernels cannot do it at once."""
+    if 4 * x_NCHW.numel() < MOST_UPSAMPLED or len(x_NCHW) == 1:
+        return F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest")
+    return torch.cat([_nearest(part) for part in x_NCHW.chunk(2)])
 
 
 def _shuffled(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:

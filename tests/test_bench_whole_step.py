@@ -52,6 +52,20 @@ def test_a_larger_card_stands_in_for_a_smaller() -> None:
     assert small.fits(3 * GIB) is None, "not tried any further"
 
 
+def test_what_else_stops_a_size_keeps_the_sizes_before() -> None:
+    def tried(samples: int) -> Attempt | None:
+        if samples > 8:
+            raise RuntimeError("fewer than INT_MAX elements, please")
+        return attempt(samples, 1, 1)
+
+    with pytest.warns(UserWarning, match="16 samples: fewer than INT_MAX"):
+        found = search(tried, first=4, card_bytes=56 * GIB, usable_bytes=100 * GIB)
+    assert [a.samples for a in found.attempts] == [4, 8]
+    assert found.fits(56 * GIB) is None, "memory was not what stopped it"
+    with pytest.raises(RuntimeError, match="INT_MAX"):
+        search(tried, first=16, card_bytes=56 * GIB, usable_bytes=100 * GIB)
+
+
 def test_samples_on_a_line() -> None:
     """1000 bytes and 100 per sample."""
     first, second = (Counted(n, 1.0, 1000 + 100 * n) for n in (4, 32))

@@ -1,5 +1,6 @@
 """Convolution operators against per-frame and per-pixel arithmetic written out, in fp64."""
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -70,6 +71,32 @@ def test_upsample_conv(size: int, impl: str) -> None:
     x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, size, size, 5), randn(7)
     expected = naive_conv(naive_up(x), weight[:, None], bias)
     torch.testing.assert_close(kernels.upsample_conv(x, weight, bias, impl=impl), expected)
+
+
+def test_upsampling_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with too many values for PyTorch's kernels: five frames as 2, 1 and 2."""
+    upsampling = importlib.import_module("kernels.upsample_conv")
+    x = torch.randn(1, 5, 3, 4, 4, requires_grad=True)
+    weight, dy = torch.randn(2, 1, 1, 3), torch.randn(1, 5, 2, 8, 8)
+    results = []
+    for most in (2**31, 2 * 2 * 64):
+        monkeypatch.setattr(upsampling, "MOST_UPSAMPLED", most)
+        y = kernels.upsample_conv(x, weight)
+        results.append((y, *torch.autograd.grad(y, x, dy)))
+    for whole, parts in zip(*results, strict=True):
+        assert torch.equal(whole, parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_upsampling_more_than_2_to_the_31_values() -> None:
+    x = torch.randn(1, 1, 64, 256, 256, device="cuda", dtype=torch.bfloat16)
+    x = x.expand(1, 129, -1, -1, -1).clone(memory_format=torch.contiguous_format).requires_grad_()
+    y = kernels.upsample_conv(x, torch.eye(64, device="cuda").view(64, 1, 1, 64))
+    assert y.numel() > 2**31
+    [dx] = torch.autograd.grad(y, x, y.detach())
+    assert torch.equal(y[:, 128, :, ::2, 1::2], x[:, 128])
+    assert torch.equal(dx, 4 * x)
 
 
 @pytest.mark.parametrize("impl", ["reference", "folded"])

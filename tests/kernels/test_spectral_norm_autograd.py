@@ -78,9 +78,8 @@ def test_u_and_v_are_constants(impl: str) -> None:
 
 def test_the_backward_operator_refuses_derivatives() -> None:
     weight, u, v = draw(4, 6)
-    dw = OPS.spectral_normalize_dw(torch.randn(4, 6), weight, u, v, torch.tensor(2.0), "pytorch")
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        dw.sum().backward()
+    with pytest.raises(RuntimeError, match="spectral_normalize_dw has no derivative"):
+        OPS.spectral_normalize_dw(torch.randn(4, 6), weight, u, v, torch.tensor(2.0), "pytorch")
 
 
 @pytest.mark.parametrize(("impl", "update"), [("pytorch", "reference"), ("triton", "triton")])
