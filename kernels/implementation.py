@@ -62,6 +62,7 @@ class Operator:
             *implementations,
             Implementation(REFERENCE, lambda device, dtype: None),
         )
+        self._choices: dict[tuple[str, str, torch.dtype], str] = {}
         _operators[name] = self
 
     def choose(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -70,7 +71,15 @@ class Operator:
         Raises ImplementationError when what was asked for cannot run, ValueError when the
         environment's setting is no setting.
         """
-        return self._chosen(impl, device, dtype)[0]
+        # Every call of an operator comes here, and looking for a reason takes a CPU 10 µs. What a
+        # reason depends on besides the key does not change while a process runs.
+        if torch.compiler.is_compiling():  # costs nothing there, and what is kept would be guarded
+            return self._chosen(impl, device, dtype)[0]
+        asked = _setting if impl is None else impl
+        key = asked, (_meta_as if device.type == "meta" else device).type, dtype
+        if key not in self._choices:
+            self._choices[key] = self._chosen(impl, device, dtype)[0]
+        return self._choices[key]
 
     def explain(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
         """As `choose`, with the reason."""
@@ -83,8 +92,7 @@ class Operator:
     def _chosen(
         self, impl: str | None, device: torch.device, dtype: torch.dtype
     ) -> tuple[str, list[tuple[str, str]]]:
-        """Its name, and what "auto" passed over, with the reasons. Every call of an operator comes
-        here: no sentence is made before someone asks for it."""
+        """Its name, and what "auto" passed over, with the reasons."""
         asked = _checked(_setting) if impl is None else impl
         device = _meta_as if device.type == "meta" else device
         if asked != AUTO:

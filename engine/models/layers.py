@@ -60,16 +60,21 @@ class SpectralWeight(nn.Module):
         None of a weight with a `fold` may also be the kernel with the fold in it, in the dtype that
         the network computes in: where the pass has prepared it. The shapes tell them apart.
         """
-        folds = self.fold is not None
-        if self.weight is None:  # settled
-            assert self.prepared is not None
-            assert dtype in (None, self.prepared.dtype), "it is kept in one dtype only"
-            return self.prepared
-        if self.prepared is not None and (
-            dtype is None if folds else self.prepared.dtype == (dtype or self.weight.dtype)
+        folds, weight, prepared = self.fold is not None, self.weight, self.prepared
+        if weight is None:  # settled
+            assert prepared is not None
+            assert dtype in (None, prepared.dtype), "it is kept in one dtype only"
+            return prepared
+        if prepared is not None and (
+            dtype is None if folds else prepared.dtype == (dtype or weight.dtype)
         ):
-            return self.prepared
-        return kernels.spectral_normalize(self.weight, self.u, self.v, dtype)
+            return prepared
+        return kernels.spectral_normalize(weight, self.u, self.v, dtype)
+
+    def prepare(self, tensor: Tensor | None) -> None:
+        """Keep what `forward` is to return."""
+        # As `self.prepared = tensor`, past checks that take a CPU 10 µs, for every layer and pass.
+        self._buffers["prepared"] = tensor
 
 
 class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
@@ -86,7 +91,7 @@ class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
     def __enter__(self) -> "NormalizedWeights":
         self._before.append([layer.prepared for layer in self._prepared])
         for layer, tensor in self._prepared.items():
-            layer.prepared = tensor
+            layer.prepare(tensor)
         return self
 
     def __exit__(
@@ -96,7 +101,7 @@ class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
         traceback: TracebackType | None,
     ) -> None:
         for layer, tensor in zip(self._prepared, self._before.pop(), strict=True):
-            layer.prepared = tensor
+            layer.prepare(tensor)
 
 
 def normalized_weights(
@@ -135,7 +140,7 @@ def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
     if _settled(layers) or _run_references(layers):
         return
     for layer, kernel in zip(layers, _divided(layers, dtype, None), strict=True):
-        layer.prepared = kernel
+        layer.prepare(kernel)
         layer.register_parameter("weight", None)
 
 
@@ -188,8 +193,15 @@ def _is_partitioned(weight: Tensor) -> bool:
 
 
 def spectral_weights(module: nn.Module) -> list[SpectralWeight]:
-    """Every spectrally normalised weight of a network, in a fixed order."""
-    return [child for child in module.modules() if isinstance(child, SpectralWeight)]
+    """Every spectrally normalised weight of a network, in a fixed order.
+
+    Looked for once: a network's layers are there when it is built.
+    """
+    found: list[SpectralWeight] | None = module.__dict__.get("_spectral_weights")
+    if found is None:
+        found = [child for child in module.modules() if isinstance(child, SpectralWeight)]
+        object.__setattr__(module, "_spectral_weights", found)
+    return found
 
 
 def update_spectral_norm(module: nn.Module, num_iterations: int = 1) -> None:

@@ -1,0 +1,122 @@
+"""Run Python on a pretended H100, which has memory and launches kernels that do nothing.
+
+    V/bin/python benchmarks/pretended_gpu/run.py -m pytest -m gpu tests/kernels
+    V/bin/python benchmarks/pretended_gpu/run.py benchmarks/pretended_gpu/host_time.py stage2_12
+
+For whoever has no GPU and changes code that only a GPU runs. V is an environment with a CUDA
+build of PyTorch (CONTRIBUTING.md makes one); needed besides are gcc, nm and CUDA's headers.
+
+What is real: PyTorch and its caching allocator, Triton, which compiles every kernel for sm_90 and
+launches it with its arguments and grid, DeepSpeed on its CUDA accelerator, streams, events and
+captured graphs as the host sees them. So it finds arguments on the wrong device, launches that no
+GPU takes, waiting while a graph is captured, memory that does not suffice; and it measures what an
+iteration costs the host, and how many kernels it launches.
+
+What is not: every value, so tests of values fail; every time but the host's. cuDNN's, cuBLAS's and
+NCCL's calls return at once. The kernels of csrc/ are left out, since their CUDA runtime, linked
+into them, knows better. Nothing that is measured here is a result of a GPU, and none of it goes
+into benchmarks/results/.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LIBRARIES = "cublas|cusolver|cusparse|nccl"
+HANDLES = {
+    # Functions with a result: the place among the arguments, and what is put there.
+    "cublasCreate_v2": (0, "(void *)32"),
+    "cublasLtMatmulDescCreate": (0, "(void *)32"),
+    "cublasLtMatmulPreferenceCreate": (0, "(void *)32"),
+    "cublasLtMatrixLayoutCreate": (0, "(void *)32"),
+    "ncclCommInitRank": (0, "(void *)32"),
+    "ncclCommInitRankConfig": (0, "(void *)32"),
+    "ncclGetVersion": (0, "(void *)22800"),
+    "cublasLtMatmulAlgoGetHeuristic": (9, "(void *)1"),
+    "ncclCommCount": (1, "(void *)1"),
+}
+TEXTS = ("ncclGetErrorString", "ncclGetLastError")
+COPIES = ("ncclAllGather", "ncclAllReduce", "ncclReduceScatter", "ncclReduce", "ncclBroadcast")
+
+
+def stand_ins(torch_library: Path) -> str:
+    """C for what PyTorch imports from CUDA's libraries: every call succeeds and does nothing."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", torch_library], check=True, capture_output=True, text=True
+    ).stdout
+    names = sorted(set(re.findall(rf"\b((?:{LIBRARIES})[A-Za-z0-9_]+)", listing)))
+    lines = ["#include <string.h>"]
+    arguments = ", ".join(f"void *a{place}" for place in range(10))
+    for name in names:
+        if name in TEXTS:
+            lines.append(f'const char *{name}(void) {{ return ""; }}')
+        elif name in COPIES:  # one rank: what comes out is what went in
+            lines.append(
+                f"int {name}(const void *from, void *to, unsigned long n, int type) {{"
+                " static const int bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};"
+                " memmove(to, from, n * bytes[type]); return 0; }"
+            )
+        elif name in HANDLES:
+            place, value = HANDLES[name]
+            store = "*(int *)" if value in ("(void *)1", "(void *)22800") else "*(void **)"
+            cast = value.replace("(void *)", "") if store == "*(int *)" else value
+            lines.append(f"int {name}({arguments}) {{ {store}a{place} = {cast}; return 0; }}")
+        else:
+            lines.append(f"int {name}(void) {{ return 0; }}")
+    return "\n".join(lines)
+
+
+def build(folder: Path) -> Path:
+    """The library that stands for libcuda.so.1 and is loaded before all others."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit("error: PyTorch is not installed for this Python")
+    torch_library = Path(spec.origin).parent / "lib/libtorch_cuda.so"
+    if not torch_library.is_file():
+        sys.exit("error: this PyTorch was built without CUDA; CONTRIBUTING.md makes an environment")
+    headers = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+    if not (headers / "cuda.h").is_file():
+        sys.exit(f"error: no CUDA headers in {headers}; set CUDA_HOME")
+    sources = folder / "stand_ins.c"
+    sources.write_text(stand_ins(torch_library))
+    library = folder / "libcuda.so.1"
+    options = ["-shared", "-fPIC", "-O1", "-w", f"-I{headers}", "-Wl,-soname,libcuda.so.1"]
+    files = [HERE / "cuda.c", sources]
+    subprocess.run(["gcc", *options, "-o", library, *files, "-ldl", "-lpthread"], check=True)
+    return library
+
+
+def launches() -> tuple[int, int]:
+    """So far in this process: PyTorch's kernels, and Triton's."""
+    process = ctypes.CDLL(None)
+    return process.pretended_launches(), process.pretended_triton_launches()
+
+
+def main() -> None:
+    """Build, then become the Python that was asked for."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    folder = Path(tempfile.mkdtemp(prefix="pretended-gpu-"))
+    library = build(folder)
+    paths = [HERE / "startup", HERE.parents[1], *sys.path[1:]]
+    environment = os.environ | {
+        "LD_PRELOAD": str(library),
+        "LD_LIBRARY_PATH": str(folder),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
+        "PYTEST_PLUGINS": "without_checks",
+        "DS_ACCELERATOR": "cuda",
+        # What is compiled for other convolutions than these must not be taken for it.
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+    }
+    os.execve(sys.executable, [sys.executable, *sys.argv[1:]], environment)
+
+
+if __name__ == "__main__":
+    main()
