@@ -29,17 +29,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = "cublas|cusolver|cusparse|nccl"
-HANDLES = {
-    # Functions with a result: the place among the arguments, and what is put there.
-    "cublasCreate_v2": (0, "(void *)32"),
-    "cublasLtMatmulDescCreate": (0, "(void *)32"),
-    "cublasLtMatmulPreferenceCreate": (0, "(void *)32"),
-    "cublasLtMatrixLayoutCreate": (0, "(void *)32"),
-    "ncclCommInitRank": (0, "(void *)32"),
-    "ncclCommInitRankConfig": (0, "(void *)32"),
-    "ncclGetVersion": (0, "(void *)22800"),
-    "cublasLtMatmulAlgoGetHeuristic": (9, "(void *)1"),
-    "ncclCommCount": (1, "(void *)1"),
+HANDLES = (  # functions that make something, and put its handle where the first argument says
+    "cublasCreate_v2",
+    "cublasLtMatmulDescCreate",
+    "cublasLtMatmulPreferenceCreate",
+    "cublasLtMatrixLayoutCreate",
+    "ncclCommInitRank",
+    "ncclCommInitRankConfig",
+)
+NUMBERS = {  # functions that answer a number: where among the arguments, and which
+    "ncclGetVersion": (0, 22800),
+    "ncclCommCount": (1, 1),
+    "cublasLtMatmulAlgoGetHeuristic": (9, 1),
 }
 TEXTS = ("ncclGetErrorString", "ncclGetLastError")
 COPIES = ("ncclAllGather", "ncclAllReduce", "ncclReduceScatter", "ncclReduce", "ncclBroadcast")
@@ -63,10 +64,10 @@ def stand_ins(torch_library: Path) -> str:
                 " memmove(to, from, n * bytes[type]); return 0; }"
             )
         elif name in HANDLES:
-            place, value = HANDLES[name]
-            store = "*(int *)" if value in ("(void *)1", "(void *)22800") else "*(void **)"
-            cast = value.replace("(void *)", "") if store == "*(int *)" else value
-            lines.append(f"int {name}({arguments}) {{ {store}a{place} = {cast}; return 0; }}")
+            lines.append(f"int {name}(void **made) {{ *made = (void *)32; return 0; }}")
+        elif name in NUMBERS:
+            place, number = NUMBERS[name]
+            lines.append(f"int {name}({arguments}) {{ *(int *)a{place} = {number}; return 0; }}")
         else:
             lines.append(f"int {name}(void) {{ return 0; }}")
     return "\n".join(lines)

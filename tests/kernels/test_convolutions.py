@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -78,13 +79,21 @@ def test_upsampling_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     upsampling = importlib.import_module("kernels.upsample_conv")
     x = torch.randn(1, 5, 3, 4, 4, requires_grad=True)
     weight, dy = torch.randn(2, 1, 1, 3), torch.randn(1, 5, 2, 8, 8)
-    results = []
-    for most in (2**31, 2 * 2 * 64):
+    interpolate, num_frames, results = F.interpolate, [], []
+
+    def watched(frames: Tensor, **options: Any) -> Tensor:
+        num_frames.append(len(frames))
+        return interpolate(frames, **options)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    for most in (2**31, 2 * 2 * 64 + 1):  # a frame has 2 channels of 64 pixels
         monkeypatch.setattr(upsampling, "MOST_UPSAMPLED", most)
         y = kernels.upsample_conv(x, weight)
         results.append((y, *torch.autograd.grad(y, x, dy)))
+    assert num_frames == [5, 2, 1, 2]
     for whole, parts in zip(*results, strict=True):
         assert torch.equal(whole, parts)
+        assert whole.stride() == parts.stride()
 
 
 @pytest.mark.gpu
