@@ -81,11 +81,19 @@ class Call:
 
     @property
     def name(self) -> str:
-        """`4x12x512x32x32-256` for x [4, 12, 512, 32, 32] and 256 output channels; usable in -k."""
+        """`4x12x512x32x32-256` for x [4, 12, 512, 32, 32] and 256 output channels; usable in -k.
+
+        With `-shortcut` where an upsampled shortcut is added.
+        """
         parts = ["x".join(map(str, self.x.shape))]
         if self.weights and self.operator != "conv_gru":
             parts.append(str(list(self.weights.values())[-1].shape[0]))
-        return "-".join(parts)
+        return "-".join(parts + ["shortcut"] * self.has_shortcut)
+
+    @property
+    def has_shortcut(self) -> bool:
+        """Whether a shortcut is upsampled and added."""
+        return isinstance(self.arguments.get("residual_BTOHW"), kernels.UpsampledShortcut)
 
     @property
     def num_bytes(self) -> int:
@@ -143,15 +151,16 @@ def network_calls(
 ) -> list[Call]:
     """The different calls of one operator in a stage's generator or discriminators, in order.
 
-    Calls that differ only in what is added at the end, or in whether x changes in time, count as
-    one: that with the most arguments stands for them. 1x1 convolutions are left out.
+    Calls that differ only in what is added at the end, but for an upsampled shortcut, or in whether
+    x changes in time, count as one: that with the most arguments stands for them. 1x1 convolutions
+    are left out.
     """
     found: dict[tuple[Any, ...], Call] = {}
     for call in _all_calls(config, stage_number, network):
         shapes = tuple(tuple(weight.shape) for weight in call.weights.values())
         if call.operator != operator or any(shape[1:-1] == (1, 1) for shape in shapes):
             continue
-        key = tuple(call.x.shape), shapes
+        key = tuple(call.x.shape), shapes, call.has_shortcut
         if key not in found or _rank(call) > _rank(found[key]):
             found[key] = call
     return list(found.values())

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from benchmarks.calls import Call
+from kernels import UpsampledShortcut
 
 
 class Cost(NamedTuple):
@@ -59,9 +60,9 @@ def _conv2d(call: Call) -> tuple[Cost, Cost]:
 
 
 def _upsample_conv(call: Call) -> tuple[Cost, Cost]:
-    """32·I·O per input pixel for 3x3 (transposed form), 2·I·O for 1x1."""
-    O, k, _, I = call.arguments["weight_OhwI"].shape  # noqa: E741
-    return _convolution(call, 4 * _pixels(call) * O, (32 if k == 3 else 2) * _pixels(call) * I * O)
+    """32·I·O per input pixel (transposed form)."""
+    O, _, _, I = call.arguments["weight_OhwI"].shape  # noqa: E741
+    return _convolution(call, 4 * _pixels(call) * O, 32 * _pixels(call) * I * O)
 
 
 def _conv_pool2d(call: Call) -> tuple[Cost, Cost]:
@@ -103,11 +104,29 @@ def _convolution(call: Call, outputs: int, flops: int) -> tuple[Cost, Cost]:
     size, x = call.x.element_size(), call.x
     weights = sum(_bytes(weight) for weight in call.weights.values())
     residual = call.arguments.get("residual_BTOHW")
-    added = 0 if residual is None else residual.numel()
+    shortcut = Cost(0, 0), Cost(0, 0)
+    added = 0
+    if isinstance(residual, UpsampledShortcut):
+        shortcut = _upsampled_shortcut(residual)
+    elif residual is not None:
+        added = residual.numel()
     forward = Cost(size * (x.numel() + outputs + added) + weights, flops)
     inputs = 2 if x.requires_grad else 1
     halves = 2 if x.requires_grad else 1  # dW, and dx where it is wanted
-    return forward, Cost(size * (outputs + inputs * x.numel()) + 2 * weights, halves * flops)
+    backward = Cost(size * (outputs + inputs * x.numel()) + 2 * weights, halves * flops)
+    return forward + shortcut[0], backward + shortcut[1]
+
+
+def _upsampled_shortcut(shortcut: UpsampledShortcut) -> tuple[Cost, Cost]:
+    """2·I·O per pixel of its own; its projection is written and read in either direction."""
+    video, weight, _ = shortcut
+    O, *_, I = weight.shape  # noqa: E741
+    pixels, size = video.numel() // I, video.element_size()
+    forward = Cost(size * pixels * (I + 2 * O) + _bytes(weight), 2 * pixels * I * O)
+    halves = 2 if video.requires_grad else 1
+    return forward, Cost(
+        size * pixels * (halves * I + 2 * O) + 2 * _bytes(weight), halves * forward.flops
+    )
 
 
 def _pixels(call: Call) -> int:

@@ -76,7 +76,7 @@ class PlainOperators:
         weight_OhwI: Tensor,
         bias_O: Tensor | None = None,
         *,
-        residual_BTOHW: Tensor | None = None,
+        residual_BTOHW: Tensor | kernels.UpsampledShortcut | None = None,
         skip: kernels.LowSkip | None = None,
     ) -> Tensor:
         """Every frame by itself."""
@@ -84,16 +84,15 @@ class PlainOperators:
         y = F.conv2d(self._video(x_BTIHW).flatten(0, 1), weight, bias, padding="same")
         return self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
 
-    def conv2d_with_moments(self, *arguments: Any) -> tuple[Tensor, Moments | None]:
+    def conv2d_with_moments(self, *arguments: Any, **named: Any) -> tuple[Tensor, Moments | None]:
         """The norm that comes next takes its own."""
-        return self.conv2d(*arguments), None
+        return self.conv2d(*arguments, **named), None
 
     def upsample_conv(
         self, x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
     ) -> Tensor:
         """Upsample, then convolve."""
-        up = F.interpolate(self._video(x_BTIHW).flatten(0, 1), scale_factor=2.0, mode="nearest")
-        return self.conv2d(up.unflatten(0, x_BTIHW.shape[:2]), weight_OhwI, bias_O)
+        return self.conv2d(self._upsampled(x_BTIHW), weight_OhwI, bias_O)
 
     def upsample_conv_with_moments(self, *arguments: Any) -> tuple[Tensor, Moments | None]:
         """As `conv2d_with_moments`."""
@@ -161,9 +160,11 @@ class PlainOperators:
             mixed, spatial_weight_OhwO, bias_O, residual_BTOHW=residual_BTOHW, skip=skip
         )
 
-    def separable_conv3d_with_moments(self, *arguments: Any) -> tuple[Tensor, Moments | None]:
+    def separable_conv3d_with_moments(
+        self, *arguments: Any, **named: Any
+    ) -> tuple[Tensor, Moments | None]:
         """As `conv2d_with_moments`."""
-        return self.separable_conv3d(*arguments), None
+        return self.separable_conv3d(*arguments, **named), None
 
     def conv_gru(
         self,
@@ -251,7 +252,19 @@ class PlainOperators:
         weight = weight if self.channels_last else weight.contiguous()
         return weight, None if bias_O is None else bias_O.to(x.dtype)
 
-    def _plus(self, y: Tensor, residual: Tensor | None, skip: kernels.LowSkip | None) -> Tensor:
+    def _upsampled(self, x_BTCHW: Tensor) -> Tensor:
+        up = F.interpolate(self._video(x_BTCHW).flatten(0, 1), scale_factor=2.0, mode="nearest")
+        return up.unflatten(0, x_BTCHW.shape[:2])
+
+    def _plus(
+        self,
+        y: Tensor,
+        residual: Tensor | kernels.UpsampledShortcut | None,
+        skip: kernels.LowSkip | None,
+    ) -> Tensor:
+        if isinstance(residual, kernels.UpsampledShortcut):
+            video, weight, bias = residual
+            residual = self.conv2d(self._upsampled(video), weight, bias)
         y = y if residual is None else y + residual
         return y if skip is None else self.add_low_skip(y, skip)
 

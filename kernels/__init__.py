@@ -36,6 +36,7 @@ from kernels.upsample_conv import (
     upsample_conv_reference,
     upsample_conv_with_moments,
 )
+from kernels.upsampled_shortcut import UpsampledShortcut
 
 __all__ = [
     "Fold",
@@ -44,6 +45,7 @@ __all__ = [
     "Moments",
     "Normalized",
     "Pooling",
+    "UpsampledShortcut",
     "add_low_skip",
     "average_pool",
     "chosen",

@@ -1,6 +1,7 @@
 """Convolutions without resampling, 3x3 (or 1x1) per frame and 3x3x3.
 
-y = W * x + b [+ residual] [+ projected x_l], "same" zero padding, stride 1.
+y = W * x + b [+ residual] [+ projected x_l], "same" zero padding, stride 1. The residual is of y's
+size, or a shortcut that upsamples.
 
 Shapes: B batch, T frames, I input and O output channels, H x W pixels. Weights are stored
 channels last, [O, kh, kw, I] and [O, kt, kh, kw, I]. FLOPs: 2·k·I·O per output pixel, k taps.
@@ -20,6 +21,7 @@ from kernels.layout import (
     conv3d_weight,
 )
 from kernels.low_skip import LowSkip
+from kernels.upsampled_shortcut import UpsampledShortcut
 
 
 def conv2d(
@@ -27,13 +29,14 @@ def conv2d(
     weight_OhwI: Tensor,
     bias_O: Tensor | None = None,
     *,
-    residual_BTOHW: Tensor | None = None,
+    residual_BTOHW: Tensor | UpsampledShortcut | None = None,
     skip: LowSkip | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Convolve every frame by itself; returns [B, T, O, H, W].
 
-    `impl` as in `kernels.implementation`. Raises ValueError for an x_l that does not fit.
+    `impl` as in `kernels.implementation`. Raises ValueError for a residual or an x_l that does not
+    fit.
     """
     layout = Layout(size_of(x_BTIHW))
     y_BTOHW, _ = convolve(
@@ -47,10 +50,21 @@ def conv2d_with_moments(
     weight_OhwI: Tensor,
     bias_O: Tensor | None = None,
     *,
+    residual_BTOHW: Tensor | UpsampledShortcut | None = None,
+    skip: LowSkip | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """As `conv2d`, and the moments of the result where they cost little (else None)."""
-    return convolve(x_BTIHW, weight_OhwI, bias_O, Layout(size_of(x_BTIHW)), moments=True, impl=impl)
+    return convolve(
+        x_BTIHW,
+        weight_OhwI,
+        bias_O,
+        Layout(size_of(x_BTIHW)),
+        residual_BTOHW=residual_BTOHW,
+        skip=skip,
+        moments=True,
+        impl=impl,
+    )
 
 
 def conv3d(

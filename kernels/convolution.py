@@ -2,6 +2,8 @@ r"""One convolution with all that stands before and after it, and what it keeps 
 
 y = W * a + b [+ residual] [+ projected x_l],   a = x or relu(norm(x))
 
+The residual is of y's size, or an upsampling block's shortcut (`kernels.upsampled_shortcut`).
+
 The operators `conv2d`, `separable_conv3d` and `upsample_conv` are this with different W. A norm
 and its ReLU in front are not kept: the backward pass makes `a` again from x and the statistics,
 elementwise, so a convolution behind a norm keeps x, which the norm needs anyway, where autograd
@@ -12,11 +14,11 @@ contiguous. W is [O, a, b, I] over two axes, rows and columns of a frame or (`La
 and all pixels. Kept: 2 bytes per value of x in bf16, shared with whatever else keeps x. Moved
 besides what the convolution itself reads and writes, bytes per value in bf16: 4 for `a`, and
 
-| implementation | b, residual, x_l and the moments of y              |
-|----------------|----------------------------------------------------|
-| triton         | 2 for the residual: all in the product's epilogue  |
-| epilogue       | 4, and 2 for the residual: one pass over cuDNN's y |
-| pytorch        | a pass each                                        |
+| implementation | b, residual (upsampled: half a byte), x_l and the moments of y |
+|----------------|----------------------------------------------------------------|
+| triton         | 2 for the residual: all in the product's epilogue              |
+| epilogue       | 4, and 2 for the residual: one pass over cuDNN's y             |
+| pytorch        | a pass each                                                    |
 
 Moments are the mean and variance of y per (time step, channel), for a norm that comes next;
 "pytorch" and the reference leave them to that norm. Gradients are PyTorch's convolutions in every
@@ -48,6 +50,12 @@ from kernels.implementation import (
 )
 from kernels.low_skip import LowSkip, add_low_skip, low_skip_gradients
 from kernels.registration import operator
+from kernels.upsampled_shortcut import (
+    UpsampledShortcut,
+    add_upsampled,
+    sums_of_four,
+    upsampled_shortcut,
+)
 
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance per (time step, channel), [T, C] each, without a gradient."""
@@ -122,7 +130,7 @@ def convolve(
     bias_O: Tensor | None,
     layout: Layout,
     *,
-    residual_BTOHW: Tensor | None = None,
+    residual_BTOHW: Tensor | UpsampledShortcut | None = None,
     skip: LowSkip | None = None,
     moments: bool = False,
     impl: str | None = None,
@@ -149,9 +157,7 @@ def convolve(
     if form is None:
         norm_tensors = norms.rows(video), None, None, None, None
     shape = (*video.shape[:2], weight_OabI.shape[0], *layout.out_size)
-    if residual_BTOHW is not None and residual_BTOHW.shape != shape:
-        raise ValueError(f"residual must be {shape}, not {tuple(residual_BTOHW.shape)}")
-    residual = None if residual_BTOHW is None else norms.rows(residual_BTOHW)
+    residual = _residual(residual_BTOHW, shape, impl)
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
     own_moments = None
     # With nothing before or after it, a convolution is PyTorch's: the same is kept, and a Function
@@ -170,6 +176,28 @@ def convolve(
             y_BTSO = run(layout, form, impl, False, *tensors)
     y_BTOHW = as_video(y_BTSO, layout.out_size)
     return y_BTOHW, None if own_moments is None else (own_moments[0], own_moments[1])
+
+
+def _residual(
+    residual: Tensor | UpsampledShortcut | None, shape: tuple[int, ...], impl: str
+) -> Tensor | None:
+    """Rows of y's `shape`, or of half its height and width where they are to be upsampled."""
+    if isinstance(residual, UpsampledShortcut):
+        video, weight, bias = residual
+        half = (*shape[:2], video.shape[2], *(size // 2 for size in shape[3:]))
+        if video.shape != half or any(size % 2 for size in shape[3:]):
+            raise ValueError(f"the shortcut to {shape} must be of {half}, not {tuple(video.shape)}")
+        if impl == REFERENCE:
+            return norms.rows(upsampled_shortcut(residual))
+        residual, _ = convolve(video, weight, bias, Layout(size_of(video)), impl=impl)
+    elif residual is not None and residual.shape != shape:
+        raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
+    return None if residual is None else norms.rows(residual)
+
+
+def _is_half(residual_BTSO: Tensor | None, layout: Layout) -> bool:
+    height, width = layout.out_size
+    return residual_BTSO is not None and residual_BTSO.shape[2] != height * width
 
 
 # -------------------------------------------------------------------- operators and fakes
@@ -195,7 +223,7 @@ def fused_convolution(
         x_BTSI.unflatten(2, size),
         weight_OabI.unsqueeze(3 if columns else 1).contiguous(),
         bias_O,
-        None if residual_BTSO is None else residual_BTSO.unflatten(2, size),
+        _frames(residual_BTSO, size),
         _low(video_BtIhw, low_weight, low_bias, x_BTSI.dtype),
         moments,
     )
@@ -220,13 +248,16 @@ def add_terms_(
     size: Sequence[int],
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Adds all terms to y; its mean and variance, empty if not asked for."""
+    """Adds all terms to y; its mean and variance, empty if not asked for.
+
+    A residual of a quarter of y's pixels is upsampled.
+    """
     from kernels import convolution_triton
 
     _, own = convolution_triton.add_terms(
         y_BTSO.unflatten(2, size),
         bias_O,
-        None if residual_BTSO is None else residual_BTSO.unflatten(2, size),
+        _frames(residual_BTSO, size),
         _low(video_BtIhw, low_weight, low_bias, y_BTSO.dtype),
         moments,
         in_place=True,
@@ -237,6 +268,16 @@ def add_terms_(
 @torch.library.register_fake(add_terms_)
 def _(y_BTSO: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _fake_moments(y_BTSO, rest[-1])
+
+
+def _frames(residual_BTSO: Tensor | None, size: Sequence[int]) -> Tensor | None:
+    """[B, T, H, W, O], of y's `size` or half of it."""
+    if residual_BTSO is None:
+        return None
+    height, width = size
+    if residual_BTSO.shape[2] == height * width:
+        return residual_BTSO.unflatten(2, size)
+    return residual_BTSO.unflatten(2, (height // 2, width // 2))
 
 
 def _low(
@@ -306,10 +347,11 @@ class _Convolution(torch.autograd.Function):
         moments: bool,
         *tensors: Any,
     ) -> Any:
-        *norm_tensors, weight, bias, _, video, low_weight, low_bias = tensors
+        *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
         ctx.layout, ctx.form = layout, form
         # Biases may be parameters, which ZeRO-3 empties before the backward pass: kept by size.
         ctx.bias_sizes = [None if v is None else v.shape for v in (bias, low_bias)]
+        ctx.halves_residual = _is_half(residual, layout)
         ctx.save_for_backward(*norm_tensors, weight, video, low_weight)
         results = _forward(layout, form, impl, moments, *tensors)
         if moments:
@@ -321,14 +363,19 @@ class _Convolution(torch.autograd.Function):
         dy, layout, form, wants = grads[0], ctx.layout, ctx.form, ctx.needs_input_grad[4:]
         *norm_tensors, weight, video, low_weight = ctx.saved_tensors
         none = None, None, None, None
+        dresidual = None
+        if wants[7]:
+            dresidual = sums_of_four(dy, layout.out_size) if ctx.halves_residual else dy
         if not any(wants[:7]) and not any(wants[8:]):  # the residual alone
-            return *none, *(dy if i == 7 else None for i in range(11))
+            return *none, *(dresidual if i == 7 else None for i in range(11))
         if torch.is_grad_enabled():  # a graph of the backward pass is wanted
             biases = [None if size is None else dy.new_zeros(size) for size in ctx.bias_sizes]
             tensors = *norm_tensors, weight, biases[0], None, video, low_weight, biases[1]
-            return *none, *_differentiable_gradients(layout, form, tensors, dy, wants)
+            found = _differentiable_gradients(layout, form, tensors, dy, wants)
+            found[7] = dresidual
+            return *none, *found
         dy = dy.contiguous()
-        found: list[Tensor | None] = [None] * 11
+        found = [None] * 11
         wanted = any(wants[:5]), wants[5], wants[6]
         a = _prologue(form, norm_tensors)
         da, found[5], found[6] = convolution_pytorch.gradients(layout, dy, a, weight, wanted)
@@ -337,7 +384,7 @@ class _Convolution(torch.autograd.Function):
             found[0] = da
         elif da is not None:
             found[:5] = norm_operators.gradients(da, norm_tensors, form, wants[:5])
-        found[7] = dy if wants[7] else None
+        found[7] = dresidual
         if any(wants[8:]):
             dy_BTOHW = as_video(dy, layout.out_size)
             found[8:] = low_skip_gradients(dy_BTOHW, video, low_weight, wants[8:])
@@ -358,7 +405,7 @@ def _differentiable_gradients(
     dy_BTSO: Tensor,
     wants: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Those of `_compose`, which have derivatives; the residual's is dy."""
+    """Those of `_compose`, which have derivatives, but for the residual's."""
     wanted = [i for i, wants_it in enumerate(wants) if wants_it and i != 7]
     leaves = [tensors[i].requires_grad_() for i in wanted]
     if form is not None:
@@ -366,7 +413,7 @@ def _differentiable_gradients(
     grads = torch.autograd.grad(
         _compose(layout, form, tensors), leaves, dy_BTSO, create_graph=True, allow_unused=True
     )
-    found = dict(zip(wanted, grads, strict=True)) | {7: dy_BTSO if wants[7] else None}
+    found = dict(zip(wanted, grads, strict=True))
     return [found.get(i) for i in range(11)]
 
 
@@ -375,7 +422,10 @@ def _compose(layout: Layout, form: norm_operators.Form | None, tensors: Sequence
     *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
     a = norm_tensors[0] if form is None else norm_operators.differentiable(norm_tensors, form)
     y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
-    y_BTSO = y_BTSO if residual is None else y_BTSO + residual
+    if _is_half(residual, layout):
+        y_BTSO = add_upsampled(y_BTSO, residual, layout.out_size)
+    elif residual is not None:
+        y_BTSO = y_BTSO + residual
     if video is None:
         return y_BTSO
     y_BTOHW = as_video(y_BTSO, layout.out_size)

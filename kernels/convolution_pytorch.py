@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.low_skip import LowSkip, add_projected_
+from kernels.upsampled_shortcut import add_upsampled_
 
 
 class Layout(NamedTuple):
@@ -64,9 +65,11 @@ def gradients(
 def add_terms_(
     y_BTSO: Tensor, residual_BTSO: Tensor | None, skip: LowSkip | None, size: tuple[int, int]
 ) -> None:
-    """In place and without derivatives."""
-    if residual_BTSO is not None:
+    """In place and without derivatives; a residual of a quarter of y's pixels is upsampled."""
+    if residual_BTSO is not None and residual_BTSO.shape == y_BTSO.shape:
         changeable(y_BTSO).add_(residual_BTSO)
+    elif residual_BTSO is not None:
+        add_upsampled_(y_BTSO, residual_BTSO, size)
     if skip is not None:
         add_projected_(as_video(y_BTSO, size), skip)
 

@@ -77,6 +77,12 @@ def low_place_of(i, j, H, W, low_height, low_width):
 
 
 @triton.jit
+def half_place_of(s, W):
+    """The pixel of a frame of half the size that is upsampled to pixel s."""
+    return s // W // 2 * (W // 2) + s % W // 2
+
+
+@triton.jit
 def projection(
     video_ptr, low_weight_ptr, low_pixel, valid_o, low_channels, dtype: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -104,9 +110,13 @@ def convolve_kernel(
     video_ptr, low_weight_ptr, low_bias_ptr, split_mean_ptr, split_square_ptr,
     B, T, H, W, I, O, low_frames, low_height, low_width, low_channels,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MASK_K: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y; its mean and centred sum of squares where there is a `split_mean_ptr`."""
+    """One tile of y; its mean and centred sum of squares where there is a `split_mean_ptr`.
+
+    `HALF`: the residual is of half of y's height and width, to be upsampled.
+    """
     rows = B * H * W
     num_row_tiles, num_column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(O, BLOCK_N)
     group = tl.program_id(0) // (GROUP_M * num_column_tiles)
@@ -171,7 +181,11 @@ def convolve_kernel(
     if video_ptr is not None:
         sums += tl.load(low_bias_ptr + valid_o).to(tl.float32)[None, :]
     if residual_ptr is not None:
-        sums += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        residual_at = at
+        if HALF:
+            half_pixel = (b * T + t) * (H * W // 4) + half_place_of(s, W)
+            residual_at = (half_pixel.to(tl.int64) * O)[:, None] + o[None, :]
+        sums += tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)
     stored = sums.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, stored, mask=mask)
 
@@ -191,16 +205,19 @@ def add_terms_kernel(
     y_ptr, result_ptr, bias_ptr, residual_ptr,
     video_ptr, low_weight_ptr, low_bias_ptr, split_mean_ptr, split_square_ptr,
     T, H, W, O, num_splits, split_rows, low_frames, low_height, low_width, low_channels,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y with its terms, one split of a frame; its moments where there is a `split_mean_ptr`."""
+    """y with its terms, one split of a frame; its moments where there is a `split_mean_ptr`.
+
+    `HALF`: the residual is of half of y's height and width, to be upsampled.
+    """
     S = H * W
     index, frame, first, last, o = own_split(S, num_splits, split_rows, BLOCK_C)
     valid_o = tl.minimum(o, O - 1)
     y_ptr += frame * S * O
     result_ptr += frame * S * O
     if residual_ptr is not None:
-        residual_ptr += frame * S * O
+        residual_ptr += frame * (S // 4 if HALF else S) * O
     if video_ptr is not None:
         low_frame = low_frame_of(frame // T, frame % T, T, low_frames)
         video_ptr += low_frame * (low_height * low_width * low_channels)
@@ -217,7 +234,8 @@ def add_terms_kernel(
         if bias_ptr is not None:
             y += tl.load(bias_ptr + valid_o).to(tl.float32)[None, :]
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            residual_at = half_place_of(s, W)[:, None] * O + o[None, :] if HALF else at
+            y += tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)
         if video_ptr is not None:
             y += tl.load(low_bias_ptr + valid_o).to(tl.float32)[None, :]
             valid_s = tl.minimum(s, S - 1)
@@ -250,6 +268,7 @@ def convolve(
 ) -> tuple[Tensor, Moments | None]:
     """y, [B, T, H, W, O] of the dtype of x, and its moments if asked for.
 
+    A residual of half of y's height and width is upsampled to nearest neighbours.
     kt, kh and kw are odd. Raises ValueError for shapes that do not fit, tensors that are not
     contiguous, and moments of an empty video; without moments an empty video gives an empty y.
     """
@@ -267,7 +286,8 @@ def convolve(
         x_BTHWI, weight_OthwI, y_BTHWO, bias_O, residual_BTHWO, *(skip or (None,) * 3),
         *((None, None) if splits is None else splits),
         B, T, H, W, I, O, *_low_sizes(skip),
-        *sizes, I % config.block_k != 0, **config.tile, GROUP_M=GROUP, **config.options,
+        *sizes, I % config.block_k != 0, _is_half(residual_BTHWO, H),
+        **config.tile, GROUP_M=GROUP, **config.options,
     )  # fmt: skip
     # A time step's rows are one long frame to the merge.
     return y_BTHWO, None if splits is None else _merge(splits, 1, T, rows, config.block_m)
@@ -301,7 +321,8 @@ def add_terms(
     add_terms_kernel[cut.streaming_grid](
         y_BTHWO, result_BTHWO, bias_O, residual_BTHWO, *(skip or (None,) * 3),
         *((None, None) if splits is None else splits),
-        T, H, W, O, cut.num_splits, cut.split_rows, *_low_sizes(skip), **cut.tile,
+        T, H, W, O, cut.num_splits, cut.split_rows, *_low_sizes(skip),
+        _is_half(residual_BTHWO, H), **cut.tile,
     )  # fmt: skip
     return result_BTHWO, None if splits is None else _merge(splits, B, T, H * W, cut.split_rows)
 
@@ -318,6 +339,10 @@ def _merge(splits: Tensor, num_frames: int, T: int, S: int, split_rows: int) -> 
     return mean_TO, var_TO
 
 
+def _is_half(residual_BTHWO: Tensor | None, H: int) -> bool:
+    return residual_BTHWO is not None and residual_BTHWO.shape[2] != H
+
+
 def _low_sizes(skip: Skip | None) -> tuple[int, ...]:
     """t, h, w and channels of x_l."""
     return (1, 1, 1, 1) if skip is None else tuple(skip[0].shape[1:])
@@ -325,17 +350,21 @@ def _low_sizes(skip: Skip | None) -> tuple[int, ...]:
 
 def variants() -> Iterator[Variant]:
     """Every tile, with all terms, for `kernels.resources`; over time and 1x1, which take another
-    way through the kernel, the tile of most registers, in full and masked."""
-    spatial = [(*configuration, (1, 3, 3)) for configuration in configurations()]
+    way through the kernel, the tile of most registers, in full and masked; that tile, too, and all
+    of `add_terms`, with a residual to be upsampled."""
+    spatial = [(*configuration, (1, 3, 3), False) for configuration in configurations()]
     others = [
-        ("bf16", WIDE._replace(block_k=block_k), masked, taps)
+        ("bf16", WIDE._replace(block_k=block_k), masked, taps, False)
         for taps in ((3, 1, 1), (1, 1, 1))
         for block_k, masked in ((64, False), (16, True))
     ]
-    for dtype, config, masked, taps in spatial + others:
+    upsampling = [("bf16", WIDE, False, (1, 3, 3), True)]
+    for dtype, config, masked, taps, half in spatial + others + upsampling:
         label = f"{dtype} {config.block_m}x{config.block_n}x{config.block_k}"
         label += "" if taps == (1, 3, 3) else " {}x{}x{}".format(*taps)
-        constants = dict(zip(("KT", "KH", "KW"), taps, strict=True)) | {"MASK_K": masked}
+        label += " upsampling" * half
+        constants = dict(zip(("KT", "KH", "KW"), taps, strict=True))
+        constants |= {"MASK_K": masked, "HALF": half}
         yield _variant(
             convolve_kernel,
             label + " masked" * masked,
@@ -347,9 +376,10 @@ def variants() -> Iterator[Variant]:
             multiplies_matrices=dtype != "fp32",
         )
     for dtype, block_c in (("bf16", 128), ("bf16", 64), ("bf16", 32), ("fp32", 128)):
-        tile = {"BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
-        label = f"{dtype} {tile['BLOCK_S']}x{block_c}"
-        yield _variant(add_terms_kernel, label, dtype, tile, divisible=frozenset({"O"}))
+        for half in (False, True):
+            tile = {"HALF": half, "BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
+            label = f"{dtype} {tile['BLOCK_S']}x{block_c}" + " upsampling" * half
+            yield _variant(add_terms_kernel, label, dtype, tile, divisible=frozenset({"O"}))
     label = "fp32 {BLOCK_P}x{BLOCK_C}".format(**MERGE_TILE)
     yield _variant(merge_moments_kernel, label, "fp32", MERGE_TILE, divisible=frozenset({"C"}))
 

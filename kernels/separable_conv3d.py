@@ -11,6 +11,7 @@ Bytes: x once, y once, and the intermediate twice as long as the halves are sepa
 
 from torch import Tensor
 
+from kernels.conv import conv2d, conv2d_with_moments
 from kernels.convolution import Moments, Normalized, convolve, size_of
 from kernels.convolution_pytorch import Layout
 from kernels.low_skip import LowSkip
@@ -31,16 +32,15 @@ def separable_conv3d(
     Kept for backward: x, or what it is the norm of, and the intermediate. `impl` as in
     `kernels.implementation`. Raises ValueError for an x_l that does not fit.
     """
-    y_BTOHW, _ = convolve(
-        _over_time(x_BTIHW, temporal_weight_OtI, impl),
+    mixed_BTOHW = _over_time(x_BTIHW, temporal_weight_OtI, impl)
+    return conv2d(
+        mixed_BTOHW,
         spatial_weight_OhwO,
         bias_O,
-        Layout(size_of(x_BTIHW)),
         residual_BTOHW=residual_BTOHW,
         skip=skip,
         impl=impl,
     )
-    return y_BTOHW
 
 
 def separable_conv3d_with_moments(
@@ -49,15 +49,18 @@ def separable_conv3d_with_moments(
     spatial_weight_OhwO: Tensor,
     bias_O: Tensor | None = None,
     *,
+    residual_BTOHW: Tensor | None = None,
+    skip: LowSkip | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """As `separable_conv3d`, and the moments of the result where they cost little (else None)."""
-    return convolve(
-        _over_time(x_BTIHW, temporal_weight_OtI, impl),
+    mixed_BTOHW = _over_time(x_BTIHW, temporal_weight_OtI, impl)
+    return conv2d_with_moments(
+        mixed_BTOHW,
         spatial_weight_OhwO,
         bias_O,
-        Layout(size_of(x_BTIHW)),
-        moments=True,
+        residual_BTOHW=residual_BTOHW,
+        skip=skip,
         impl=impl,
     )
 

@@ -1,22 +1,22 @@
-"""Nearest-neighbour 2x upsampling in space, then a convolution (3x3 or 1x1).
+"""Nearest-neighbour 2x upsampling in space, then a 3x3 convolution.
 
 y = W * up(x) + b, the first half of a generator's upsampling block (SSW-GAN; BigGAN).
 
 Shapes: B batch, T frames, I input and O output channels, H x W input pixels, outputs 2H x 2W.
-Weights [O, k, k, I], kept in fp32: they are folded as they come, then cast to the dtype of x. A
+Weights [O, 3, 3, I], kept in fp32: they are folded as they come, then cast to the dtype of x. A
 weight [O, 4, 4, I] is one that is folded already (`kernels.folding.upsampling_kernel`).
 
 up(x) repeats every pixel four times, so the taps of W that meet the same pixel are summed first.
 FLOPs per input pixel, in units of I·O, and what is written:
 
-| form         | k = 3         | besides y                    |
-|--------------|---------------|------------------------------|
-| reference    | 72            | up(x), once                  |
-| transposed   | 32            | nothing                      |
-| shuffled     | 32·(1+1/H)²   | y in four phases, once       |
-| k = 1, folded| 2 (not 8)     | the projection of x, y's 1/4 |
+| form       | FLOPs       | besides y              |
+|------------|-------------|------------------------|
+| reference  | 72          | up(x), once            |
+| transposed | 32          | nothing                |
+| shuffled   | 32·(1+1/H)² | y in four phases, once |
 
-All are the same function, with derivatives of any order.
+All are the same function, with derivatives of any order. The 1x1 convolution of the same block's
+shortcut is in `upsampled_shortcut`.
 """
 
 from typing import Any
@@ -39,9 +39,6 @@ TABLE = (
     ("cuda", 1, "transposed"),
 )
 
-MOST_UPSAMPLED = 2**31
-"""Values: on CUDA, PyTorch's nearest upsampling of a channels-last tensor refuses as many."""
-
 _OPERATOR = Operator(
     "upsample_conv",
     Implementation("transposed", everywhere),
@@ -59,8 +56,7 @@ def upsample_conv_reference(
         frames = F.conv_transpose2d(fold_frames(x_BTIHW), kernel_IOhw, bias, stride=2, padding=1)
         return unfold_frames(frames, x_BTIHW.shape[1])
     upsampled = F.interpolate(fold_frames(x_BTIHW), scale_factor=2.0, mode="nearest")
-    padding = weight.shape[1] // 2
-    frames = F.conv2d(upsampled, conv2d_weight(weight), bias, padding=padding)
+    frames = F.conv2d(upsampled, conv2d_weight(weight), bias, padding=1)
     return unfold_frames(frames, x_BTIHW.shape[1])
 
 
@@ -74,7 +70,7 @@ def upsample_conv(
     """Upsample every frame and convolve it; returns [B, T, O, 2H, 2W] in the dtype of x.
 
     `impl` is "transposed", "shuffled" or "reference". Raises ValueError for a weight that is
-    neither 1x1, 3x3 nor, folded already, 4x4.
+    neither 3x3 nor, folded already, 4x4.
     """
     y_BTOHW, _ = _upsample_conv(x_BTIHW, weight_OhwI, bias_O, moments=False, impl=impl)
     return y_BTOHW
@@ -95,9 +91,9 @@ def _upsample_conv(
     moments: bool,
     impl: str | None,
 ) -> tuple[Tensor, Moments | None]:
-    if weight_OhwI.shape[1:3] not in ((1, 1), (3, 3), (4, 4)):
+    if weight_OhwI.shape[1:3] not in ((3, 3), (4, 4)):
         raise ValueError(
-            f"the weight must be 1x1, 3x3 or folded 4x4, not {tuple(weight_OhwI.shape[1:3])}"
+            f"the weight must be 3x3 or folded 4x4, not {tuple(weight_OhwI.shape[1:3])}"
         )
     video = source_of(x_BTIHW)
     chosen = _OPERATOR.choose(impl, video.device, video.dtype)
@@ -105,14 +101,13 @@ def _upsample_conv(
         return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O), None
     if impl in (None, AUTO):
         chosen = _best_form(video.device, video.shape[2])
-    if chosen == "transposed" and weight_OhwI.shape[1:3] != (1, 1):
+    if chosen == "transposed":
         kernel = weight_OhwI if is_folded(weight_OhwI) else upsampling_kernel(weight_OhwI)
         kernel, bias_O = kernel.to(video.dtype), _cast(bias_O, video.dtype)
         layout = Layout(size_of(x_BTIHW), upsample=True)
         return convolve(x_BTIHW, kernel, bias_O, layout, moments=moments)
-    run = _commuted if weight_OhwI.shape[1:3] == (1, 1) else _shuffled
     frames = fold_frames(value_of(x_BTIHW))
-    y = run(frames, weight_OhwI, _cast(bias_O, frames.dtype))
+    y = _shuffled(frames, weight_OhwI, _cast(bias_O, frames.dtype))
     return unfold_frames(y, video.shape[1]), None
 
 
@@ -124,18 +119,6 @@ def _best_form(device: torch.device, num_channels: int) -> str:
 def is_folded(weight_OhwI: Tensor) -> bool:
     """Whether upsampling is in the weight already."""
     return weight_OhwI.shape[1:3] == (4, 4)
-
-
-def _commuted(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:
-    projected = F.conv2d(x_NIHW, conv2d_weight(weight_OhwI.to(x_NIHW.dtype)), bias_O)
-    return _nearest(projected)
-
-
-def _nearest(x_NCHW: Tensor) -> Tensor:
-    """Every pixel four times, in parts where PyTorch's kernels cannot do it at once."""
-    if 4 * x_NCHW.numel() < MOST_UPSAMPLED or len(x_NCHW) == 1:
-        return F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest")
-    return torch.cat([_nearest(part) for part in x_NCHW.chunk(2)])
 
 
 def _shuffled(x_NIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.models.layers import prepared_weights
@@ -29,21 +29,19 @@ class Block(nn.Module):
     recomputed = False
 
 
-def run_block(block: nn.Module, *inputs: Any) -> Tensor:
+def run_block(block: nn.Module, *inputs: Any) -> Any:
     """`block(*inputs)`; where it is `recomputed`, only `inputs` are kept for its backward pass."""
     if not (block.recomputed and torch.is_grad_enabled()):
-        y: Tensor = block(*inputs)
-        return y
+        return block(*inputs)
     # Computing again comes after the pass: it is to see the very weights that are prepared now.
     weights = prepared_weights(block)
-    y = checkpoint(
+    return checkpoint(
         block,
         *inputs,
         use_reentrant=False,
         preserve_rng_state=False,
         context_fn=lambda: (nullcontext(), weights),
     )
-    return y
 
 
 def set_checkpointing(network: nn.Module, mode: Checkpointing) -> None:

@@ -1,7 +1,8 @@
 """Residual blocks of generators and discriminators, and the generator's units.
 
-Everything takes and returns videos [B, T, C, H, W]; `cond_BK` is the condition [z; e(y)] and
-`low` the low-resolution video x_l at its own size and length.
+Everything takes and returns videos [B, T, C, H, W], the generator's with their moments where these
+are known; `cond_BK` is the condition [z; e(y)] and `low` the low-resolution video x_l at its own
+size and length.
 """
 
 from typing import Literal
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 import kernels
 from engine.models.activation_checkpointing import Block, run_block
 from engine.models.layers import ConvGRU, Convolution, SeparableConvolution
-from engine.models.norms import FrameNorm
+from engine.models.norms import Features, FrameNorm
 
 Temporal = Literal["conv_gru", "separable_conv"]
 LOW_CHANNELS = 3  # x_l is RGB
@@ -62,21 +63,28 @@ class GeneratorBlock2D(Block):
         self.shortcut = Convolution(in_channels, channels, (1, 1)) if changes else None
         self.injection = Injection(channels) if inject else None
 
-    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+    def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
-        dtype = x_BTCHW.dtype
+        dtype = x.video.dtype
         # What upsamples folds the weight in the precision it is kept in, and only then rounds it.
         kept = None if self.upsample else dtype
-        project = kernels.upsample_conv if self.upsample else kernels.conv2d
-        residual = x_BTCHW if self.shortcut is None else project(x_BTCHW, *self.shortcut(dtype))
         first = kernels.upsample_conv_with_moments if self.upsample else kernels.conv2d_with_moments
-        h, moments = first(self.norm1(x_BTCHW, cond_BK), *self.conv1(kept))
-        return kernels.conv2d(
-            self.norm2(h, cond_BK, moments),
+        h = Features(*first(self.norm1(x, cond_BK), *self.conv1(kept)))
+        y, moments = kernels.conv2d_with_moments(
+            self.norm2(h, cond_BK),
             *self.conv2(dtype),
-            residual_BTOHW=residual,
+            residual_BTOHW=self._residual(x.video),
             skip=_skip(self.injection, low, dtype),
         )
+        return Features(y, moments)
+
+    def _residual(self, x_BTCHW: Tensor) -> Tensor | kernels.UpsampledShortcut:
+        if self.shortcut is None:
+            return x_BTCHW
+        weight, bias = self.shortcut(x_BTCHW.dtype)
+        if self.upsample:
+            return kernels.UpsampledShortcut(x_BTCHW, weight, bias)
+        return kernels.conv2d(x_BTCHW, weight, bias)
 
 
 class GeneratorBlock3D(Block):
@@ -90,18 +98,19 @@ class GeneratorBlock3D(Block):
         self.conv2 = SeparableConvolution(channels, channels)
         self.injection = Injection(channels) if inject else None
 
-    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+    def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns the shape of x."""
-        dtype = x_BTCHW.dtype
-        h, moments = kernels.separable_conv3d_with_moments(
-            self.norm1(x_BTCHW, cond_BK), *self.conv1(dtype)
+        dtype = x.video.dtype
+        h = Features(
+            *kernels.separable_conv3d_with_moments(self.norm1(x, cond_BK), *self.conv1(dtype))
         )
-        return kernels.separable_conv3d(
-            self.norm2(h, cond_BK, moments),
+        y, moments = kernels.separable_conv3d_with_moments(
+            self.norm2(h, cond_BK),
             *self.conv2(dtype),
-            residual_BTOHW=x_BTCHW,
+            residual_BTOHW=x.video,
             skip=_skip(self.injection, low, dtype),
         )
+        return Features(y, moments)
 
 
 class RecurrentBlock(Block):
@@ -116,11 +125,11 @@ class RecurrentBlock(Block):
         self.gru = ConvGRU(channels)
         self.injection = Injection(channels) if inject else None
 
-    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+    def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns the shape of x; the condition is not used."""
-        h: Tensor = self.gru(x_BTCHW)
-        skip = _skip(self.injection, low, x_BTCHW.dtype)
-        return h if skip is None else kernels.add_low_skip(h, skip)
+        h: Tensor = self.gru(x.video)
+        skip = _skip(self.injection, low, h.dtype)
+        return Features(h if skip is None else kernels.add_low_skip(h, skip))
 
 
 class GeneratorUnit(nn.Module):
@@ -157,9 +166,9 @@ class GeneratorUnit(nn.Module):
             in_channels, channels, condition_size, upsample=upsample, inject=outer
         )
 
-    def forward(self, x_BTCHW: Tensor, cond_BK: Tensor, low: Tensor | None) -> Tensor:
+    def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
-        h = run_block(self.temporal, x_BTCHW, cond_BK, low)
+        h: Features = run_block(self.temporal, x, cond_BK, low)
         h = run_block(self.block1, h, cond_BK, low)
         return run_block(self.block2, h, cond_BK, low)
 

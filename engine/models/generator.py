@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 from engine.models.blocks import GeneratorUnit, Temporal
 from engine.models.layers import Convolution, Embedding, Linear, normalized_weights
-from engine.models.norms import FrameNorm
+from engine.models.norms import Features, FrameNorm
 
 BASE_RESOLUTION = 4
 
@@ -97,10 +97,10 @@ class GeneratorTrunk(nn.Module):
         base = self.base(cond_BK.to(self.compute_dtype))
         base_BHWC = base.unflatten(1, (BASE_RESOLUTION, BASE_RESOLUTION, self.base_channels))
         # A stride of 0 over T tells the first ConvGRU that its input does not change in time.
-        h = base_BHWC.permute(0, 3, 1, 2)[:, None].expand(-1, num_frames, -1, -1, -1)
+        h = Features(base_BHWC.permute(0, 3, 1, 2)[:, None].expand(-1, num_frames, -1, -1, -1))
         for unit in self.units:
             h = unit(h, cond_BK, low)
-        rgb = kernels.conv2d(self.norm(h, cond_BK), *self.to_rgb(h.dtype))
+        rgb = kernels.conv2d(self.norm(h, cond_BK), *self.to_rgb(h.video.dtype))
         return torch.tanh(rgb.float())
 
 

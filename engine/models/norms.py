@@ -5,7 +5,7 @@ accumulating them (`collect_statistics`, the paper's dummy passes), or on fixed 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,15 @@ from torch import Tensor, nn
 import kernels
 from engine.errors import UserError
 from engine.models.layers import Linear
+
+
+class Features(NamedTuple):
+    """What a block of a generator hands on."""
+
+    video: Tensor
+    """[B, T, C, H, W]."""
+    moments: kernels.Moments | None = None
+    """Of the video, where whoever made it knows them: a norm need not take them again."""
 
 
 class FrameNorm(nn.Module):
@@ -38,14 +47,12 @@ class FrameNorm(nn.Module):
         self.keeps_result = False
         """Whether the normalised x is kept for the backward pass, not made again there."""
 
-    def forward(
-        self, x_BTCHW: Tensor, condition_BK: Tensor, moments: kernels.Moments | None = None
-    ) -> kernels.Normalized:
+    def forward(self, x: Features, condition_BK: Tensor) -> kernels.Normalized:
         """What a convolution takes in place of the normalised x, so that it need not keep it.
 
-        `moments` are x's own, where whoever made x knows them.
         Raises UserError at a length other than the fixed.
         """
+        x_BTCHW, moments = x
         statistics: tuple[Tensor, Tensor] | None = None
         if self.mean is not None and self.var is not None:
             if len(self.mean) != x_BTCHW.shape[1]:

@@ -88,7 +88,9 @@ class Case:
         else:
             y = x if bias is None else x + bias[:, None, None, None]
         if self.residual is not None:
-            y = y + self.residual.permute(0, 4, 1, 2, 3)
+            times = y.shape[3] // self.residual.shape[2]
+            residual = self.residual.repeat_interleave(times, 2).repeat_interleave(times, 3)
+            y = y + residual.permute(0, 4, 1, 2, 3)
         y = y.transpose(1, 2)
         if self.skip is not None:
             video, weight, low_bias = self.skip
@@ -105,11 +107,13 @@ def draw(
     bias: bool = False,
     narrow_bias: bool = False,
     residual: bool = False,
+    half: bool = False,
     skip: tuple[int, int, int, int] | None = None,
     product: bool = True,
     seed: int = 0,
 ) -> Case:
-    """`skip`: T / t, h / H, w / W and the channels of x_l; not `product`: of `add_terms`."""
+    """`half`: the residual is to be upsampled; `skip`: T / t, h / H, w / W and the channels of x_l;
+    not `product`: of `add_terms`."""
     B, T, H, W, I, O, taps = size
     generator = torch.Generator().manual_seed(seed)
 
@@ -128,7 +132,7 @@ def draw(
         x=randn(B, T, H, W, I) if product else randn(B, T, H, W, O),
         weight=randn(O, *taps, I) if product else None,
         bias=randn(O, dtype=dtype if narrow_bias else torch.float32) if bias else None,
-        residual=randn(B, T, H, W, O) if residual else None,
+        residual=randn(B, T, H >> half, W >> half, O) if residual else None,
         skip=low,
     )
 
@@ -181,12 +185,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "bias of the dtype of x": {"bias": True, "narrow_bias": True},
     "residual": {"residual": True},
+    "residual upsampled": {"residual": True, "half": True},
     "x_l of the same size": {"skip": (1, 1, 1, 3)},
     "x_l half as long": {"skip": (2, 1, 1, 3)},
     "x_l of one frame, larger, not square": {"skip": (4, 2, 3, 3)},
     "x_l of one channel": {"skip": (2, 2, 2, 1)},
     "x_l of more channels than a product's 16": {"skip": (1, 1, 2, 17)},
     "all": {"bias": True, "residual": True, "skip": (2, 2, 2, 3)},
+    "all, upsampled": {"bias": True, "residual": True, "half": True, "skip": (2, 2, 2, 3)},
 }
 
 
@@ -207,6 +213,14 @@ def test_sizes_of_the_terms_alone(shape: tuple[int, ...]) -> None:
     B, T, H, W, O = shape
     options: dict[str, Any] = {"bias": True, "residual": True, "skip": (T, 1, 2, 3)}
     case = draw((B, T, H, W, 1, O, POINT), torch.float16, product=False, **options)
+    assert_as_good_as_the_chain(case)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (18, 10)], ids=["one pixel upsampled", "three splits"])
+def test_sizes_of_an_upsampled_residual(size: tuple[int, int]) -> None:
+    case = draw(
+        (2, 3, *size, 1, 128, POINT), torch.float16, product=False, residual=True, half=True
+    )
     assert_as_good_as_the_chain(case)
 
 
@@ -368,6 +382,7 @@ DOUBLE = draw(SMALL, torch.float64)
         ({"x": ones(2, 4, 4, 5, 6).mT}, "x must be contiguous"),
         ({"bias": ones(5)}, r"bias must be \[6\], not \[5\]"),
         ({"residual": ones(2, 4, 4, 6, 5)}, r"residual must be \[2, 4, 4, 6, 6\]"),
+        ({"residual": ones(2, 4, 2, 6, 6)}, r"residual must be .* upsampled, \[2, 4, 2, 3, 6\]"),
         ({"residual": ones(2, 4, 4, 6, 6).mT}, "residual must be contiguous"),
         ({"skip": (ones(1, 4, 4, 6, 3), ones(6, 3), ones(6))}, "skip's video"),
         ({"skip": (ones(2, 4, 4, 6, 3), ones(3, 6), ones(6))}, "skip's weight"),

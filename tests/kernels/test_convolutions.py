@@ -1,6 +1,5 @@
 """Convolution operators against per-frame and per-pixel arithmetic written out, in fp64."""
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels import upsampled_shortcut
 
 
 def randn(*shape: int) -> Tensor:
@@ -67,45 +68,61 @@ def test_conv3d_adds_the_residual() -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "transposed", "shuffled"])
-@pytest.mark.parametrize("size", [1, 3])
-def test_upsample_conv(size: int, impl: str) -> None:
-    x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, size, size, 5), randn(7)
+def test_upsample_conv(impl: str) -> None:
+    x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, 3, 3, 5), randn(7)
     expected = naive_conv(naive_up(x), weight[:, None], bias)
     torch.testing.assert_close(kernels.upsample_conv(x, weight, bias, impl=impl), expected)
 
 
-def test_upsampling_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with too many values for PyTorch's kernels: five frames as 2, 1 and 2."""
-    upsampling = importlib.import_module("kernels.upsample_conv")
-    x = torch.randn(1, 5, 3, 4, 4, requires_grad=True)
-    weight, dy = torch.randn(2, 1, 1, 3), torch.randn(1, 5, 2, 8, 8)
-    interpolate, num_frames, results = F.interpolate, [], []
+@pytest.mark.parametrize("setting", ["auto", "reference"])
+def test_an_upsampled_shortcut_is_the_projection_of_the_upsampled_input(setting: str) -> None:
+    x, weight, bias = randn(2, 3, 5, 8, 12), randn(7, 3, 3, 5), randn(7)
+    low, projection, shift = randn(2, 3, 4, 4, 6), randn(7, 1, 1, 4), randn(7)
+    shortcut = naive_conv(naive_up(low), projection[:, None], shift)
+    expected = naive_conv(x, weight[:, None], bias) + shortcut
+    residual = kernels.UpsampledShortcut(low, projection, shift)
+    with kernels.use(setting):
+        got = kernels.conv2d(x, weight, bias, residual_BTOHW=residual)
+    torch.testing.assert_close(got, expected)
 
-    def watched(frames: Tensor, **options: Any) -> Tensor:
-        num_frames.append(len(frames))
-        return interpolate(frames, **options)
 
-    monkeypatch.setattr(F, "interpolate", watched)
-    for most in (2**31, 2 * 2 * 64 + 1):  # a frame has 2 channels of 64 pixels
-        monkeypatch.setattr(upsampling, "MOST_UPSAMPLED", most)
-        y = kernels.upsample_conv(x, weight)
-        results.append((y, *torch.autograd.grad(y, x, dy)))
-    assert num_frames == [5, 2, 1, 2]
-    for whole, parts in zip(*results, strict=True):
-        assert torch.equal(whole, parts)
-        assert whole.stride() == parts.stride()
+def test_sums_of_four_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with too many values for PyTorch's kernels: five frames as 2, 2 and 1."""
+    dy = torch.randn(1, 5, 8 * 6, 3)
+    whole = upsampled_shortcut.sums_of_four(dy, (8, 6))
+    expected = dy.view(1, 5, 4, 2, 3, 2, 3).sum((3, 5)).flatten(2, 3)
+    torch.testing.assert_close(whole, expected)
+    num_frames = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten.upsample_nearest2d_backward.default:
+                num_frames.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    # A frame has 3 channels of 48 pixels; a part must have fewer values than this.
+    monkeypatch.setattr(upsampled_shortcut, "MOST_SUMMED", 2 * 3 * 48 + 1)
+    with Counted():
+        parts = upsampled_shortcut.sums_of_four(dy, (8, 6))
+    assert num_frames == [2, 2, 1]
+    assert torch.equal(whole, parts)
+    assert whole.stride() == parts.stride()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_upsampling_more_than_2_to_the_31_values() -> None:
-    x = torch.randn(1, 1, 64, 256, 256, device="cuda", dtype=torch.bfloat16)
-    x = x.expand(1, 129, -1, -1, -1).clone(memory_format=torch.contiguous_format).requires_grad_()
-    y = kernels.upsample_conv(x, torch.eye(64, device="cuda").view(64, 1, 1, 64))
+def test_an_upsampled_shortcut_to_more_than_2_to_the_31_values() -> None:
+    low = torch.randn(1, 1, 64, 256, 256, device="cuda", dtype=torch.bfloat16)
+    low = low.expand(1, 129, -1, -1, -1).contiguous().requires_grad_()
+    x = torch.ones(1, 129, 1, 512, 512, device="cuda", dtype=torch.bfloat16)
+    identity = torch.eye(64, device="cuda", dtype=torch.bfloat16).view(64, 1, 1, 64)
+    nothing = torch.zeros(64, device="cuda", dtype=torch.bfloat16)
+    shortcut = kernels.UpsampledShortcut(low, identity, nothing)
+    y = kernels.conv2d(x, torch.zeros_like(identity[..., :1]), residual_BTOHW=shortcut)
     assert y.numel() > 2**31
-    [dx] = torch.autograd.grad(y, x, y.detach())
-    assert torch.equal(y[:, 128, :, ::2, 1::2], x[:, 128])
-    assert torch.equal(dx, 4 * x)
+    [dlow] = torch.autograd.grad(y, low, y.detach())
+    assert torch.equal(y[:, 128, :, ::2, 1::2], low[:, 128])
+    assert torch.equal(dlow, 4 * low)
 
 
 @pytest.mark.parametrize("impl", ["reference", "folded"])

@@ -11,6 +11,7 @@ import kernels
 from engine.models import blocks
 from engine.models.blocks import GeneratorBlock2D, GeneratorBlock3D, Temporal
 from engine.models.generator import ClipGenerator, GeneratorTrunk
+from engine.models.norms import Features
 from engine.models.upsampler import UpsamplingGenerator
 
 BOTH = pytest.mark.parametrize("temporal", ["conv_gru", "separable_conv"])
@@ -107,14 +108,14 @@ def test_every_injection_adds_the_projected_x_l(temporal: Temporal) -> None:
     generator = upsampling_generator(temporal=temporal)
     z, _, low = inputs()
     places = [part for part in parts(generator) if part.injection is not None]
-    records: list[tuple[Tensor, ...]] = []
+    records: list[tuple[Features, Tensor, Tensor, Features]] = []
     for part in places:
         part.register_forward_hook(lambda _, args, y: records.append((*args, y)))
     generator(z, None, low)
     assert len(records) == len(places) == 5
-    for part, (x, cond, _, y) in zip(places, tuple(records), strict=True):
+    for part, (x, cond, _, (y, _)) in zip(places, tuple(records), strict=True):
         injection, part.injection = part.injection, None
-        without = part(x, cond, None)
+        without = part(x, cond, None).video
         weight, bias = injection.projection(torch.float32)
         small = low[..., :: 8 // y.shape[-1], :: 8 // y.shape[-1]].repeat_interleave(2, dim=1)
         added = torch.einsum("btihw,oi->btohw", small, weight[:, 0, 0])
@@ -127,18 +128,20 @@ def test_2d_block_is_what_the_paper_draws() -> None:
     for upsample, out in ((False, 6), (False, 4), (True, 6)):
         block = GeneratorBlock2D(6, out, 5, upsample=upsample, inject=False)
         _scramble_biases(block)
-        h = block.norm1(x, cond).value()
+        h = block.norm1(Features(x), cond).value()
         h, shortcut = (
             v.repeat_interleave(2, 3).repeat_interleave(2, 4) if upsample else v for v in (h, x)
         )
-        h = block.norm2(kernels.conv2d(h, *block.conv1(torch.float32)), cond).value()
+        h = Features(kernels.conv2d(h, *block.conv1(torch.float32)))
+        h = block.norm2(h, cond).value()
         h = kernels.conv2d(h, *block.conv2(torch.float32))
         if upsample or out != 6:
             assert block.shortcut is not None
             shortcut = kernels.conv2d(shortcut, *block.shortcut(torch.float32))
         else:
             assert block.shortcut is None
-        torch.testing.assert_close(block(x, cond, None), h + shortcut, check_stride=False)
+        y, _ = block(Features(x), cond, None)
+        torch.testing.assert_close(y, h + shortcut, check_stride=False)
 
 
 def test_3d_block_is_residual() -> None:
@@ -146,9 +149,10 @@ def test_3d_block_is_residual() -> None:
     x, cond = torch.randn(2, 3, 6, 4, 4), torch.randn(2, 5)
     block = GeneratorBlock3D(6, 5, inject=False)
     _scramble_biases(block)
-    h = kernels.separable_conv3d(block.norm1(x, cond).value(), *block.conv1(torch.float32))
+    h = block.norm1(Features(x), cond).value()
+    h = Features(kernels.separable_conv3d(h, *block.conv1(torch.float32)))
     h = kernels.separable_conv3d(block.norm2(h, cond).value(), *block.conv2(torch.float32))
-    torch.testing.assert_close(block(x, cond, None), h + x, check_stride=False)
+    torch.testing.assert_close(block(Features(x), cond, None).video, h + x, check_stride=False)
 
 
 def _scramble_biases(module: torch.nn.Module) -> None:
@@ -166,7 +170,9 @@ def test_bf16_computes_in_bf16_and_stays_close(kind: str, temporal: Temporal) ->
         generator = make(num_classes=5, temporal=temporal, compute_dtype=dtype)
         seen: set[torch.dtype] = set()
         for unit in generator.units:
-            unit.register_forward_hook(lambda _, args, y: seen.update((args[0].dtype, y.dtype)))
+            unit.register_forward_hook(
+                lambda _, args, y: seen.update((args[0].video.dtype, y.video.dtype))
+            )
         z, labels, low = inputs()
         video = generator(z, labels, 4 if kind == "clip" else low)
         video.sum().backward()
@@ -199,5 +205,5 @@ def test_wrong_inputs_are_named() -> None:
         ClipGenerator(resolution=32, channels=4, multipliers=(2, 1), temporal="conv_gru")
     with pytest.raises(ValueError, match="was given none"):
         blocks.GeneratorBlock3D(4, 5, inject=True)(
-            torch.randn(1, 2, 4, 4, 4), torch.randn(1, 5), None
+            Features(torch.randn(1, 2, 4, 4, 4)), torch.randn(1, 5), None
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import kernels
 from engine.errors import UserError
 from engine.models.norms import (
+    Features,
     FrameNorm,
     collect_statistics,
     fix_norm_statistics,
@@ -22,8 +23,8 @@ def test_condition_makes_gain_and_bias() -> None:
     x, cond = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 3)
     gain = 1 + cond @ norm.gain.normalized().T
     bias = cond @ norm.bias.normalized().T
-    torch.testing.assert_close(norm(x, cond).value(), kernels.frame_norm(x, gain, bias))
-    neutral = norm(x, torch.zeros(2, 3)).value()
+    torch.testing.assert_close(norm(Features(x), cond).value(), kernels.frame_norm(x, gain, bias))
+    neutral = norm(Features(x), torch.zeros(2, 3)).value()
     torch.testing.assert_close(neutral, kernels.frame_norm(x, torch.ones(2, 4), torch.zeros(2, 4)))
 
 
@@ -32,7 +33,7 @@ def test_collected_statistics_are_those_of_all_passes_together() -> None:
     torch.manual_seed(0)
     norm = FrameNorm(4, 3)
     passes = [2 * torch.randn(2, 3, 4, 5, 5) + i for i in range(4)]
-    collect_statistics(norm, lambda i: norm(passes[i], torch.zeros(2, 3)), 4)
+    collect_statistics(norm, lambda i: norm(Features(passes[i]), torch.zeros(2, 3)), 4)
     mean, var = kernels.frame_statistics(torch.cat(passes))
     assert norm.mean is not None
     assert norm.var is not None
@@ -44,8 +45,10 @@ def test_a_pass_that_collects_still_uses_its_own_batch() -> None:
     torch.manual_seed(0)
     norm = FrameNorm(4, 3)
     x, other, cond = torch.randn(2, 3, 4, 5, 5), torch.randn(2, 3, 4, 5, 5) + 5, torch.randn(2, 3)
-    expected, outputs = norm(x, cond).value(), []
-    collect_statistics(norm, lambda i: outputs.append(norm(x if i else other, cond).value()), 2)
+    expected, outputs = norm(Features(x), cond).value(), []
+    collect_statistics(
+        norm, lambda i: outputs.append(norm(Features(x if i else other), cond).value()), 2
+    )
     torch.testing.assert_close(outputs[1], expected)
     assert not outputs[1].requires_grad
 
