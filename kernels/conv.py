@@ -52,9 +52,13 @@ def conv2d_with_moments(
     *,
     residual_BTOHW: Tensor | UpsampledShortcut | None = None,
     skip: LowSkip | None = None,
+    only_graph: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """As `conv2d`, and the moments of the result where they cost little (else None)."""
+    """As `conv2d`, and the moments of the result where they cost little (else None).
+
+    `only_graph`: as `kernels.convolution.convolve`'s.
+    """
     return convolve(
         x_BTIHW,
         weight_OhwI,
@@ -63,6 +67,7 @@ def conv2d_with_moments(
         residual_BTOHW=residual_BTOHW,
         skip=skip,
         moments=True,
+        only_graph=only_graph,
         impl=impl,
     )
 

@@ -57,6 +57,8 @@ from kernels.upsampled_shortcut import (
     upsampled_shortcut,
 )
 
+_NOTHING = "nothing"
+
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance per (time step, channel), [T, C] each, without a gradient."""
 
@@ -133,11 +135,15 @@ def convolve(
     residual_BTOHW: Tensor | UpsampledShortcut | None = None,
     skip: LowSkip | None = None,
     moments: bool = False,
+    only_graph: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """Returns y, [B, T, O, H', W'] in the dtype of x, channels last in memory, and its moments.
 
-    They are None unless `moments` asks for them and the implementation has them for little.
+    They are None unless `moments` asks for them and the implementation has them for little. With
+    `only_graph` what is returned has y's gradient, but its values may be anything: for a pass that
+    is made again for its backward pass, of which this is the last operator.
+
     Raises ValueError for an x_l that does not fit, ImplementationError for an implementation that
     cannot run.
     """
@@ -157,7 +163,7 @@ def convolve(
     if form is None:
         norm_tensors = norms.rows(video), None, None, None, None
     shape = (*video.shape[:2], weight_OabI.shape[0], *layout.out_size)
-    residual = _residual(residual_BTOHW, shape, impl)
+    residual = _residual(residual_BTOHW, shape, impl, only_graph)
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
     own_moments = None
     # With nothing before or after it, a convolution is PyTorch's: the same is kept, and a Function
@@ -167,6 +173,8 @@ def convolve(
     bare = ends_here and impl == "pytorch" and not isinstance(x_BTIHW, Normalized)
     if bare or impl == REFERENCE or video.numel() == 0:
         y_BTSO = _compose(layout, form, tensors)
+    elif only_graph and torch.is_grad_enabled():
+        y_BTSO = _Convolution.apply(layout, form, _NOTHING, False, *tensors)
     else:
         # A Function costs some 50 µs of Python, also where nothing is to be kept.
         run = _Convolution.apply if torch.is_grad_enabled() else _forward
@@ -179,7 +187,10 @@ def convolve(
 
 
 def _residual(
-    residual: Tensor | UpsampledShortcut | None, shape: tuple[int, ...], impl: str
+    residual: Tensor | UpsampledShortcut | None,
+    shape: tuple[int, ...],
+    impl: str,
+    only_graph: bool,
 ) -> Tensor | None:
     """Rows of y's `shape`, or of half its height and width where they are to be upsampled."""
     if isinstance(residual, UpsampledShortcut):
@@ -189,7 +200,8 @@ def _residual(
             raise ValueError(f"the shortcut to {shape} must be of {half}, not {tuple(video.shape)}")
         if impl == REFERENCE:
             return norms.rows(upsampled_shortcut(residual))
-        residual, _ = convolve(video, weight, bias, Layout(size_of(video)), impl=impl)
+        layout = Layout(size_of(video))
+        residual, _ = convolve(video, weight, bias, layout, only_graph=only_graph, impl=impl)
     elif residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
     return None if residual is None else norms.rows(residual)
@@ -313,9 +325,13 @@ def _forward(
     """y, and its mean and variance if `moments` are wanted; without derivatives.
 
     The tensors: x, the norm's four, W, b, residual, and x_l's video, weight and bias, as many of
-    them as there are, else None.
+    them as there are, else None. `_NOTHING` computes nothing: values that nobody reads.
     """
     *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
+    if impl == _NOTHING:
+        x_BTSI: Tensor = norm_tensors[0]
+        height, width = layout.out_size
+        return x_BTSI.new_empty(*x_BTSI.shape[:2], height * width, weight.shape[0])
     a = _prologue(form, norm_tensors)
     size = layout.out_size
     terms = residual, video, low_weight, low_bias

@@ -51,9 +51,13 @@ def separable_conv3d_with_moments(
     *,
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
+    only_graph: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """As `separable_conv3d`, and the moments of the result where they cost little (else None)."""
+    """As `separable_conv3d`, and the moments of the result where they cost little (else None).
+
+    `only_graph`: as `kernels.convolution.convolve`'s.
+    """
     mixed_BTOHW = _over_time(x_BTIHW, temporal_weight_OtI, impl)
     return conv2d_with_moments(
         mixed_BTOHW,
@@ -61,6 +65,7 @@ def separable_conv3d_with_moments(
         bias_O,
         residual_BTOHW=residual_BTOHW,
         skip=skip,
+        only_graph=only_graph,
         impl=impl,
     )
 

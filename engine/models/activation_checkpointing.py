@@ -4,20 +4,23 @@
 |--------------------------|-----------------------------------------------------------------|
 | none                     | whatever a gradient reads, norms' results among it              |
 | norms                    | of a norm with its ReLU only the input; a pass of arithmetic    |
-| blocks                   | of a block only the inputs; its forward pass is computed twice  |
+| blocks                   | of a block only the inputs; all is computed twice that lies     |
+|                          | before its last convolution, whose result nobody reads again    |
 
 All three compute the same, bit for bit: a block computed again divides its weights by the same σ
 (power iteration is no part of a pass) and draws nothing at random.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from engine.models.layers import prepared_weights
+from engine.models.layers import NormalizedWeights, prepared_weights
 from engine.models.norms import frame_norms
 
 Checkpointing = Literal["none", "norms", "blocks"]
@@ -27,20 +30,42 @@ class Block(nn.Module):
     """A part of a network that can be computed again as a whole; to be called by `run_block`."""
 
     recomputed = False
+    _recomputing = False
+
+    @property
+    def only_graph(self) -> bool:
+        """Whether this pass is for the graph of the backward pass alone: nobody reads its result.
+
+        PyTorch ends such a pass when the last tensor is kept; a Function's are kept after it ran.
+        """
+        # A compiled block's two passes must be one program, which keeps the same tensors.
+        return not torch.compiler.is_compiling() and self._recomputing
+
+    @contextmanager
+    def recomputing(self, weights: NormalizedWeights) -> Iterator[None]:
+        """Within this context the block is computed again, with these weights."""
+        self._recomputing = True
+        try:
+            with weights:
+                yield
+        finally:
+            self._recomputing = False
 
 
-def run_block(block: nn.Module, *inputs: Any) -> Any:
+def run_block(block: Block, *inputs: Any) -> Any:
     """`block(*inputs)`; where it is `recomputed`, only `inputs` are kept for its backward pass."""
     if not (block.recomputed and torch.is_grad_enabled()):
         return block(*inputs)
     # Computing again comes after the pass: it is to see the very weights that are prepared now.
     weights = prepared_weights(block)
+    # Flat: PyTorch hands only tensors that are arguments themselves to hooks of saved tensors.
+    leaves, structure = tree_flatten(inputs)
     return checkpoint(
-        block,
-        *inputs,
+        lambda *leaves: block(*tree_unflatten(leaves, structure)),
+        *leaves,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), weights),
+        context_fn=lambda: (nullcontext(), block.recomputing(weights)),
     )
 
 

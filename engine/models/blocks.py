@@ -75,6 +75,7 @@ class GeneratorBlock2D(Block):
             *self.conv2(dtype),
             residual_BTOHW=self._residual(x.video),
             skip=_skip(self.injection, low, dtype),
+            only_graph=self.only_graph,
         )
         return Features(y, moments)
 
@@ -109,6 +110,7 @@ class GeneratorBlock3D(Block):
             *self.conv2(dtype),
             residual_BTOHW=x.video,
             skip=_skip(self.injection, low, dtype),
+            only_graph=self.only_graph,
         )
         return Features(y, moments)
 

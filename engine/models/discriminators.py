@@ -7,14 +7,14 @@ Shapes: B batch, T frames, t frames of x_l, K frames drawn, C channels, H x W pi
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from engine.models.activation_checkpointing import run_block
+from engine.models.activation_checkpointing import Block, run_block
 from engine.models.blocks import DiscriminatorBlock
 from engine.models.layers import Embedding, Linear, normalized_weights
 from engine.views import nearest_view
@@ -97,7 +97,7 @@ class ResidualTower(nn.Module):
             )
         h = x_BTCHW.to(self.compute_dtype)
         for block in self.blocks:
-            h = run_block(block, h)
+            h = run_block(cast(Block, block), h)
         h_BTF = F.relu(h).float().sum(dim=(3, 4))
         scores_BT: Tensor = self.score(h_BTF).squeeze(2)
         if self.embedding is None:

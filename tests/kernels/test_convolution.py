@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels.convolution import convolve
@@ -408,3 +409,38 @@ def test_a_shortcut_of_another_size_is_refused(impl: str | None) -> None:
     for wrong in cases.values():
         with pytest.raises(ValueError, match=r"the shortcut to \(2, 4, 6, 4, .\) must be of"):
             run("conv 3x3", wrong, impl)
+
+
+@pytest.mark.parametrize("impl", ["pytorch", "epilogue"])
+@pytest.mark.parametrize("more", [[*NORM, *TERMS], [*NORM, *SHORTCUT, *LOW]], ids=str)
+def test_a_graph_alone_has_the_same_gradients_and_costs_nothing(more: list[str], impl: str) -> None:
+    """But for the shortcut's projection, where that is PyTorch's own convolution."""
+    tensors = case("conv 3x3", more, dtype=torch.float32)
+
+    def function(leaves: Tensors, only_graph: bool) -> Tensor:
+        x = kernels.Normalized(leaves["x"], leaves["gain"], leaves["shift"])
+        residual: Any = leaves.get("residual")
+        if "shortcut" in leaves:
+            residual = kernels.UpsampledShortcut(*(leaves[k] for k in SHORTCUT))
+        y, _ = kernels.conv2d_with_moments(
+            x,
+            leaves["weight"],
+            leaves["bias"],
+            residual_BTOHW=residual,
+            skip=kernels.LowSkip(*(leaves[k] for k in LOW)),
+            only_graph=only_graph,
+            impl=impl,
+        )
+        return y
+
+    expected = gradients(partial(function, only_graph=False), tensors)
+    got = gradients(partial(function, only_graph=True), tensors)
+    assert got.pop("y").shape == expected.pop("y").shape
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    with FlopCounterMode(display=False) as counter:
+        function(leaves, only_graph=True)
+    projection = 2 * B * T * H * W // 4 * IN * OUT
+    its_own = projection if "shortcut" in more and impl == "pytorch" else 0
+    assert counter.get_total_flops() == its_own
