@@ -84,8 +84,10 @@ class PlainOperators:
         y = F.conv2d(self._video(x_BTIHW).flatten(0, 1), weight, bias, padding="same")
         return self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
 
-    def conv2d_with_moments(self, *arguments: Any, **named: Any) -> tuple[Tensor, Moments | None]:
-        """The norm that comes next takes its own."""
+    def conv2d_with_moments(
+        self, *arguments: Any, only_graph: bool = False, **named: Any
+    ) -> tuple[Tensor, Moments | None]:
+        """The norm that comes next takes its own; a block computed again is computed to its end."""
         return self.conv2d(*arguments, **named), None
 
     def upsample_conv(
@@ -161,7 +163,7 @@ class PlainOperators:
         )
 
     def separable_conv3d_with_moments(
-        self, *arguments: Any, **named: Any
+        self, *arguments: Any, only_graph: bool = False, **named: Any
     ) -> tuple[Tensor, Moments | None]:
         """As `conv2d_with_moments`."""
         return self.separable_conv3d(*arguments, **named), None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -127,10 +128,9 @@ def test_flops_are_those_that_pytorch_counts(operator: str) -> None:
     stage, network = OPERATORS[operator]
     for call in network_calls(kinetics(reduced=True), stage, operator, network):  # type: ignore[arg-type]
         call = Call(call.operator, {k: v for k, v in call.arguments.items() if k != "skip"})
-        arguments = {
-            name: v.detach().requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
-            for name, v in call.arguments.items()
-        }
+        arguments = tree_map_only(
+            torch.Tensor, lambda v: v.detach().requires_grad_(v.requires_grad), call.arguments
+        )
         with FlopCounterMode(display=False) as forward:
             y = call.function()(**arguments)
         assert forward.get_total_flops() == operator_cost(call, backward=False).flops, call.name
