@@ -27,7 +27,9 @@ from engine.models.construction import compute_dtype
 from engine.trainer.ranks import Ranks
 
 QUICK_SETUP = "stage2_6"
-COUNTED = [name for name, build in BUILDS.items() if not build.compiled]
+COUNTED = [
+    name for name, build in BUILDS.items() if not (build.compiled or build.usual_samples_only)
+]
 
 
 def leave_out(session: Session, setup: str, build: str, quick_builds: tuple[str, ...]) -> None:

@@ -9,6 +9,8 @@ Builds:
 - `bf16`: the same with bf16 activations, channels last;
 - `compiled`: that with torch.compile of G's and D's forward passes;
 - `ours`: this engine with the configuration's defaults, DeepSpeed included;
+- `graphs`: ours, replaying passes without gradients as CUDA graphs; at the paper's samples only,
+  where the GPU may wait for its host (a recording holds memory, for every size its own);
 - `blocks`: ours, recomputing every residual block in the backward pass.
 
 The first three are the operators of benchmarks/plain.py in the same networks, with PyTorch's own
@@ -74,6 +76,7 @@ class Build(NamedTuple):
     plain: bool
     overrides: tuple[str, ...] = ()
     compiled: bool = False
+    usual_samples_only: bool = False
 
 
 BUILDS = {
@@ -81,6 +84,12 @@ BUILDS = {
     "bf16": Build("plain bf16", True),
     "compiled": Build("plain bf16, torch.compile", True, compiled=True),
     "ours": Build("this engine", False),
+    "graphs": Build(
+        "this engine, CUDA graphs",
+        False,
+        ("training.acceleration=cuda_graphs",),
+        usual_samples_only=True,
+    ),
     "blocks": Build("this engine, blocks recomputed", False, ("training.checkpointing=blocks",)),
 }
 

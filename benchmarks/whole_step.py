@@ -31,6 +31,7 @@ from engine.errors import UserError
 from engine.planning.meta_step import Step, run_step
 from engine.planning.peak import Scaling, find_peak
 from engine.planning.zero_memory import VALUE_BYTES
+from engine.trainer.acceleration import accelerate
 from engine.trainer.ranks import Ranks
 
 
@@ -77,13 +78,16 @@ class Iterations:
             self.trainer.g_engine.destroy()
             self.trainer.d_engine.destroy()
 
-    def compile(self) -> None:
-        """From now on both networks' forward passes are compiled."""
-        assert self.operators is not None, "this engine is not compiled"
-        torch._dynamo.reset()
-        self.operators.compile()
-        for engine in (self.trainer.g_engine, self.trainer.d_engine):
-            engine.module.compile()
+    def accelerate(self) -> None:
+        """From now on passes are compiled or replayed, where the build says so."""
+        if self.operators is None:
+            stage = self.config.stages[self._setup.number]
+            accelerate(stage, self._builder.ranks, self.trainer, self._builder.previous)
+        elif self._build.compiled:
+            torch._dynamo.reset()
+            self.operators.compile()
+            for engine in (self.trainer.g_engine, self.trainer.d_engine):
+                engine.module.compile()
 
 
 def settling_nothing(build: Build) -> AbstractContextManager[None]:
@@ -113,8 +117,7 @@ def reduced(setup: Setup, build: Build, ranks: Ranks) -> Iterations:
     iterations = Iterations(
         setup._replace(samples=1), build, ranks, (*channels, "training.precision=fp32")
     )
-    if build.compiled:
-        iterations.compile()
+    iterations.accelerate()
     return iterations
 
 
@@ -200,6 +203,8 @@ def counted_step(name: str, build_name: str, *, search: bool = True) -> WholeSte
 
 # ------------------------------------------------------------------------------- on a GPU
 
+MOST_SAMPLES = 512  # the whole batch on one GPU
+
 
 class Search(NamedTuple):
     """What was tried, from the fewest samples up."""
@@ -232,7 +237,7 @@ def search(
     first: int,
     card_bytes: int,
     usable_bytes: int,
-    most_samples: int = 512,
+    most_samples: int = MOST_SAMPLES,
 ) -> Search:
     """Double the samples until they do not fit, into the card (None) or into `usable_bytes`.
 
@@ -294,8 +299,7 @@ def measured_step(
     with closing(Iterations(setup, build, ranks)) as iterations:
         with FlopCounterMode(display=False) as counter:
             iterations.at(1)()
-        if build.compiled:
-            iterations.compile()
+        iterations.accelerate()
 
         def attempt(samples: int) -> Attempt | None:
             free_memory()
@@ -306,6 +310,7 @@ def measured_step(
             first=setup.samples,
             card_bytes=torch.cuda.get_device_properties(device).total_memory,
             usable_bytes=max(USABLE_BYTES.values()),
+            most_samples=setup.samples if build.usual_samples_only else MOST_SAMPLES,
         )
     if not found.attempts:
         raise UserError(f"{setup.samples} samples of {setup.title} do not fit, {build.title}")
@@ -315,7 +320,7 @@ def measured_step(
         how="measured",
         tflop_per_sample=counter.get_total_flops() / 1e12,
         usual=found.attempts[0],
-        best=found.best,
+        best=None if build.usual_samples_only else found.best,
         fits={gpu: found.fits(size) for gpu, size in USABLE_BYTES.items()},
         matmul_tflop_per_s=matmul_tflop_per_s,
     )
