@@ -78,11 +78,13 @@ class PlainOperators:
         *,
         residual_BTOHW: Tensor | None = None,
         skip: kernels.LowSkip | None = None,
+        relu: bool = False,
     ) -> Tensor:
         """Every frame by itself."""
         weight, bias = self._parameters(x_BTIHW, weight_OhwI, bias_O)
         y = F.conv2d(self._video(x_BTIHW).flatten(0, 1), weight, bias, padding="same")
-        return self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
+        y = self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
+        return F.relu(y) if relu else y
 
     def conv2d_with_moments(self, *arguments: Any) -> tuple[Tensor, Moments | None]:
         """The norm that comes next takes its own."""
@@ -118,12 +120,14 @@ class PlainOperators:
         bias_O: Tensor | None = None,
         *,
         residual_BTOHW: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
         """In time and space at once."""
         weight, bias = self._parameters(x_BTIHW, weight_OthwI, bias_O)
         x_BITHW = self._volume(x_BTIHW)
         y = F.conv3d(x_BITHW, weight, bias, padding="same").transpose(1, 2)
-        return self._plus(y, residual_BTOHW, None)
+        y = self._plus(y, residual_BTOHW, None)
+        return F.relu(y) if relu else y
 
     def conv_pool3d(
         self,

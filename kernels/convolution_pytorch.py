@@ -1,8 +1,10 @@
 """PyTorch's convolution for `kernels.convolution`, its gradients, and the terms after it.
 
-Shapes as there: x is rows [B, T, S, I], contiguous, W [O, a, b, I] as it is kept.
+Shapes as there: x is rows [B, T, S, I], contiguous, W [O, a, b, I] (of volumes [O, t, h, w, I]) as
+it is kept.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from kernels.low_skip import LowSkip, add_projected_
 
 
 class Layout(NamedTuple):
-    """What a convolution slides over, and how; it pads with zeros to the same size."""
+    """What a convolution slides over, and how; it pads with zeros to the same size, or to the size
+    of what it resamples to."""
 
     size: tuple[int, int]
     """H, W of x."""
@@ -21,23 +24,78 @@ class Layout(NamedTuple):
     """Over time and [H·W] instead of over H and W."""
     upsample: bool = False
     """Transposed, 4x4 with stride 2: `folding.upsampling_kernel`'s."""
+    volume: bool = False
+    """Over time, H and W at once: W is [O, t, h, w, I]."""
+    pooling: tuple[int, int, int] = (1, 1, 1)
+    """Stride over frames, rows and columns, of `folding.pooling_kernel`'s, which have a tap more
+    along those that are 2."""
 
     @property
     def out_size(self) -> tuple[int, int]:
         """H, W of y."""
         scale = 2 if self.upsample else 1
-        return scale * self.size[0], scale * self.size[1]
+        return scale * self.size[0] // self.pooling[1], scale * self.size[1] // self.pooling[2]
+
+    @property
+    def resamples(self) -> bool:
+        """Whether y is of another size or length than x."""
+        return self.upsample or self.pooling != (1, 1, 1)
+
+    def out_frames(self, num_frames: int) -> int:
+        """T of y."""
+        return num_frames // self.pooling[0]
 
 
 def convolution(
-    layout: Layout, x_BTSI: Tensor, weight_OabI: Tensor, bias_O: Tensor | None
+    layout: Layout,
+    x_BTSI: Tensor,
+    weight_OabI: Tensor,
+    bias_O: Tensor | None,
+    *,
+    relu: bool = False,
 ) -> Tensor:
-    """W * x + b, [B, T, S', O]; differentiable."""
+    """W * x + b or its ReLU, [B, T', S', O]; differentiable."""
     image, kernel = _as_image(layout, layout.size, x_BTSI), _as_kernel(layout, weight_OabI)
     stride, padding, *_ = _numbers(layout, weight_OabI)
-    # Not aten's operator by name, which on a CPU is called 25 µs more slowly.
-    convolve = F.conv_transpose2d if layout.upsample else F.conv2d
-    return _as_rows(layout, convolve(image, kernel, bias_O, stride, padding), x_BTSI)
+    if layout.volume:
+        y = convolve_volume(image, kernel, bias_O, stride=stride, padding=padding)
+    else:
+        # Not aten's operator by name, which on a CPU is called 25 µs more slowly.
+        convolve = F.conv_transpose2d if layout.upsample else F.conv2d
+        y = convolve(image, kernel, bias_O, stride, padding)
+    if relu:
+        # In place: new memory costs a CPU more than the arithmetic. Before y is seen as rows, since
+        # to a change of a view autograd answers with copies of the whole; and in the rows' layout,
+        # so that what comes next keeps this very tensor.
+        rows = torch.channels_last_3d if layout.volume else torch.channels_last
+        y = F.relu(y.contiguous(memory_format=rows), inplace=True)
+    return _as_rows(layout, y, x_BTSI)
+
+
+def convolve_volume(
+    x_BITHW: Tensor,
+    weight_OIthw: Tensor,
+    bias_O: Tensor | None,
+    *,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int],
+) -> Tensor:
+    """`F.conv3d`, but on a CPU in fp32 whatever the dtype.
+
+    oneDNN's bf16 weight gradient is uninitialised memory for some shapes, such as the matching
+    discriminator's 6 channels and 2 frames (torch 2.13; see tests/kernels/test_convolutions.py).
+    """
+    if not _too_narrow(x_BITHW):
+        return F.conv3d(x_BITHW, weight_OIthw, bias_O, stride=stride, padding=padding)
+    bias_O = None if bias_O is None else bias_O.float()
+    y_BOTHW = F.conv3d(
+        x_BITHW.float(), weight_OIthw.float(), bias_O, stride=stride, padding=padding
+    )
+    return y_BOTHW.to(x_BITHW.dtype)
+
+
+def _too_narrow(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def gradients(
@@ -48,12 +106,18 @@ def gradients(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x, the weight and the bias."""
+    dtype = x_BTSI.dtype
+    if layout.volume and _too_narrow(x_BTSI):
+        dy_BTSO, x_BTSI, weight_OabI = dy_BTSO.float(), x_BTSI.float(), weight_OabI.float()
     dx, dkernel, dbias = torch.ops.aten.convolution_backward.default(
         _as_image(layout, layout.out_size, dy_BTSO), _as_image(layout, layout.size, x_BTSI),
         _as_kernel(layout, weight_OabI), [weight_OabI.shape[0]],
         *_numbers(layout, weight_OabI), list(wanted),
     )  # fmt: skip
-    as_kept = (1, 2, 3, 0) if layout.upsample else (0, 2, 3, 1)
+    if x_BTSI.dtype != dtype:
+        dx, dkernel, dbias = (None if v is None else v.to(dtype) for v in (dx, dkernel, dbias))
+    as_kept: tuple[int, ...] = (1, 2, 3, 0) if layout.upsample else (0, 2, 3, 1)
+    as_kept = (0, 2, 3, 4, 1) if layout.volume else as_kept
     return (
         None if dx is None else _as_rows(layout, dx, x_BTSI),
         None if dkernel is None else dkernel.permute(as_kept),
@@ -62,13 +126,19 @@ def gradients(
 
 
 def add_terms_(
-    y_BTSO: Tensor, residual_BTSO: Tensor | None, skip: LowSkip | None, size: tuple[int, int]
+    y_BTSO: Tensor,
+    residual_BTSO: Tensor | None,
+    skip: LowSkip | None,
+    size: tuple[int, int],
+    relu: bool,
 ) -> None:
     """In place and without derivatives."""
     if residual_BTSO is not None:
         changeable(y_BTSO).add_(residual_BTSO)
     if skip is not None:
         add_projected_(as_video(y_BTSO, size), skip)
+    if relu:
+        changeable(y_BTSO).relu_()
 
 
 def changeable(y: Tensor) -> Tensor:
@@ -90,18 +160,25 @@ def _numbers(layout: Layout, weight_OabI: Tensor) -> tuple[Any, ...]:
     """Stride, padding, dilation, transposed, output padding and groups."""
     if layout.upsample:
         return [2, 2], [1, 1], [1, 1], True, [0, 0], 1
-    return [1, 1], [size // 2 for size in weight_OabI.shape[1:3]], [1, 1], False, [0, 0], 1
+    taps = weight_OabI.shape[1:-1]
+    stride = layout.pooling[-len(taps) :]
+    padding = [(size - 1) // 2 for size in taps]
+    return [*stride], padding, [1] * len(taps), False, [0] * len(taps), 1
 
 
 def _as_image(layout: Layout, size: tuple[int, int], x_BTSC: Tensor) -> Tensor:
-    """A channels-last view: frames [B*T, C, H, W], or [B, C, T, S]."""
+    """A channels-last view: frames [B*T, C, H, W], a volume [B, C, T, H, W], or [B, C, T, S]."""
     B, T, _, C = x_BTSC.shape
+    if layout.volume:
+        return x_BTSC.reshape(B, T, *size, C).permute(0, 4, 1, 2, 3)
     image = x_BTSC if layout.columns else x_BTSC.reshape(B * T, *size, C)
     return image.permute(0, 3, 1, 2)
 
 
 def _as_rows(layout: Layout, y_NChw: Tensor, like_BTSC: Tensor) -> Tensor:
-    """[B, T, S', C], contiguous again."""
+    """[B, T', S', C], contiguous again."""
+    if layout.volume:
+        return y_NChw.permute(0, 2, 3, 4, 1).contiguous().flatten(2, 3)
     B, T, _, _ = like_BTSC.shape
     _, C, height, width = y_NChw.shape
     num_pixels = width if layout.columns else height * width
@@ -109,5 +186,7 @@ def _as_rows(layout: Layout, y_NChw: Tensor, like_BTSC: Tensor) -> Tensor:
 
 
 def _as_kernel(layout: Layout, weight_OabI: Tensor) -> Tensor:
-    """PyTorch's [O, I, a, b], of a transposed convolution [I, O, a, b]."""
+    """PyTorch's [O, I, a, b], of a transposed convolution [I, O, a, b], of a volume's 3 axes."""
+    if layout.volume:
+        return weight_OabI.permute(0, 4, 1, 2, 3)
     return weight_OabI.permute((3, 0, 1, 2) if layout.upsample else (0, 3, 1, 2))

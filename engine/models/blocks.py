@@ -197,7 +197,7 @@ class DiscriminatorBlock(Block):
         residual = x_BTCHW if pooling is None else kernels.average_pool(x_BTCHW, pooling)
         residual = kernels.conv2d(residual, *self.shortcut(dtype))
         h = F.relu(x_BTCHW) if self.leading_relu else x_BTCHW
-        h = F.relu(conv(h, *self.conv1(dtype)))
+        h = conv(h, *self.conv1(dtype), relu=True)
         if pooling is None:
             return conv(h, *self.conv2(dtype), residual_BTOHW=residual)
         # The weight as it is kept, in fp32: pooling is folded into it, and only then it is rounded.

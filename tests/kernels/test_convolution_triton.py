@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.conv import convolve_volume
+from kernels.convolution_pytorch import convolve_volume
 from kernels.low_skip import LowSkip, add_low_skip
 
 convolution = pytest.importorskip("kernels.convolution_triton")
