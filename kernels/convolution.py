@@ -151,21 +151,24 @@ def convolve(
             video = x_BTIHW.value(norm_impl)
         else:
             norm_tensors, form = x_BTIHW.prepare(norm_impl)
-    if form is None:
-        norm_tensors = norms.rows(video), None, None, None, None
     num_frames = layout.out_frames(video.shape[1])
     shape = (len(video), num_frames, weight_OabI.shape[0], *layout.out_size)
     if residual_BTOHW is not None and residual_BTOHW.shape != shape:
         raise ValueError(f"residual must be {shape}, not {tuple(residual_BTOHW.shape)}")
+    # With no norm before it and no x_l after it, a convolution is PyTorch's: the same is kept, and
+    # a Function of our own would cost a CPU some 50 µs of Python. But where a norm is in front,
+    # whether that is kept shall change no bit, and PyTorch may sum a bias's gradient otherwise.
+    if impl == "pytorch" and skip is None and not isinstance(x_BTIHW, Normalized):
+        y_BTOHW = convolution_pytorch.convolve_video(
+            layout, video, weight_OabI, bias_O, residual_BTOHW, relu
+        )
+        return y_BTOHW, None
+    if form is None:
+        norm_tensors = norms.rows(video), None, None, None, None
     residual = None if residual_BTOHW is None else norms.rows(residual_BTOHW)
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
     own_moments = None
-    # With nothing before or after it, a convolution is PyTorch's: the same is kept, and a Function
-    # of our own would cost a CPU some 50 µs of Python. But where a norm is in front, whether it is
-    # kept shall change no bit, and PyTorch may sum a bias's gradient in another order.
-    ends_here = residual is None and skip is None
-    bare = ends_here and impl == "pytorch" and not isinstance(x_BTIHW, Normalized)
-    if bare or impl == REFERENCE or video.numel() == 0:
+    if impl == REFERENCE or video.numel() == 0:
         y_BTSO = _compose(layout, form, tensors, relu=relu)
     else:
         # A Function costs some 50 µs of Python, also where nothing is to be kept.
@@ -399,8 +402,6 @@ def _compose(
     """The equation in differentiable operators, of what `_Convolution` takes."""
     *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
     a = norm_tensors[0] if form is None else norm_operators.differentiable(norm_tensors, form)
-    if residual is None and video is None:
-        return convolution_pytorch.convolution(layout, a, weight, bias, relu=relu)
     y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
     y_BTSO = y_BTSO if residual is None else y_BTSO + residual
     if video is not None:

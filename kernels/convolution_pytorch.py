@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.layout import channels_last, fold_frames
 from kernels.low_skip import LowSkip, add_projected_
 
 
@@ -47,29 +48,52 @@ class Layout(NamedTuple):
 
 
 def convolution(
+    layout: Layout, x_BTSI: Tensor, weight_OabI: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    """W * x + b, [B, T', S', O]; differentiable."""
+    image = _as_image(layout, layout.size, x_BTSI)
+    return _as_rows(layout, _convolve_image(layout, image, weight_OabI, bias_O), x_BTSI)
+
+
+def convolve_video(
     layout: Layout,
-    x_BTSI: Tensor,
+    x_BTIHW: Tensor,
     weight_OabI: Tensor,
     bias_O: Tensor | None,
-    *,
-    relu: bool = False,
+    residual_BTOHW: Tensor | None,
+    relu: bool,
 ) -> Tensor:
-    """W * x + b or its ReLU, [B, T', S', O]; differentiable."""
-    image, kernel = _as_image(layout, layout.size, x_BTSI), _as_kernel(layout, weight_OabI)
+    """[relu of] W * x + b [+ residual], [B, T', O, H', W']; differentiable.
+
+    By few operators: small videos take a CPU as long as it takes to call them.
+    """
+    image = _video_as_image(layout, x_BTIHW)
+    y = _convolve_image(layout, image, weight_OabI, bias_O)
+    # As what comes next will have it and keep it, a ReLU's gradient too.
+    rows = torch.channels_last_3d if layout.volume else torch.channels_last
+    y = y.contiguous(memory_format=rows)
+    # In place: new memory costs a CPU more than the arithmetic. And before y is a view, to whose
+    # change autograd answers with copies of the whole.
+    if residual_BTOHW is not None:
+        y = y.add_(_video_as_image(layout, residual_BTOHW))
+    if relu:
+        y = F.relu(y, inplace=True)
+    if layout.columns:
+        y = y.unflatten(3, layout.size)
+    over_time = layout.volume or layout.columns
+    return y.transpose(1, 2) if over_time else y.unflatten(0, x_BTIHW.shape[:2])
+
+
+def _convolve_image(
+    layout: Layout, image: Tensor, weight_OabI: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    kernel = _as_kernel(layout, weight_OabI)
     stride, padding, *_ = _numbers(layout, weight_OabI)
     if layout.volume:
-        y = convolve_volume(image, kernel, bias_O, stride=stride, padding=padding)
-    else:
-        # Not aten's operator by name, which on a CPU is called 25 µs more slowly.
-        convolve = F.conv_transpose2d if layout.upsample else F.conv2d
-        y = convolve(image, kernel, bias_O, stride, padding)
-    if relu:
-        # In place: new memory costs a CPU more than the arithmetic. Before y is seen as rows, since
-        # to a change of a view autograd answers with copies of the whole; and in the rows' layout,
-        # so that what comes next keeps this very tensor.
-        rows = torch.channels_last_3d if layout.volume else torch.channels_last
-        y = F.relu(y.contiguous(memory_format=rows), inplace=True)
-    return _as_rows(layout, y, x_BTSI)
+        return convolve_volume(image, kernel, bias_O, stride=stride, padding=padding)
+    # Not aten's operator by name, which on a CPU is called 25 µs more slowly.
+    convolve = F.conv_transpose2d if layout.upsample else F.conv2d
+    return convolve(image, kernel, bias_O, stride, padding)
 
 
 def convolve_volume(
@@ -173,6 +197,13 @@ def _as_image(layout: Layout, size: tuple[int, int], x_BTSC: Tensor) -> Tensor:
         return x_BTSC.reshape(B, T, *size, C).permute(0, 4, 1, 2, 3)
     image = x_BTSC if layout.columns else x_BTSC.reshape(B * T, *size, C)
     return image.permute(0, 3, 1, 2)
+
+
+def _video_as_image(layout: Layout, x_BTCHW: Tensor) -> Tensor:
+    """As `_as_image`."""
+    if layout.columns:
+        return channels_last(x_BTCHW).transpose(1, 2).flatten(3)
+    return channels_last(x_BTCHW).transpose(1, 2) if layout.volume else fold_frames(x_BTCHW)
 
 
 def _as_rows(layout: Layout, y_NChw: Tensor, like_BTSC: Tensor) -> Tensor:
