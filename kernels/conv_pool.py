@@ -16,7 +16,8 @@ every pooled axis. FLOPs per input element, in units of I·O:
 | reference | 18 | 54        | 54        | W * x + b, once written and once read |
 | folded    | 8  | 24        | 16        | nothing                               |
 
-Both are the same function; derivatives of any order are autograd's.
+Both are the same function, with derivatives of any order. The folded form is one of
+`kernels.convolution`'s, which adds bias and residual in one pass where it runs on CUDA.
 """
 
 from torch import Tensor
