@@ -490,11 +490,12 @@ def test_what_does_not_fit_is_refused(
         run("conv 3x3", tensors, impl)
 
 
-def test_a_residual_alone_may_want_a_gradient() -> None:
-    tensors = case("conv 3x3", [*NORM, *TERMS])
+@pytest.mark.parametrize("kind", ["conv 3x3", "relu 3x3"])
+def test_a_residual_alone_may_want_a_gradient(kind: str) -> None:
+    tensors = case(kind, [*NORM, *TERMS])
     residual = tensors["residual"].requires_grad_()
-    y = run("conv 3x3", tensors)
+    y = run(kind, tensors)
     for graph in (False, True):
         [dresidual] = torch.autograd.grad(y.square().sum(), residual, create_graph=graph)
         torch.testing.assert_close(dresidual, 2 * y)
-        y = run("conv 3x3", tensors)
+        y = run(kind, tensors)
