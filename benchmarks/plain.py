@@ -78,16 +78,17 @@ class PlainOperators:
         *,
         residual_BTOHW: Tensor | kernels.UpsampledShortcut | None = None,
         skip: kernels.LowSkip | None = None,
+        relu: bool = False,
+        only_graph: bool = False,
     ) -> Tensor:
         """Every frame by itself."""
         weight, bias = self._parameters(x_BTIHW, weight_OhwI, bias_O)
         y = F.conv2d(self._video(x_BTIHW).flatten(0, 1), weight, bias, padding="same")
-        return self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
+        y = self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
+        return F.relu(y) if relu else y
 
-    def conv2d_with_moments(
-        self, *arguments: Any, only_graph: bool = False, **named: Any
-    ) -> tuple[Tensor, Moments | None]:
-        """The norm that comes next takes its own; a block computed again is computed to its end."""
+    def conv2d_with_moments(self, *arguments: Any, **named: Any) -> tuple[Tensor, Moments | None]:
+        """The norm that comes next takes its own."""
         return self.conv2d(*arguments, **named), None
 
     def upsample_conv(
@@ -107,6 +108,7 @@ class PlainOperators:
         bias_O: Tensor | None = None,
         *,
         residual_BTOHW: Tensor | None = None,
+        only_graph: bool = False,
     ) -> Tensor:
         """Convolve, then pool."""
         y = self.average_pool(self.conv2d(x_BTIHW, weight_OhwI, bias_O))
@@ -119,12 +121,15 @@ class PlainOperators:
         bias_O: Tensor | None = None,
         *,
         residual_BTOHW: Tensor | None = None,
+        relu: bool = False,
+        only_graph: bool = False,
     ) -> Tensor:
         """In time and space at once."""
         weight, bias = self._parameters(x_BTIHW, weight_OthwI, bias_O)
         x_BITHW = self._volume(x_BTIHW)
         y = F.conv3d(x_BITHW, weight, bias, padding="same").transpose(1, 2)
-        return self._plus(y, residual_BTOHW, None)
+        y = self._plus(y, residual_BTOHW, None)
+        return F.relu(y) if relu else y
 
     def conv_pool3d(
         self,
@@ -134,6 +139,7 @@ class PlainOperators:
         *,
         residual_BTOHW: Tensor | None = None,
         pooling: kernels.Pooling = (1, 2, 2),
+        only_graph: bool = False,
     ) -> Tensor:
         """Convolve, then pool."""
         y = self.average_pool(self.conv3d(x_BTIHW, weight_OthwI, bias_O), pooling)
@@ -155,6 +161,7 @@ class PlainOperators:
         *,
         residual_BTOHW: Tensor | None = None,
         skip: kernels.LowSkip | None = None,
+        only_graph: bool = False,
     ) -> Tensor:
         """A convolution over time, then one over space."""
         mixed = self.conv3d(x_BTIHW, temporal_weight_OtI[:, :, None, None])
@@ -163,7 +170,7 @@ class PlainOperators:
         )
 
     def separable_conv3d_with_moments(
-        self, *arguments: Any, only_graph: bool = False, **named: Any
+        self, *arguments: Any, **named: Any
     ) -> tuple[Tensor, Moments | None]:
         """As `conv2d_with_moments`."""
         return self.separable_conv3d(*arguments, **named), None

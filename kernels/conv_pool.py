@@ -16,22 +16,19 @@ every pooled axis. FLOPs per input element, in units of I·O:
 | reference | 18 | 54        | 54        | W * x + b, once written and once read |
 | folded    | 8  | 24        | 16        | nothing                               |
 
-Both are the same function; derivatives of any order are autograd's.
+Both are the same function, with derivatives of any order. The folded form is one of
+`kernels.convolution`'s, which adds bias and residual in one pass where it runs on CUDA.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.conv import add, conv2d, conv3d, convolve_volume
+from kernels.conv import conv2d, conv3d
+from kernels.convolution import convolve, size_of
+from kernels.convolution_pytorch import Layout
 from kernels.folding import pooling_kernel
 from kernels.implementation import REFERENCE, Implementation, Operator, everywhere
-from kernels.layout import (
-    channels_last,
-    conv2d_weight,
-    conv3d_weight,
-    fold_frames,
-    unfold_frames,
-)
+from kernels.layout import fold_frames, unfold_frames
 
 Pooling = tuple[int, int, int]
 
@@ -57,24 +54,36 @@ def conv_pool2d_reference(
     x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
 ) -> Tensor:
     """As the equation stands, frame by frame."""
-    return average_pool(conv2d(x_BTIHW, *_cast(x_BTIHW, weight_OhwI, bias_O)))
+    parameters = _cast(x_BTIHW, weight_OhwI, bias_O)
+    return average_pool(conv2d(x_BTIHW, *parameters, impl=REFERENCE))
 
 
 def conv_pool2d_folded(
-    x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
+    x_BTIHW: Tensor,
+    weight_OhwI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    residual_BTOHW: Tensor | None = None,
+    only_graph: bool = False,
+    impl: str | None = None,
 ) -> Tensor:
-    """The same as one convolution of stride 2, 4x4 for a 3x3 weight."""
+    """The same as one convolution of stride 2, 4x4 for a 3x3 weight, plus the residual.
+
+    `impl` is one of the convolution's.
+    """
     _check(x_BTIHW, (1, 2, 2))
     folded = weight_OhwI if is_folded(weight_OhwI) else pooling_kernel(weight_OhwI, (2, 2))
-    kernel, bias = _cast(x_BTIHW, folded, bias_O)
-    frames = F.conv2d(
-        fold_frames(x_BTIHW),
-        conv2d_weight(kernel),
-        bias,
-        stride=2,
-        padding=(weight_OhwI.shape[1] - 1) // 2,
+    parameters = _cast(x_BTIHW, folded, bias_O)
+    layout = Layout(size_of(x_BTIHW), pooling=(1, 2, 2))
+    y_BTOHW, _ = convolve(
+        x_BTIHW,
+        *parameters,
+        layout,
+        residual_BTOHW=residual_BTOHW,
+        only_graph=only_graph,
+        impl=impl,
     )
-    return unfold_frames(frames, x_BTIHW.shape[1])
+    return y_BTOHW
 
 
 def conv_pool2d(
@@ -83,16 +92,26 @@ def conv_pool2d(
     bias_O: Tensor | None = None,
     *,
     residual_BTOHW: Tensor | None = None,
+    only_graph: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Convolve every frame by itself, pool, add the (already pooled) residual.
 
-    Returns [B, T, O, H // 2, W // 2] in the dtype of x. `impl` is "folded" or
-    "reference".
+    Returns [B, T, O, H // 2, W // 2] in the dtype of x. `only_graph` as
+    `kernels.convolution.convolve`'s; `impl` is "folded" or "reference".
     """
     refers = _OPERATOR2D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
-    run = conv_pool2d_reference if refers and not is_folded(weight_OhwI) else conv_pool2d_folded
-    return add(run(x_BTIHW, weight_OhwI, bias_O), residual_BTOHW)
+    if refers and not is_folded(weight_OhwI):
+        return _add(conv_pool2d_reference(x_BTIHW, weight_OhwI, bias_O), residual_BTOHW)
+    form = REFERENCE if refers else None
+    return conv_pool2d_folded(
+        x_BTIHW,
+        weight_OhwI,
+        bias_O,
+        residual_BTOHW=residual_BTOHW,
+        only_graph=only_graph,
+        impl=form,
+    )
 
 
 def conv_pool3d_reference(
@@ -102,7 +121,8 @@ def conv_pool3d_reference(
     pooling: Pooling = (1, 2, 2),
 ) -> Tensor:
     """As the equation stands."""
-    return average_pool(conv3d(x_BTIHW, *_cast(x_BTIHW, weight_OthwI, bias_O)), pooling)
+    parameters = _cast(x_BTIHW, weight_OthwI, bias_O)
+    return average_pool(conv3d(x_BTIHW, *parameters, impl=REFERENCE), pooling)
 
 
 def conv_pool3d_folded(
@@ -110,18 +130,29 @@ def conv_pool3d_folded(
     weight_OthwI: Tensor,
     bias_O: Tensor | None = None,
     pooling: Pooling = (1, 2, 2),
+    *,
+    residual_BTOHW: Tensor | None = None,
+    only_graph: bool = False,
+    impl: str | None = None,
 ) -> Tensor:
-    """The same as one convolution of stride `pooling`, 3x4x4 or 4x4x4 for a 3x3x3 weight."""
+    """The same as one convolution of stride `pooling`, 3x4x4 or 4x4x4 for a 3x3x3 weight, plus the
+    residual. `impl` is one of the convolution's."""
     _check(x_BTIHW, pooling)
     if is_folded(weight_OthwI) and (weight_OthwI.shape[1] % 2 == 0) != (pooling[0] == 2):
         sizes = tuple(weight_OthwI.shape[1:4])
         raise ValueError(f"a kernel of {sizes} is not one that {pooling} is folded into")
     folded = weight_OthwI if is_folded(weight_OthwI) else pooling_kernel(weight_OthwI, pooling)
-    kernel, bias = _cast(x_BTIHW, folded, bias_O)
-    padding = [(size - 1) // 2 for size in weight_OthwI.shape[1:4]]
-    x_BITHW = channels_last(x_BTIHW).transpose(1, 2)
-    y_BOTHW = convolve_volume(x_BITHW, conv3d_weight(kernel), bias, stride=pooling, padding=padding)
-    return y_BOTHW.transpose(1, 2)
+    parameters = _cast(x_BTIHW, folded, bias_O)
+    layout = Layout(size_of(x_BTIHW), volume=True, pooling=pooling)
+    y_BTOHW, _ = convolve(
+        x_BTIHW,
+        *parameters,
+        layout,
+        residual_BTOHW=residual_BTOHW,
+        only_graph=only_graph,
+        impl=impl,
+    )
+    return y_BTOHW
 
 
 def conv_pool3d(
@@ -131,16 +162,27 @@ def conv_pool3d(
     *,
     residual_BTOHW: Tensor | None = None,
     pooling: Pooling = (1, 2, 2),
+    only_graph: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Convolve in time and space, pool, add the (already pooled) residual.
 
-    Returns [B, T // pooling[0], O, H // 2, W // 2] in the dtype of x. `impl` as in `conv_pool2d`.
+    Returns [B, T // pooling[0], O, H // 2, W // 2] in the dtype of x. The rest as in `conv_pool2d`.
     Raises ValueError as `average_pool` does.
     """
     refers = _OPERATOR3D.choose(impl, x_BTIHW.device, x_BTIHW.dtype) == REFERENCE
-    run = conv_pool3d_reference if refers and not is_folded(weight_OthwI) else conv_pool3d_folded
-    return add(run(x_BTIHW, weight_OthwI, bias_O, pooling), residual_BTOHW)
+    if refers and not is_folded(weight_OthwI):
+        return _add(conv_pool3d_reference(x_BTIHW, weight_OthwI, bias_O, pooling), residual_BTOHW)
+    form = REFERENCE if refers else None
+    return conv_pool3d_folded(
+        x_BTIHW,
+        weight_OthwI,
+        bias_O,
+        pooling,
+        residual_BTOHW=residual_BTOHW,
+        only_graph=only_graph,
+        impl=form,
+    )
 
 
 def is_folded(weight: Tensor) -> bool:
@@ -154,6 +196,10 @@ def _check(x_BTCHW: Tensor, pooling: Pooling) -> None:
     size = (x_BTCHW.shape[1], *x_BTCHW.shape[3:])
     if any(length < box for length, box in zip(size, pooling, strict=True)):
         raise ValueError(f"a video of {size} (frames, rows, columns) is smaller than {pooling}")
+
+
+def _add(y_BTOHW: Tensor, residual_BTOHW: Tensor | None) -> Tensor:
+    return y_BTOHW if residual_BTOHW is None else y_BTOHW + residual_BTOHW
 
 
 def _cast(x_BTIHW: Tensor, weight: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:

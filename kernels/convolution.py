@@ -1,24 +1,26 @@
 r"""One convolution with all that stands before and after it, and what it keeps for backward.
 
-y = W * a + b [+ residual] [+ projected x_l],   a = x or relu(norm(x))
+y = [relu of] W * a + b [+ residual] [+ projected x_l],   a = x or relu(norm(x))
 
 The residual is of y's size, or an upsampling block's shortcut (`kernels.upsampled_shortcut`).
 
-The operators `conv2d`, `separable_conv3d` and `upsample_conv` are this with different W. A norm
-and its ReLU in front are not kept: the backward pass makes `a` again from x and the statistics,
-elementwise, so a convolution behind a norm keeps x, which the norm needs anyway, where autograd
-would keep x and a. The residual and y are not kept at all.
+The operators `conv2d`, `conv3d`, `separable_conv3d`, `upsample_conv`, `conv_pool2d` and
+`conv_pool3d` are this with different W. A norm and its ReLU in front are not kept: the backward
+pass makes `a` again from x and the statistics, elementwise, so a convolution behind a norm keeps x,
+which the norm needs anyway, where autograd would keep x and a. The residual is not kept at all, and
+y only where it is a ReLU, whose gradient reads it; what comes next keeps it as its own x.
 
 Shapes: B batch, T frames, S = H·W pixels, I input and O output channels; x is rows [B, T, S, I],
 contiguous. W is [O, a, b, I] over two axes, rows and columns of a frame or (`Layout.columns`) time
-and all pixels. Kept: 2 bytes per value of x in bf16, shared with whatever else keeps x. Moved
-besides what the convolution itself reads and writes, bytes per value in bf16: 4 for `a`, and
+and all pixels, or [O, t, h, w, I] over all three (`Layout.volume`). Kept: 2 bytes per value of x
+in bf16, shared with whatever else keeps x. Moved besides what the convolution itself reads and
+writes, bytes per value in bf16: 4 for `a`, and
 
-| implementation | b, residual (upsampled: half a byte), x_l and the moments of y |
-|----------------|----------------------------------------------------------------|
-| triton         | 2 for the residual: all in the product's epilogue              |
-| epilogue       | 4, and 2 for the residual: one pass over cuDNN's y             |
-| pytorch        | a pass each                                                    |
+| implementation | b, residual (upsampled: half a byte), x_l, ReLU and the moments of y |
+|----------------|----------------------------------------------------------------------|
+| triton         | 2 for the residual: all in the product's epilogue                    |
+| epilogue       | 4, and 2 for the residual: one pass over cuDNN's y                   |
+| pytorch        | a pass each                                                          |
 
 Moments are the mean and variance of y per (time step, channel), for a norm that comes next;
 "pytorch" and the reference leave them to that norm. Gradients are PyTorch's convolutions in every
@@ -33,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional as F
 
 from kernels import convolution_pytorch
 from kernels import frame_norm as norms
@@ -134,23 +137,25 @@ def convolve(
     *,
     residual_BTOHW: Tensor | UpsampledShortcut | None = None,
     skip: LowSkip | None = None,
+    relu: bool = False,
     moments: bool = False,
     only_graph: bool = False,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """Returns y, [B, T, O, H', W'] in the dtype of x, channels last in memory, and its moments.
+    """Returns y, [B, T', O, H', W'] in the dtype of x, channels last in memory, and its moments.
 
-    They are None unless `moments` asks for them and the implementation has them for little. With
-    `only_graph` what is returned has y's gradient, but its values may be anything: for a pass that
-    is made again for its backward pass, of which this is the last operator.
+    With `relu` y is the ReLU of the sum. Moments are None unless `moments` asks for them and the
+    implementation has them for little. With `only_graph` what is returned has y's gradient, but its
+    values may be anything: for a pass that is made again for its backward pass, of which this is
+    the last operator; not together with `relu`, whose gradient reads y.
 
     Raises ValueError for an x_l that does not fit, ImplementationError for an implementation that
     cannot run.
     """
     video = source_of(x_BTIHW)
     impl = OPERATOR.choose(impl, video.device, video.dtype)
-    if impl == "triton" and layout.upsample:
-        raise ImplementationError("upsampling convolutions have no form in Triton")
+    if impl == "triton" and layout.resamples:
+        raise ImplementationError("convolutions that resample have no form in Triton")
     norm_tensors: Sequence[Tensor | None]
     form: norm_operators.Form | None = None
     if isinstance(x_BTIHW, Normalized):
@@ -160,28 +165,35 @@ def convolve(
             video = x_BTIHW.value(norm_impl)
         else:
             norm_tensors, form = x_BTIHW.prepare(norm_impl)
+    num_frames = layout.out_frames(video.shape[1])
+    shape = (len(video), num_frames, weight_OabI.shape[0], *layout.out_size)
+    # With no norm before it and no x_l after it, a convolution is PyTorch's: the same is kept, and
+    # a Function of our own would cost a CPU some 50 µs of Python. But where a norm is in front,
+    # whether that is kept shall change no bit, and PyTorch may sum a bias's gradient otherwise.
+    bare = impl == "pytorch" and skip is None and not isinstance(x_BTIHW, Normalized)
+    if bare and not isinstance(residual_BTOHW, UpsampledShortcut):
+        _check_residual(residual_BTOHW, shape)
+        y_BTOHW = convolution_pytorch.convolve_video(
+            layout, video, weight_OabI, bias_O, residual_BTOHW, relu
+        )
+        return y_BTOHW, None
     if form is None:
         norm_tensors = norms.rows(video), None, None, None, None
-    shape = (*video.shape[:2], weight_OabI.shape[0], *layout.out_size)
     residual = _residual(residual_BTOHW, shape, impl, only_graph)
     tensors = *norm_tensors, weight_OabI, bias_O, residual, *(skip or (None, None, None))
     own_moments = None
-    # With nothing before or after it, a convolution is PyTorch's: the same is kept, and a Function
-    # of our own would cost a CPU some 50 µs of Python. But where a norm is in front, whether it is
-    # kept shall change no bit, and PyTorch may sum a bias's gradient in another order.
-    ends_here = residual is None and skip is None
-    bare = ends_here and impl == "pytorch" and not isinstance(x_BTIHW, Normalized)
-    if bare or impl == REFERENCE or video.numel() == 0:
-        y_BTSO = _compose(layout, form, tensors)
+    if impl == REFERENCE or video.numel() == 0:
+        y_BTSO = _compose(layout, form, tensors, relu=relu)
     elif only_graph and torch.is_grad_enabled():
-        y_BTSO = _Convolution.apply(layout, form, _NOTHING, False, *tensors)
+        assert not relu, "its gradient reads the values"
+        y_BTSO = _Convolution.apply(layout, form, _NOTHING, False, False, *tensors)
     else:
         # A Function costs some 50 µs of Python, also where nothing is to be kept.
         run = _Convolution.apply if torch.is_grad_enabled() else _forward
         if moments and impl != "pytorch":
-            y_BTSO, *own_moments = run(layout, form, impl, True, *tensors)
+            y_BTSO, *own_moments = run(layout, form, impl, relu, True, *tensors)
         else:
-            y_BTSO = run(layout, form, impl, False, *tensors)
+            y_BTSO = run(layout, form, impl, relu, False, *tensors)
     y_BTOHW = as_video(y_BTSO, layout.out_size)
     return y_BTOHW, None if own_moments is None else (own_moments[0], own_moments[1])
 
@@ -202,9 +214,14 @@ def _residual(
             return norms.rows(upsampled_shortcut(residual))
         layout = Layout(size_of(video))
         residual, _ = convolve(video, weight, bias, layout, only_graph=only_graph, impl=impl)
-    elif residual is not None and residual.shape != shape:
-        raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
+    else:
+        _check_residual(residual, shape)
     return None if residual is None else norms.rows(residual)
+
+
+def _check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual must be {shape}, not {tuple(residual.shape)}")
 
 
 def _is_half(residual_BTSO: Tensor | None, layout: Layout) -> bool:
@@ -226,18 +243,21 @@ def fused_convolution(
     low_bias: Tensor | None,
     size: Sequence[int],
     columns: bool,
+    relu: bool,
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y with all its terms, mean and variance; the last two are empty if not asked for."""
     from kernels import convolution_triton
 
+    weight = weight_OabI if weight_OabI.ndim == 5 else weight_OabI.unsqueeze(3 if columns else 1)
     y_BTHWO, own = convolution_triton.convolve(
         x_BTSI.unflatten(2, size),
-        weight_OabI.unsqueeze(3 if columns else 1).contiguous(),
+        weight.contiguous(),
         bias_O,
         _frames(residual_BTSO, size),
         _low(video_BtIhw, low_weight, low_bias, x_BTSI.dtype),
         moments,
+        relu,
     )
     return y_BTHWO.flatten(2, 3), *(own or _no_moments(x_BTSI))
 
@@ -258,6 +278,7 @@ def add_terms_(
     low_weight: Tensor | None,
     low_bias: Tensor | None,
     size: Sequence[int],
+    relu: bool,
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
     """Adds all terms to y; its mean and variance, empty if not asked for.
@@ -272,6 +293,7 @@ def add_terms_(
         _frames(residual_BTSO, size),
         _low(video_BtIhw, low_weight, low_bias, y_BTSO.dtype),
         moments,
+        relu,
         in_place=True,
     )
     return own or _no_moments(y_BTSO)
@@ -319,6 +341,7 @@ def _forward(
     layout: Layout,
     form: norm_operators.Form | None,
     impl: str,
+    relu: bool,
     moments: bool,
     *tensors: Any,
 ) -> Any:
@@ -330,23 +353,25 @@ def _forward(
     *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
     if impl == _NOTHING:
         x_BTSI: Tensor = norm_tensors[0]
-        height, width = layout.out_size
-        return x_BTSI.new_empty(*x_BTSI.shape[:2], height * width, weight.shape[0])
+        num_frames, (height, width) = layout.out_frames(x_BTSI.shape[1]), layout.out_size
+        return x_BTSI.new_empty(len(x_BTSI), num_frames, height * width, weight.shape[0])
     a = _prologue(form, norm_tensors)
     size = layout.out_size
     terms = residual, video, low_weight, low_bias
     own: Sequence[Tensor] = ()
     if impl == "triton":
-        y_BTSO, *own = fused_convolution(a, weight, bias, *terms, size, layout.columns, moments)
+        y_BTSO, *own = fused_convolution(
+            a, weight, bias, *terms, size, layout.columns, relu, moments
+        )
     elif impl == "epilogue":
         y_BTSO = convolution_pytorch.convolution(layout, a, weight, None)
-        if moments or bias is not None or residual is not None or video is not None:
+        if relu or moments or bias is not None or residual is not None or video is not None:
             y = convolution_pytorch.changeable(y_BTSO)
-            own = add_terms_(y, bias, *terms, size, moments)
+            own = add_terms_(y, bias, *terms, size, relu, moments)
     else:
         y_BTSO = convolution_pytorch.convolution(layout, a, weight, bias)
         skip = None if video is None else LowSkip(video, low_weight, low_bias)
-        convolution_pytorch.add_terms_(y_BTSO, residual, skip, size)
+        convolution_pytorch.add_terms_(y_BTSO, residual, skip, size, relu)
     return (y_BTSO, *own) if moments else y_BTSO
 
 
@@ -360,6 +385,7 @@ class _Convolution(torch.autograd.Function):
         layout: Layout,
         form: norm_operators.Form | None,
         impl: str,
+        relu: bool,
         moments: bool,
         *tensors: Any,
     ) -> Any:
@@ -368,17 +394,21 @@ class _Convolution(torch.autograd.Function):
         # Biases may be parameters, which ZeRO-3 empties before the backward pass: kept by size.
         ctx.bias_sizes = [None if v is None else v.shape for v in (bias, low_bias)]
         ctx.halves_residual = _is_half(residual, layout)
-        ctx.save_for_backward(*norm_tensors, weight, video, low_weight)
-        results = _forward(layout, form, impl, moments, *tensors)
+        results = _forward(layout, form, impl, relu, moments, *tensors)
+        y = (results[0] if moments else results) if relu else None
+        ctx.save_for_backward(*norm_tensors, weight, video, low_weight, y)
         if moments:
             ctx.mark_non_differentiable(*results[1:])
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        dy, layout, form, wants = grads[0], ctx.layout, ctx.form, ctx.needs_input_grad[4:]
-        *norm_tensors, weight, video, low_weight = ctx.saved_tensors
-        none = None, None, None, None
+        dy, layout, form, wants = grads[0], ctx.layout, ctx.form, ctx.needs_input_grad[5:]
+        *norm_tensors, weight, video, low_weight, y = ctx.saved_tensors
+        none = None, None, None, None, None
+        if y is not None:
+            # What is left to differentiate is linear in dy: the mask itself has no derivative.
+            dy = torch.ops.aten.threshold_backward(dy, y.detach(), 0)
         dresidual = None
         if wants[7]:
             dresidual = sums_of_four(dy, layout.out_size) if ctx.halves_residual else dy
@@ -433,7 +463,13 @@ def _differentiable_gradients(
     return [found.get(i) for i in range(11)]
 
 
-def _compose(layout: Layout, form: norm_operators.Form | None, tensors: Sequence[Any]) -> Tensor:
+def _compose(
+    layout: Layout,
+    form: norm_operators.Form | None,
+    tensors: Sequence[Any],
+    *,
+    relu: bool = False,
+) -> Tensor:
     """The equation in differentiable operators, of what `_Convolution` takes."""
     *norm_tensors, weight, bias, residual, video, low_weight, low_bias = tensors
     a = norm_tensors[0] if form is None else norm_operators.differentiable(norm_tensors, form)
@@ -442,7 +478,7 @@ def _compose(layout: Layout, form: norm_operators.Form | None, tensors: Sequence
         y_BTSO = add_upsampled(y_BTSO, residual, layout.out_size)
     elif residual is not None:
         y_BTSO = y_BTSO + residual
-    if video is None:
-        return y_BTSO
-    y_BTOHW = as_video(y_BTSO, layout.out_size)
-    return norms.rows(add_low_skip(y_BTOHW, LowSkip(video, low_weight, low_bias)))
+    if video is not None:
+        y_BTOHW = as_video(y_BTSO, layout.out_size)
+        y_BTSO = norms.rows(add_low_skip(y_BTOHW, LowSkip(video, low_weight, low_bias)))
+    return F.relu(y_BTSO) if relu else y_BTSO

@@ -136,12 +136,10 @@ def check_terms(
         _expect(bias_O.shape == (O,), "bias", bias_O, f"[{O}]")
         check_layout(bias=bias_O)
     if residual_BTHWO is not None:
-        half = [B, T, H // 2, W // 2, O]
-        fits = list(residual_BTHWO.shape) in ([*shape_BTHWO], half)
-        even = list(residual_BTHWO.shape) != half or H % 2 == W % 2 == 0
-        _expect(
-            fits and even, "residual", residual_BTHWO, f"{[*shape_BTHWO]} or half of it, {half}"
-        )
+        half = (B, T, H // 2, W // 2, O)
+        halves = residual_BTHWO.shape == half and H % 2 == W % 2 == 0
+        fits = residual_BTHWO.shape == shape_BTHWO or halves
+        _expect(fits, "residual", residual_BTHWO, f"{[*shape_BTHWO]} or, upsampled, {[*half]}")
         check_layout(residual=residual_BTHWO)
     if skip is None:
         return

@@ -1,20 +1,24 @@
 """PyTorch's convolution for `kernels.convolution`, its gradients, and the terms after it.
 
-Shapes as there: x is rows [B, T, S, I], contiguous, W [O, a, b, I] as it is kept.
+Shapes as there: x is rows [B, T, S, I], contiguous, W [O, a, b, I] (of volumes [O, t, h, w, I]) as
+it is kept.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.layout import channels_last, fold_frames
 from kernels.low_skip import LowSkip, add_projected_
 from kernels.upsampled_shortcut import add_upsampled_
 
 
 class Layout(NamedTuple):
-    """What a convolution slides over, and how; it pads with zeros to the same size."""
+    """What a convolution slides over, and how; it pads with zeros to the same size, or to the size
+    of what it resamples to."""
 
     size: tuple[int, int]
     """H, W of x."""
@@ -22,23 +26,101 @@ class Layout(NamedTuple):
     """Over time and [H·W] instead of over H and W."""
     upsample: bool = False
     """Transposed, 4x4 with stride 2: `folding.upsampling_kernel`'s."""
+    volume: bool = False
+    """Over time, H and W at once: W is [O, t, h, w, I]."""
+    pooling: tuple[int, int, int] = (1, 1, 1)
+    """Stride over frames, rows and columns, of `folding.pooling_kernel`'s, which have a tap more
+    along those that are 2."""
 
     @property
     def out_size(self) -> tuple[int, int]:
         """H, W of y."""
         scale = 2 if self.upsample else 1
-        return scale * self.size[0], scale * self.size[1]
+        return scale * self.size[0] // self.pooling[1], scale * self.size[1] // self.pooling[2]
+
+    @property
+    def resamples(self) -> bool:
+        """Whether y is of another size or length than x."""
+        return self.upsample or self.pooling != (1, 1, 1)
+
+    def out_frames(self, num_frames: int) -> int:
+        """T of y."""
+        return num_frames // self.pooling[0]
 
 
 def convolution(
     layout: Layout, x_BTSI: Tensor, weight_OabI: Tensor, bias_O: Tensor | None
 ) -> Tensor:
-    """W * x + b, [B, T, S', O]; differentiable."""
-    image, kernel = _as_image(layout, layout.size, x_BTSI), _as_kernel(layout, weight_OabI)
+    """W * x + b, [B, T', S', O]; differentiable."""
+    image = _as_image(layout, layout.size, x_BTSI)
+    return _as_rows(layout, _convolve_image(layout, image, weight_OabI, bias_O), x_BTSI)
+
+
+def convolve_video(
+    layout: Layout,
+    x_BTIHW: Tensor,
+    weight_OabI: Tensor,
+    bias_O: Tensor | None,
+    residual_BTOHW: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """[relu of] W * x + b [+ residual], [B, T', O, H', W']; differentiable.
+
+    By few operators: small videos take a CPU as long as it takes to call them.
+    """
+    image = _video_as_image(layout, x_BTIHW)
+    y = _convolve_image(layout, image, weight_OabI, bias_O)
+    # As what comes next will have it and keep it, a ReLU's gradient too.
+    rows = torch.channels_last_3d if layout.volume else torch.channels_last
+    y = y.contiguous(memory_format=rows)
+    # In place: new memory costs a CPU more than the arithmetic. And before y is a view, to whose
+    # change autograd answers with copies of the whole.
+    if residual_BTOHW is not None:
+        y = y.add_(_video_as_image(layout, residual_BTOHW))
+    if relu:
+        y = F.relu(y, inplace=True)
+    if layout.columns:
+        y = y.unflatten(3, layout.size)
+    over_time = layout.volume or layout.columns
+    return y.transpose(1, 2) if over_time else y.unflatten(0, x_BTIHW.shape[:2])
+
+
+def _convolve_image(
+    layout: Layout, image: Tensor, weight_OabI: Tensor, bias_O: Tensor | None
+) -> Tensor:
+    kernel = _as_kernel(layout, weight_OabI)
     stride, padding, *_ = _numbers(layout, weight_OabI)
+    if layout.volume:
+        return convolve_volume(image, kernel, bias_O, stride=stride, padding=padding)
     # Not aten's operator by name, which on a CPU is called 25 µs more slowly.
     convolve = F.conv_transpose2d if layout.upsample else F.conv2d
-    return _as_rows(layout, convolve(image, kernel, bias_O, stride, padding), x_BTSI)
+    return convolve(image, kernel, bias_O, stride, padding)
+
+
+def convolve_volume(
+    x_BITHW: Tensor,
+    weight_OIthw: Tensor,
+    bias_O: Tensor | None,
+    *,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int],
+) -> Tensor:
+    """`F.conv3d`, but on a CPU in fp32 whatever the dtype.
+
+    oneDNN's bf16 weight gradient is uninitialised memory for some shapes, such as the matching
+    discriminator's 6 channels and 2 frames (torch 2.13; see tests/kernels/test_convolutions.py).
+    """
+    if not _too_narrow(x_BITHW):
+        return F.conv3d(x_BITHW, weight_OIthw, bias_O, stride=stride, padding=padding)
+    bias_O = None if bias_O is None else bias_O.float()
+    y_BOTHW = F.conv3d(
+        x_BITHW.float(), weight_OIthw.float(), bias_O, stride=stride, padding=padding
+    )
+    return y_BOTHW.to(x_BITHW.dtype)
+
+
+def _too_narrow(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def gradients(
@@ -49,12 +131,18 @@ def gradients(
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of x, the weight and the bias."""
+    dtype = x_BTSI.dtype
+    if layout.volume and _too_narrow(x_BTSI):
+        dy_BTSO, x_BTSI, weight_OabI = dy_BTSO.float(), x_BTSI.float(), weight_OabI.float()
     dx, dkernel, dbias = torch.ops.aten.convolution_backward.default(
         _as_image(layout, layout.out_size, dy_BTSO), _as_image(layout, layout.size, x_BTSI),
         _as_kernel(layout, weight_OabI), [weight_OabI.shape[0]],
         *_numbers(layout, weight_OabI), list(wanted),
     )  # fmt: skip
-    as_kept = (1, 2, 3, 0) if layout.upsample else (0, 2, 3, 1)
+    if x_BTSI.dtype != dtype:
+        dx, dkernel, dbias = (None if v is None else v.to(dtype) for v in (dx, dkernel, dbias))
+    as_kept: tuple[int, ...] = (1, 2, 3, 0) if layout.upsample else (0, 2, 3, 1)
+    as_kept = (0, 2, 3, 4, 1) if layout.volume else as_kept
     return (
         None if dx is None else _as_rows(layout, dx, x_BTSI),
         None if dkernel is None else dkernel.permute(as_kept),
@@ -63,7 +151,11 @@ def gradients(
 
 
 def add_terms_(
-    y_BTSO: Tensor, residual_BTSO: Tensor | None, skip: LowSkip | None, size: tuple[int, int]
+    y_BTSO: Tensor,
+    residual_BTSO: Tensor | None,
+    skip: LowSkip | None,
+    size: tuple[int, int],
+    relu: bool,
 ) -> None:
     """In place and without derivatives; a residual of a quarter of y's pixels is upsampled."""
     if residual_BTSO is not None and residual_BTSO.shape == y_BTSO.shape:
@@ -72,6 +164,8 @@ def add_terms_(
         add_upsampled_(y_BTSO, residual_BTSO, size)
     if skip is not None:
         add_projected_(as_video(y_BTSO, size), skip)
+    if relu:
+        changeable(y_BTSO).relu_()
 
 
 def changeable(y: Tensor) -> Tensor:
@@ -93,18 +187,32 @@ def _numbers(layout: Layout, weight_OabI: Tensor) -> tuple[Any, ...]:
     """Stride, padding, dilation, transposed, output padding and groups."""
     if layout.upsample:
         return [2, 2], [1, 1], [1, 1], True, [0, 0], 1
-    return [1, 1], [size // 2 for size in weight_OabI.shape[1:3]], [1, 1], False, [0, 0], 1
+    taps = weight_OabI.shape[1:-1]
+    stride = layout.pooling[-len(taps) :]
+    padding = [(size - 1) // 2 for size in taps]
+    return [*stride], padding, [1] * len(taps), False, [0] * len(taps), 1
 
 
 def _as_image(layout: Layout, size: tuple[int, int], x_BTSC: Tensor) -> Tensor:
-    """A channels-last view: frames [B*T, C, H, W], or [B, C, T, S]."""
+    """A channels-last view: frames [B*T, C, H, W], a volume [B, C, T, H, W], or [B, C, T, S]."""
     B, T, _, C = x_BTSC.shape
+    if layout.volume:
+        return x_BTSC.reshape(B, T, *size, C).permute(0, 4, 1, 2, 3)
     image = x_BTSC if layout.columns else x_BTSC.reshape(B * T, *size, C)
     return image.permute(0, 3, 1, 2)
 
 
+def _video_as_image(layout: Layout, x_BTCHW: Tensor) -> Tensor:
+    """As `_as_image`."""
+    if layout.columns:
+        return channels_last(x_BTCHW).transpose(1, 2).flatten(3)
+    return channels_last(x_BTCHW).transpose(1, 2) if layout.volume else fold_frames(x_BTCHW)
+
+
 def _as_rows(layout: Layout, y_NChw: Tensor, like_BTSC: Tensor) -> Tensor:
-    """[B, T, S', C], contiguous again."""
+    """[B, T', S', C], contiguous again."""
+    if layout.volume:
+        return y_NChw.permute(0, 2, 3, 4, 1).contiguous().flatten(2, 3)
     B, T, _, _ = like_BTSC.shape
     _, C, height, width = y_NChw.shape
     num_pixels = width if layout.columns else height * width
@@ -112,5 +220,7 @@ def _as_rows(layout: Layout, y_NChw: Tensor, like_BTSC: Tensor) -> Tensor:
 
 
 def _as_kernel(layout: Layout, weight_OabI: Tensor) -> Tensor:
-    """PyTorch's [O, I, a, b], of a transposed convolution [I, O, a, b]."""
+    """PyTorch's [O, I, a, b], of a transposed convolution [I, O, a, b], of a volume's 3 axes."""
+    if layout.volume:
+        return weight_OabI.permute(0, 4, 1, 2, 3)
     return weight_OabI.permute((3, 0, 1, 2) if layout.upsample else (0, 3, 1, 2))

@@ -2,8 +2,8 @@
 # ruff: noqa: E741  (I and O are input and output channels)
 """Triton kernels of convolutions of stride 1 with "same" zero padding, and their launchers.
 
-y = W * x [+ bias] [+ residual] [+ projected x_l], and of y as it is stored, per time step and
-channel, the mean and biased variance that the next norm wants.
+y = W * x [+ bias] [+ residual] [+ projected x_l], of which `relu` keeps what is positive, and of y
+as it is stored, per time step and channel, the mean and biased variance that the next norm wants.
 
     convolve    x, W, terms → y, moments per tile   → merge_moments → mean, var [T, O]
     add_terms   y, terms → y, moments per split     → merge_moments → mean, var [T, O]
@@ -110,7 +110,7 @@ def convolve_kernel(
     video_ptr, low_weight_ptr, low_bias_ptr, split_mean_ptr, split_square_ptr,
     B, T, H, W, I, O, low_frames, low_height, low_width, low_channels,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MASK_K: tl.constexpr,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of y; its mean and centred sum of squares where there is a `split_mean_ptr`.
@@ -186,6 +186,8 @@ def convolve_kernel(
             half_pixel = (b * T + t) * (H * W // 4) + half_place_of(s, W)
             residual_at = (half_pixel.to(tl.int64) * O)[:, None] + o[None, :]
         sums += tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)
+    if RELU:  # written so that NaN stays
+        sums = tl.where(sums <= 0.0, 0.0, sums)
     stored = sums.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, stored, mask=mask)
 
@@ -205,7 +207,7 @@ def add_terms_kernel(
     y_ptr, result_ptr, bias_ptr, residual_ptr,
     video_ptr, low_weight_ptr, low_bias_ptr, split_mean_ptr, split_square_ptr,
     T, H, W, O, num_splits, split_rows, low_frames, low_height, low_width, low_channels,
-    HALF: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    HALF: tl.constexpr, RELU: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y with its terms, one split of a frame; its moments where there is a `split_mean_ptr`.
 
@@ -245,6 +247,8 @@ def add_terms_kernel(
                 value = tl.load(video_ptr + low_at * low_channels + i).to(tl.float32)
                 weight = tl.load(low_weight_ptr + valid_o * low_channels + i).to(tl.float32)
                 y += value[:, None] * weight[None, :]
+        if RELU:  # written so that NaN stays
+            y = tl.where(y <= 0.0, 0.0, y)
         stored = y.to(result_ptr.dtype.element_ty)
         tl.store(result_ptr + at, stored, mask=mask)
         if split_mean_ptr is not None:
@@ -265,6 +269,7 @@ def convolve(
     residual_BTHWO: Tensor | None,
     skip: Skip | None,
     moments: bool,
+    relu: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """y, [B, T, H, W, O] of the dtype of x, and its moments if asked for.
 
@@ -286,7 +291,7 @@ def convolve(
         x_BTHWI, weight_OthwI, y_BTHWO, bias_O, residual_BTHWO, *(skip or (None,) * 3),
         *((None, None) if splits is None else splits),
         B, T, H, W, I, O, *_low_sizes(skip),
-        *sizes, I % config.block_k != 0, _is_half(residual_BTHWO, H),
+        *sizes, I % config.block_k != 0, _is_half(residual_BTHWO, H), relu,
         **config.tile, GROUP_M=GROUP, **config.options,
     )  # fmt: skip
     # A time step's rows are one long frame to the merge.
@@ -299,6 +304,7 @@ def add_terms(
     residual_BTHWO: Tensor | None,
     skip: Skip | None,
     moments: bool,
+    relu: bool = False,
     *,
     in_place: bool = False,
 ) -> tuple[Tensor, Moments | None]:
@@ -322,7 +328,7 @@ def add_terms(
         y_BTHWO, result_BTHWO, bias_O, residual_BTHWO, *(skip or (None,) * 3),
         *((None, None) if splits is None else splits),
         T, H, W, O, cut.num_splits, cut.split_rows, *_low_sizes(skip),
-        _is_half(residual_BTHWO, H), **cut.tile,
+        _is_half(residual_BTHWO, H), relu, **cut.tile,
     )  # fmt: skip
     return result_BTHWO, None if splits is None else _merge(splits, B, T, H * W, cut.split_rows)
 
@@ -349,9 +355,9 @@ def _low_sizes(skip: Skip | None) -> tuple[int, ...]:
 
 
 def variants() -> Iterator[Variant]:
-    """Every tile, with all terms, for `kernels.resources`; over time and 1x1, which take another
-    way through the kernel, the tile of most registers, in full and masked; that tile, too, and all
-    of `add_terms`, with a residual to be upsampled."""
+    """Every tile, with all terms and ReLU, for `kernels.resources`; over time and 1x1, which take
+    another way through the kernel, the tile of most registers, in full and masked; that tile, too,
+    and all of `add_terms`, with a residual to be upsampled."""
     spatial = [(*configuration, (1, 3, 3), False) for configuration in configurations()]
     others = [
         ("bf16", WIDE._replace(block_k=block_k), masked, taps, False)
@@ -364,7 +370,7 @@ def variants() -> Iterator[Variant]:
         label += "" if taps == (1, 3, 3) else " {}x{}x{}".format(*taps)
         label += " upsampling" * half
         constants = dict(zip(("KT", "KH", "KW"), taps, strict=True))
-        constants |= {"MASK_K": masked, "HALF": half}
+        constants |= {"MASK_K": masked, "HALF": half, "RELU": True}
         yield _variant(
             convolve_kernel,
             label + " masked" * masked,
@@ -377,9 +383,10 @@ def variants() -> Iterator[Variant]:
         )
     for dtype, block_c in (("bf16", 128), ("bf16", 64), ("bf16", 32), ("fp32", 128)):
         for half in (False, True):
-            tile = {"HALF": half, "BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
+            tile = {"BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
+            constants = {"HALF": half, "RELU": True, **tile}
             label = f"{dtype} {tile['BLOCK_S']}x{block_c}" + " upsampling" * half
-            yield _variant(add_terms_kernel, label, dtype, tile, divisible=frozenset({"O"}))
+            yield _variant(add_terms_kernel, label, dtype, constants, divisible=frozenset({"O"}))
     label = "fp32 {BLOCK_P}x{BLOCK_C}".format(**MERGE_TILE)
     yield _variant(merge_moments_kernel, label, "fp32", MERGE_TILE, divisible=frozenset({"C"}))
 

@@ -25,8 +25,3 @@ def channels_last(x_BTCHW: Tensor) -> Tensor:
 def conv2d_weight(weight_OhwI: Tensor) -> Tensor:
     """[O, kh, kw, I] → PyTorch's [O, I, kh, kw], a channels-last view."""
     return weight_OhwI.permute(0, 3, 1, 2)
-
-
-def conv3d_weight(weight_OthwI: Tensor) -> Tensor:
-    """[O, kt, kh, kw, I] → PyTorch's [O, I, kt, kh, kw], a channels-last view."""
-    return weight_OthwI.permute(0, 4, 1, 2, 3)

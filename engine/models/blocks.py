@@ -5,7 +5,7 @@ are known; `cond_BK` is the condition [z; e(y)] and `low` the low-resolution vid
 size and length.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -208,11 +208,12 @@ class DiscriminatorBlock(Block):
         residual = x_BTCHW if pooling is None else kernels.average_pool(x_BTCHW, pooling)
         residual = kernels.conv2d(residual, *self.shortcut(dtype))
         h = F.relu(x_BTCHW) if self.leading_relu else x_BTCHW
-        h = F.relu(conv(h, *self.conv1(dtype)))
+        h = conv(h, *self.conv1(dtype), relu=True)
+        end: dict[str, Any] = {"residual_BTOHW": residual, "only_graph": self.only_graph}
         if pooling is None:
-            return conv(h, *self.conv2(dtype), residual_BTOHW=residual)
+            return conv(h, *self.conv2(dtype), **end)
         # The weight as it is kept, in fp32: pooling is folded into it, and only then it is rounded.
         weight, bias = self.conv2(None)
         if not self.volumetric:
-            return kernels.conv_pool2d(h, weight, bias, residual_BTOHW=residual)
-        return kernels.conv_pool3d(h, weight, bias, residual_BTOHW=residual, pooling=pooling)
+            return kernels.conv_pool2d(h, weight, bias, **end)
+        return kernels.conv_pool3d(h, weight, bias, **end, pooling=pooling)

@@ -82,8 +82,29 @@ class WorkByPhase(TorchDispatchMode):
             self.update.flops[self._phases.now] += formula(*args, **kwargs, out_val=result)
         read, written = tensors_in((args, kwargs)), tensors_in(result)
         if read and not _is_view(func, read, written):
-            self.update.moved[self._phases.now] += sum(t.nbytes for t in read + written)
+            self.update.moved[self._phases.now] += _moved_bytes(func, args, read, written)
         return result
+
+
+_OVERWRITING = ("copy_", "fill_", "zero_", "gru_")  # by the beginning of their names
+
+
+def _moved_bytes(func: Any, args: Any, read: list[Tensor], written: list[Tensor]) -> int:
+    """What is read and what is written, of what is changed in place both."""
+    name = func._overloadpacket.__name__
+    if name.startswith(("new_", "empty_like", "zeros_like", "ones_like")):  # only the shape is read
+        return 0 if "empty" in name else sum(tensor.nbytes for tensor in written)
+    if func._schema.is_mutable:
+        changed = [
+            tensor
+            for argument, given in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tensors_in(given)
+        ]
+        returns_them = any(result.alias_info is not None for result in func._schema.returns)
+        written = [] if returns_them else written
+        written = written if name.startswith(_OVERWRITING) else written + changed
+    return sum(tensor.nbytes for tensor in read + written)
 
 
 def _is_view(func: Any, read: list[Tensor], written: list[Tensor]) -> bool:

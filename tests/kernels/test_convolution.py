@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from kernels.conv_pool import conv_pool2d_folded, conv_pool3d_folded
 from kernels.convolution import convolve
 from kernels.convolution_pytorch import Layout
 
@@ -26,7 +27,11 @@ Tensors = dict[str, Tensor]
 
 
 def draw(
-    names: list[str], taps: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0
+    names: list[str],
+    taps: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    pooling: tuple[int, int, int] = (1, 1, 1),
 ) -> Tensors:
     """Everything that `names` asks for besides x, the weights and the bias."""
     random = torch.Generator().manual_seed(seed)
@@ -39,7 +44,7 @@ def draw(
         "shift": (B, IN),
         "mean": (T, IN),
         "var": (T, IN),
-        "residual": (B, T, OUT, H, W),
+        "residual": (B, T // pooling[0], OUT, H // pooling[1], W // pooling[2]),
         "shortcut": (B, T, IN, H // 2, W // 2),
         "projection": (OUT, 1, 1, IN),
         "projection_bias": (OUT,),
@@ -61,6 +66,8 @@ def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
         x = kernels.Normalized(x, tensors["gain"], tensors["shift"], statistics)
     if kind == "upsample":
         return kernels.upsample_conv(x, tensors["weight"], tensors["bias"], impl=impl)
+    if kind in POOLINGS:
+        return pooled(kind, tensors, impl)
     skip = None
     if "low" in tensors:
         skip = kernels.LowSkip(*(tensors[k] for k in ("low", "low_weight", "low_bias")))
@@ -71,25 +78,69 @@ def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
     if kind == "separable":
         weights = tensors["weight"], tensors["spatial"]
         return kernels.separable_conv3d(x, *weights, tensors["bias"], **terms, impl=impl)
-    return kernels.conv2d(x, tensors["weight"], tensors["bias"], **terms, impl=impl)
+    terms |= {"relu": "relu" in kind, "impl": impl}
+    if "3x3x3" in kind:
+        del terms["skip"]
+        return kernels.conv3d(x, tensors["weight"], tensors["bias"], **terms)
+    return kernels.conv2d(x, tensors["weight"], tensors["bias"], **terms)
+
+
+def pooled(kind: str, tensors: Tensors, impl: str | None) -> Tensor:
+    """By the public function, or by the form of the convolution that is named."""
+    operands = tensors["x"], tensors["weight"], tensors["bias"]
+    terms: dict[str, Any] = {"residual_BTOHW": tensors.get("residual"), "impl": impl}
+    public = impl in (None, "reference")
+    if kind == "pool 2d":
+        return (kernels.conv_pool2d if public else conv_pool2d_folded)(*operands, **terms)
+    run_3d = kernels.conv_pool3d if public else conv_pool3d_folded
+    return run_3d(*operands, pooling=POOLINGS[kind], **terms)
 
 
 NORM, GIVEN = ["gain", "shift"], ["gain", "shift", "mean", "var"]
 LOW = ["low", "low_weight", "low_bias"]
 TERMS = ["residual", *LOW]
 SHORTCUT = ["shortcut", "projection", "projection_bias"]
-KINDS = {"conv 3x3": (3, 3), "conv 1x1": (1, 1), "separable": (3,), "upsample": (3, 3)}
+POOLINGS: dict[str, kernels.Pooling] = {
+    "pool 2d": (1, 2, 2),
+    "pool 3d": (1, 2, 2),
+    "pool 3d, time too": (2, 2, 2),
+}
+KINDS = {
+    "conv 3x3": (3, 3),
+    "conv 1x1": (1, 1),
+    "separable": (3,),
+    "upsample": (3, 3),
+    "relu 3x3": (3, 3),
+    "conv 3x3x3": (3, 3, 3),
+    "relu 3x3x3": (3, 3, 3),
+    **{kind: (3, 3) if kind == "pool 2d" else (3, 3, 3) for kind in POOLINGS},
+}
+
+
+def terms_of(kind: str) -> list[str]:
+    """All that the operator may add."""
+    if kind == "upsample":
+        return []
+    return ["residual"] if "3x3x3" in kind or kind in POOLINGS else TERMS
+
+
+def choices_of_terms(kind: str) -> list[list[str]]:
+    """Nothing, all, and in place of a residual a shortcut."""
+    shortcuts = [SHORTCUT, [*SHORTCUT, *LOW]] if kind in ("conv 3x3", "relu 3x3") else []
+    return [[], *([terms_of(kind)] if terms_of(kind) else []), *shortcuts]
+
+
 CASES = [
     (kind, [*norm, *terms])
     for kind in KINDS
-    for norm in ([], NORM, GIVEN)
-    for terms in ([], TERMS, SHORTCUT, [*SHORTCUT, *LOW])
-    if (kind != "upsample" or not terms) and (kind == "conv 3x3" or "shortcut" not in terms)
+    for norm in ([[]] if kind in POOLINGS else ([], NORM, GIVEN))
+    for terms in choices_of_terms(kind)
 ]
 
 
 def case(kind: str, more: list[str], **options: Any) -> Tensors:
     spatial = ["spatial"] if kind == "separable" else []
+    options["pooling"] = POOLINGS.get(kind, (1, 1, 1))
     return draw(["x", "weight", *spatial, "bias", *more], KINDS[kind], **options)
 
 
@@ -123,14 +174,15 @@ def test_equals_the_operators_one_by_one(kind: str, more: list[str]) -> None:
             torch.testing.assert_close(got[name], value, rtol=0, atol=1e-13 * scale, msg=name)
 
 
-# Triton's interpreter computes bf16 wrongly; and the upsampling has no choice of these forms.
+# Triton's interpreter computes bf16 wrongly; and the upsampling has no choice of these forms,
+# pooling none of Triton's.
 FORMS = [
     *((form, dtype) for form in ("triton", "epilogue") for dtype in (torch.float32, torch.float16)),
     *(("pytorch", dtype) for dtype in (torch.float32, torch.bfloat16)),
 ]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     which=st.sampled_from(CASES),
     form=st.sampled_from(FORMS),
@@ -160,6 +212,8 @@ def assert_close_to_the_truth(
     truth = gradients(partial(plain, kind), {k: v.double() for k, v in tensors.items()})
     usual = gradients(partial(plain, kind), tensors)
     form = None if kind == "upsample" else impl
+    if kind in POOLINGS and impl == "triton":
+        form = "epilogue"
     got = gradients(partial(run, kind, impl=form), tensors)
     for name, exact in truth.items():
         error, plain_error = ((v[name].double() - exact).norm().item() for v in (got, usual))
@@ -187,6 +241,47 @@ def test_moments_are_those_of_the_result(impl: str) -> None:
         torch.testing.assert_close(got, expected)
     with pytest.raises(kernels.ImplementationError, match="no form in Triton"):
         convolve(tensors["x"], kernel, None, Layout((H, W), upsample=True), impl="triton")
+    with pytest.raises(kernels.ImplementationError, match="no form in Triton"):
+        convolve(tensors["x"], kernel, None, Layout((H, W), pooling=(1, 2, 2)), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("taps", "layout", "impl"),
+    [
+        ((3, 3), Layout((H, W)), "triton"),
+        ((3, 3), Layout((H, W)), "epilogue"),
+        ((3, 3, 3), Layout((H, W), volume=True), "triton"),
+        ((4, 4, 4), Layout((H, W), volume=True, pooling=(2, 2, 2)), "epilogue"),
+    ],
+    ids=str,
+)
+def test_moments_are_those_of_the_relu(taps: tuple[int, ...], layout: Layout, impl: str) -> None:
+    tensors = draw(["x", "weight", "bias"], taps, torch.float32)
+    arguments = tensors["x"], tensors["weight"], tensors["bias"], layout
+    y, moments = convolve(*arguments, relu=True, moments=True, impl=impl)
+    plain_y, _ = convolve(*arguments, impl=impl)
+    assert torch.equal(y, plain_y.clamp(min=0))
+    assert 0.2 < (y == 0).float().mean() < 0.8
+    assert moments is not None
+    for got, expected in zip(moments, kernels.frame_statistics(y), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("impl", ["triton", "epilogue", "pytorch", "reference"])
+@pytest.mark.parametrize("more", [[], ["residual"]], ids=str)
+@pytest.mark.parametrize("kind", ["relu 3x3", "relu 3x3x3"])
+def test_nan_passes_a_relu_there_and_back(kind: str, more: list[str], impl: str) -> None:
+    """A run that has gone wrong must not look healthy."""
+    tensors = case(kind, more, dtype=torch.float32)
+    tensors["x"][1, 2, 3, 1, 4] = torch.nan
+    found = gradients(partial(run, kind, impl=impl), tensors)
+    near = torch.zeros(B, T, OUT, H, W, dtype=torch.bool, device=DEVICE)
+    near[1, slice(1, 4) if "3x3x3" in kind else 2, :, :3, 3:] = True
+    assert torch.equal(found["y"].isnan(), near)
+    assert found["weight"].isnan().any()
+    assert found["bias"].isfinite().all()
+    if more:  # where y is NaN, the gradient from above goes on as it came
+        assert (found["residual"][near] != 0).all()
 
 
 def test_operators_are_registered_right() -> None:
@@ -196,14 +291,23 @@ def test_operators_are_registered_right() -> None:
     )
     x, residual = x.contiguous(), residual.contiguous()
     half = torch.randn(B, T, H * W // 4, OUT, device=DEVICE)
-    for added, moments in ((residual, False), (residual, True), (half, True)):
+    for added, relu, moments in (
+        (residual, False, False),
+        (residual, False, True),
+        (half, True, True),
+    ):
         terms = added, *(tensors[k] for k in LOW)
-        convolution = x, tensors["weight"], tensors["bias"], *terms, [H, W], False, moments
+        convolution = x, tensors["weight"], tensors["bias"], *terms, [H, W], False, relu, moments
         torch.library.opcheck(torch.ops.sswgan.convolution.default, convolution)
         torch.library.opcheck(
             torch.ops.sswgan.add_terms_.default,
-            (residual.clone(), tensors["bias"], *terms, [H, W], moments),
+            (residual.clone(), tensors["bias"], *terms, [H, W], relu, moments),
         )
+    weight = torch.randn(OUT, 3, 3, 3, IN, device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.sswgan.convolution.default,
+        (x, weight, tensors["bias"], *terms, [H, W], False, True, False),
+    )
 
 
 def test_any_layout_gives_the_same_result() -> None:
@@ -216,7 +320,7 @@ def test_any_layout_gives_the_same_result() -> None:
         torch.testing.assert_close(got[name], value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["conv 3x3", "conv 1x1", "separable", "upsample"])
 def test_moments_given_by_the_maker_of_x_are_used_as_its_own(kind: str) -> None:
     tensors = case(kind, NORM)
 
@@ -257,11 +361,12 @@ def test_second_derivatives(kind: str, more: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: str) -> None:
-    more = NORM if kind == "upsample" else [*NORM, *TERMS]
-    tensors = case(kind, more)
+    tensors = case(kind, [*([] if kind in POOLINGS else NORM), *terms_of(kind)])
     tensors["x"] = tensors["x"][:, :2, :, :2, :2]
+    if "residual" in tensors:
+        frames, rows, columns = (2 // size for size in POOLINGS.get(kind, (1, 1, 1)))
+        tensors["residual"] = tensors["residual"][:, :frames, :, :rows, :columns]
     if "low" in tensors:
-        tensors["residual"] = tensors["residual"][:, :2, :, :2, :2]
         tensors["low"] = tensors["low"][:, :1, :, :4, :2]
 
     def function(*values: Tensor) -> Tensor:
@@ -284,6 +389,16 @@ def test_gradcheck(kind: str) -> None:
         ("separable", [*NORM, *TERMS], "epilogue"),
         ("separable", [*NORM, *TERMS], "triton"),
         ("upsample", NORM, None),
+        ("relu 3x3", [], None),
+        ("relu 3x3", [], "epilogue"),
+        ("relu 3x3", [*NORM, *TERMS], "pytorch"),
+        ("relu 3x3", [*NORM, *TERMS], "epilogue"),
+        ("relu 3x3", [*NORM, *TERMS], "triton"),
+        ("relu 3x3x3", [], None),
+        ("relu 3x3x3", ["residual"], "pytorch"),
+        ("relu 3x3x3", ["residual"], "epilogue"),
+        ("pool 2d", ["residual"], "epilogue"),
+        ("pool 3d, time too", ["residual"], None),
     ],
     ids=str,
 )
@@ -330,8 +445,8 @@ class Kept:
     rest: int
 
 
-def kept(kind: str, tensors: Tensors) -> Kept:
-    """What a call keeps for its backward pass, besides weights."""
+def kept(kind: str, tensors: Tensors, then: Callable[[Tensor], object] = lambda y: y) -> Kept:
+    """What a call keeps for its backward pass, besides weights, and what is made of its result."""
     storages: dict[int, int] = {}
     alive = []
 
@@ -342,7 +457,7 @@ def kept(kind: str, tensors: Tensors) -> Kept:
 
     leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
     with saved_tensors_hooks(pack, lambda v: v):
-        run(kind, leaves)
+        then(run(kind, leaves))
     own = {leaves[k].untyped_storage()._cdata for k in ("weight", "spatial") if k in leaves}
     x = storages.pop(leaves["x"].untyped_storage()._cdata, 0)
     return Kept(x, sum(size for key, size in storages.items() if key not in own))
@@ -366,6 +481,21 @@ def test_a_convolution_after_a_norm_keeps_x_alone(kind: str, videos: int) -> Non
         assert kept(kind, tensors).rest > got.rest + tensors["x"].nbytes
 
 
+@pytest.mark.parametrize("more", [[], ["residual"]], ids=str)
+@pytest.mark.parametrize("kind", ["relu 3x3", "relu 3x3x3"])
+@pytest.mark.parametrize("form", ["epilogue", "pytorch"])
+def test_a_relu_keeps_what_comes_next_keeps(
+    kind: str, more: list[str], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x, y, and no third video."""
+    monkeypatch.setitem(globals(), "run", partial(run, impl=form))
+    tensors = case(kind, more, dtype=torch.float32)
+    tensors["x"] = tensors["x"].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    weight = torch.randn(OUT, 3, 3, OUT, device=DEVICE)
+    got = kept(kind, tensors, lambda y: kernels.conv2d(y, weight.requires_grad_(), impl=form))
+    assert got == Kept(tensors["x"].nbytes, B * T * OUT * H * W * 4 + weight.nbytes)
+
+
 @pytest.mark.parametrize(
     ("name", "part", "message"),
     [
@@ -386,17 +516,18 @@ def test_what_does_not_fit_is_refused(
         run("conv 3x3", tensors, impl)
 
 
-def test_a_residual_alone_may_want_a_gradient() -> None:
-    tensors = case("conv 3x3", [*NORM, *TERMS])
+@pytest.mark.parametrize("kind", ["conv 3x3", "relu 3x3"])
+def test_a_residual_alone_may_want_a_gradient(kind: str) -> None:
+    tensors = case(kind, [*NORM, *TERMS])
     residual = tensors["residual"].requires_grad_()
-    y = run("conv 3x3", tensors)
+    y = run(kind, tensors)
     for graph in (False, True):
         [dresidual] = torch.autograd.grad(y.square().sum(), residual, create_graph=graph)
         torch.testing.assert_close(dresidual, 2 * y)
-        y = run("conv 3x3", tensors)
-    tensors = case("conv 3x3", [*NORM, *SHORTCUT])
+        y = run(kind, tensors)
+    tensors = case(kind, [*NORM, *SHORTCUT])
     bias = tensors["projection_bias"].requires_grad_()
-    y = run("conv 3x3", tensors)
+    y = run(kind, tensors)
     [dbias] = torch.autograd.grad(y.square().sum(), bias)
     torch.testing.assert_close(dbias, 2 * y.sum((0, 1, 3, 4)))
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.conv import convolve_volume
+from kernels.convolution_pytorch import convolve_volume
 from kernels.low_skip import LowSkip, add_low_skip
 
 convolution = pytest.importorskip("kernels.convolution_triton")
@@ -60,6 +60,7 @@ class Case:
     bias: Tensor | None = None
     residual: Tensor | None = None
     skip: tuple[Tensor, Tensor, Tensor] | None = None
+    relu: bool = False
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Case":
         """`change` of all tensors."""
@@ -67,13 +68,13 @@ class Case:
         def changed(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(change, value))
-            return None if value is None else change(value)
+            return change(value) if isinstance(value, Tensor) else value
 
         return Case(**{name: changed(value) for name, value in vars(self).items()})
 
     def run(self, moments: bool = True) -> tuple[Tensor, Any]:
         """By the Triton kernels."""
-        terms = self.bias, self.residual, self.skip, moments
+        terms = self.bias, self.residual, self.skip, moments, self.relu
         if self.weight is None:
             return convolution.add_terms(self.x, *terms)
         return convolution.convolve(self.x, self.weight, *terms)
@@ -97,6 +98,7 @@ class Case:
             taps = weight[:, None, None, :].to(y.dtype)
             low = LowSkip(video.permute(0, 1, 4, 2, 3), taps, low_bias.to(y.dtype))
             y = add_low_skip(y, low)
+        y = y.relu() if self.relu else y
         return y.permute(0, 1, 3, 4, 2)
 
 
@@ -109,6 +111,7 @@ def draw(
     residual: bool = False,
     half: bool = False,
     skip: tuple[int, int, int, int] | None = None,
+    relu: bool = False,
     product: bool = True,
     seed: int = 0,
 ) -> Case:
@@ -134,6 +137,7 @@ def draw(
         bias=randn(O, dtype=dtype if narrow_bias else torch.float32) if bias else None,
         residual=randn(B, T, H >> half, W >> half, O) if residual else None,
         skip=low,
+        relu=relu,
     )
 
 
@@ -191,8 +195,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "x_l of one frame, larger, not square": {"skip": (4, 2, 3, 3)},
     "x_l of one channel": {"skip": (2, 2, 2, 1)},
     "x_l of more channels than a product's 16": {"skip": (1, 1, 2, 17)},
+    "relu": {"relu": True},
     "all": {"bias": True, "residual": True, "skip": (2, 2, 2, 3)},
     "all, upsampled": {"bias": True, "residual": True, "half": True, "skip": (2, 2, 2, 3)},
+    "all and relu": {"bias": True, "residual": True, "skip": (2, 2, 2, 3), "relu": True},
 }
 
 
@@ -231,7 +237,7 @@ def test_sizes_of_an_upsampled_residual(size: tuple[int, int]) -> None:
     taps=st.sampled_from([TEMPORAL, SPATIAL, POINT, (3, 1, 3)]),
     dtype=st.sampled_from(DTYPES),
     options=st.fixed_dictionaries(
-        dict.fromkeys(("bias", "narrow_bias", "residual", "product"), st.booleans())
+        dict.fromkeys(("bias", "narrow_bias", "residual", "relu", "product"), st.booleans())
     ),
     skip=st.none() | st.tuples(*(st.integers(1, most) for most in (1, 3, 3, 4))),
     repeats=st.booleans(),
@@ -319,9 +325,11 @@ def test_nan_reaches_its_neighbours_only() -> None:
         assert statistic[[0, 2]].isfinite().all()
 
 
-def test_nan_of_every_term_reaches_y() -> None:
+@pytest.mark.parametrize("relu", [False, True])
+def test_nan_of_every_term_reaches_y(relu: bool) -> None:
     for product in (True, False):
         options: dict[str, Any] = {"bias": True, "residual": True, "skip": (1, 1, 1, 3)}
+        options["relu"] = relu
         case = draw((1, 1, 2, 2, 3, 5, POINT), torch.float32, product=product, **options)
         assert case.skip is not None
         for term in (case.bias, case.residual, *case.skip):

@@ -56,6 +56,10 @@ def test_conv2d(size: int) -> None:
     residual = randn(2, 3, 7, 4, 6)
     got = kernels.conv2d(x, weight, bias, residual_BTOHW=residual)
     torch.testing.assert_close(got, expected + residual)
+    got = kernels.conv2d(x, weight, bias, residual_BTOHW=residual, relu=True)
+    torch.testing.assert_close(got, (expected + residual).clamp(min=0))
+    got = kernels.conv2d(x, weight, bias, relu=True)
+    torch.testing.assert_close(got, expected.clamp(min=0))
 
 
 def test_conv3d_adds_the_residual() -> None:
@@ -65,6 +69,10 @@ def test_conv3d_adds_the_residual() -> None:
     residual = randn(2, 3, 7, 4, 6)
     got = kernels.conv3d(x, weight, bias, residual_BTOHW=residual)
     torch.testing.assert_close(got, expected + residual)
+    got = kernels.conv3d(x, weight, bias, residual_BTOHW=residual, relu=True)
+    torch.testing.assert_close(got, (expected + residual).clamp(min=0))
+    got = kernels.conv3d(x, weight, bias, relu=True)
+    torch.testing.assert_close(got, expected.clamp(min=0))
 
 
 @pytest.mark.parametrize("impl", ["reference", "transposed", "shuffled"])
@@ -202,7 +210,9 @@ def test_every_output_is_channels_last_in_memory() -> None:
     gates, biases = [torch.randn(8, 3, 3, 16) for _ in range(3)], [torch.randn(8) for _ in range(3)]
     outputs = {
         "conv2d": kernels.conv2d(x, flat),
+        "conv2d, relu": kernels.conv2d(x, flat, relu=True),
         "conv3d": kernels.conv3d(x, deep),
+        "conv3d, relu": kernels.conv3d(x, deep, relu=True),
         "upsample": kernels.upsample_conv(x, flat),
         "upsample, shuffled": kernels.upsample_conv(x, flat, impl="shuffled"),
         "pool2d": kernels.conv_pool2d(x, flat),
@@ -215,15 +225,20 @@ def test_every_output_is_channels_last_in_memory() -> None:
     assert not wrong
 
 
-def test_narrow_conv3d_gradients_are_not_uninitialised_memory(poisoned: None) -> None:
+@pytest.mark.parametrize("with_residual", [False, True])  # of another way to the gradients
+def test_narrow_conv3d_gradients_are_not_uninitialised_memory(
+    poisoned: None, with_residual: bool
+) -> None:
     # The matching discriminator's first block in the smallest configuration: torch 2.13's oneDNN
     # leaves this weight gradient unwritten in bf16.
     x_BTIHW = torch.randn(4, 2, 6, 8, 8, dtype=torch.bfloat16)
     weight = torch.randn(4, 3, 3, 3, 6, dtype=torch.bfloat16, requires_grad=True)
     upstream = torch.randn(4, 2, 4, 8, 8)
+    residual = torch.randn(4, 2, 4, 8, 8)
     gradients = []
     for dtype in (torch.bfloat16, torch.float64):
-        y = kernels.conv3d(x_BTIHW.to(dtype), weight.to(dtype))
+        added = residual.to(dtype) if with_residual else None
+        y = kernels.conv3d(x_BTIHW.to(dtype), weight.to(dtype), residual_BTOHW=added)
         (gradient,) = torch.autograd.grad(y, weight, upstream.to(dtype))
         gradients.append(gradient.double())
     # The upstream and the result are rounded to bf16 once each.

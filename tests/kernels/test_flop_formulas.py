@@ -23,6 +23,8 @@ def counted(impl: str, operator: str, skip: kernels.LowSkip | None) -> int:
         if operator == "separable_conv3d":
             weights = empty(O, 3, I), empty(O, 3, 3, O), empty(O)
             kernels.separable_conv3d(x, *weights, skip=skip, impl=impl)
+        elif operator == "conv3d":
+            kernels.conv3d(x, empty(O, 3, 3, 3, I), empty(O), relu=True, impl=impl)
         else:
             kernels.conv2d(x, empty(O, 3, 3, I), empty(O), skip=skip, impl=impl)
     return int(counter.get_total_flops())
@@ -48,3 +50,5 @@ def test_triton_operators_count_what_pytorchs_do(
 
 def test_a_convolution_by_hand() -> None:
     assert counted("triton", "conv2d", None) == 2 * 9 * I * O * B * T * H * W
+    for impl in ("triton", "epilogue", "pytorch"):
+        assert counted(impl, "conv3d", None) == 2 * 27 * I * O * B * T * H * W

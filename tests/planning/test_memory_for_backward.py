@@ -66,7 +66,7 @@ def discriminators_saved_for_backward(config: Config) -> int:
 def test_bytes_per_sample_of_the_discriminators() -> None:
     """Per video judged, of which a D update has two per sample. They have no norms to keep."""
     found = [discriminators_saved_for_backward(checkpointing(m)) for m in ("none", "norms")]
-    assert found == [147_197_960, 147_197_960]
+    assert found == [114_143_240, 114_143_240]
     assert discriminators_saved_for_backward(checkpointing("blocks")) == 20_772_872
 
 
