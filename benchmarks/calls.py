@@ -258,7 +258,7 @@ def _on_videos(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value.video if isinstance(value, Normalized) else value
         for key, value in arguments.items()
-        if key != "only_graph"  # a thing of passes that are made again
+        if key not in ("only_graph", "wanted")  # of passes that are made again, and of moments
     }
 
 

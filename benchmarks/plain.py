@@ -87,7 +87,9 @@ class PlainOperators:
         y = self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
         return F.relu(y) if relu else y
 
-    def conv2d_with_moments(self, *arguments: Any, **named: Any) -> tuple[Tensor, Moments | None]:
+    def conv2d_with_moments(
+        self, *arguments: Any, wanted: bool = True, **named: Any
+    ) -> tuple[Tensor, Moments | None]:
         """The norm that comes next takes its own."""
         return self.conv2d(*arguments, **named), None
 
@@ -97,7 +99,9 @@ class PlainOperators:
         """Upsample, then convolve."""
         return self.conv2d(self._upsampled(x_BTIHW), weight_OhwI, bias_O)
 
-    def upsample_conv_with_moments(self, *arguments: Any) -> tuple[Tensor, Moments | None]:
+    def upsample_conv_with_moments(
+        self, *arguments: Any, wanted: bool = True
+    ) -> tuple[Tensor, Moments | None]:
         """As `conv2d_with_moments`."""
         return self.upsample_conv(*arguments), None
 
@@ -170,7 +174,7 @@ class PlainOperators:
         )
 
     def separable_conv3d_with_moments(
-        self, *arguments: Any, **named: Any
+        self, *arguments: Any, wanted: bool = True, **named: Any
     ) -> tuple[Tensor, Moments | None]:
         """As `conv2d_with_moments`."""
         return self.separable_conv3d(*arguments, **named), None

@@ -54,9 +54,10 @@ def conv2d_with_moments(
     residual_BTOHW: Tensor | UpsampledShortcut | None = None,
     skip: LowSkip | None = None,
     only_graph: bool = False,
+    wanted: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """As `conv2d`, and the moments of the result where they cost little (else None).
+    """As `conv2d`, and the moments of the result if `wanted` and where they cost little, else None.
 
     `only_graph`: as `kernels.convolution.convolve`'s.
     """
@@ -67,7 +68,7 @@ def conv2d_with_moments(
         Layout(size_of(x_BTIHW)),
         residual_BTOHW=residual_BTOHW,
         skip=skip,
-        moments=True,
+        moments=wanted,
         only_graph=only_graph,
         impl=impl,
     )

@@ -52,9 +52,10 @@ def separable_conv3d_with_moments(
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
     only_graph: bool = False,
+    wanted: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """As `separable_conv3d`, and the moments of the result where they cost little (else None).
+    """As `separable_conv3d`, and the moments of the result if `wanted` and where they cost little.
 
     `only_graph`: as `kernels.convolution.convolve`'s.
     """
@@ -66,6 +67,7 @@ def separable_conv3d_with_moments(
         residual_BTOHW=residual_BTOHW,
         skip=skip,
         only_graph=only_graph,
+        wanted=wanted,
         impl=impl,
     )
 

@@ -77,10 +77,14 @@ def upsample_conv(
 
 
 def upsample_conv_with_moments(
-    x_BTIHW: Tensor | Normalized, weight_OhwI: Tensor, bias_O: Tensor | None = None
+    x_BTIHW: Tensor | Normalized,
+    weight_OhwI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    wanted: bool = True,
 ) -> tuple[Tensor, Moments | None]:
-    """As `upsample_conv`, and the moments of the result where they cost little (else None)."""
-    return _upsample_conv(x_BTIHW, weight_OhwI, bias_O, moments=True, impl=None)
+    """As `upsample_conv`, and the moments of the result if `wanted` and where they cost little."""
+    return _upsample_conv(x_BTIHW, weight_OhwI, bias_O, moments=wanted, impl=None)
 
 
 def _upsample_conv(

@@ -69,13 +69,15 @@ class GeneratorBlock2D(Block):
         # What upsamples folds the weight in the precision it is kept in, and only then rounds it.
         kept = None if self.upsample else dtype
         first = kernels.upsample_conv_with_moments if self.upsample else kernels.conv2d_with_moments
-        h = Features(*first(self.norm1(x, cond_BK), *self.conv1(kept)))
+        wanted = self.norm2.takes_moments  # and so will the norm that comes after the block
+        h = Features(*first(self.norm1(x, cond_BK), *self.conv1(kept), wanted=wanted))
         y, moments = kernels.conv2d_with_moments(
             self.norm2(h, cond_BK),
             *self.conv2(dtype),
             residual_BTOHW=self._residual(x.video),
             skip=_skip(self.injection, low, dtype),
             only_graph=self.only_graph,
+            wanted=wanted,
         )
         return Features(y, moments)
 
@@ -102,8 +104,11 @@ class GeneratorBlock3D(Block):
     def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns the shape of x."""
         dtype = x.video.dtype
+        wanted = self.norm2.takes_moments
         h = Features(
-            *kernels.separable_conv3d_with_moments(self.norm1(x, cond_BK), *self.conv1(dtype))
+            *kernels.separable_conv3d_with_moments(
+                self.norm1(x, cond_BK), *self.conv1(dtype), wanted=wanted
+            )
         )
         y, moments = kernels.separable_conv3d_with_moments(
             self.norm2(h, cond_BK),
@@ -111,6 +116,7 @@ class GeneratorBlock3D(Block):
             residual_BTOHW=x.video,
             skip=_skip(self.injection, low, dtype),
             only_graph=self.only_graph,
+            wanted=wanted,
         )
         return Features(y, moments)
 

@@ -71,6 +71,11 @@ class FrameNorm(nn.Module):
             x_BTCHW, gain_BC, bias_BC, statistics, group, moments, self.keeps_result
         )
 
+    @property
+    def takes_moments(self) -> bool:
+        """Whether it works on the batch's statistics, and those of x would spare it a pass."""
+        return self.mean is None and self._accumulated is None
+
     def start_accumulating(self) -> None:
         """Use the batch's statistics again and remember them from now on."""
         self.fix(None)

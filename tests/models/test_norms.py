@@ -1,5 +1,7 @@
 """Conditional norms in their three modes, alone and inside a generator."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_networks import clip_generator, upsampling_generator
@@ -125,3 +127,26 @@ def test_failed_collection_leaves_batch_statistics() -> None:
     with pytest.raises(ValueError, match="of 4 and of 3 frames"):
         collect_statistics(generator, lambda i: _generate(generator, z, 4 - i), 2)
     assert torch.equal(_generate(generator, z), live)
+
+
+def test_moments_are_asked_for_where_a_norm_takes_the_batchs_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    generator = upsampling_generator()
+    z, low = torch.randn(2, 16), torch.randn(2, 2, 3, 8, 8)
+    asked: list[bool] = []
+    original = kernels.conv2d_with_moments
+
+    def recorded(*args: Any, wanted: bool, **named: Any) -> Any:
+        asked.append(wanted)
+        return original(*args, wanted=wanted, **named)
+
+    monkeypatch.setattr(kernels, "conv2d_with_moments", recorded)
+    generator(z, None, low)
+    assert set(asked) == {True}
+    asked.clear()
+    # Also while statistics are collected, which are taken for themselves.
+    collect_statistics(generator, lambda _: generator(z, None, low), 1)
+    generator(z, None, low)
+    assert set(asked) == {False}
