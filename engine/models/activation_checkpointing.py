@@ -11,8 +11,8 @@ All three compute the same, bit for bit: a block computed again divides its weig
 (power iteration is no part of a pass) and draws nothing at random.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,9 @@ class Block(nn.Module):
     """A part of a network that can be computed again as a whole; to be called by `run_block`."""
 
     recomputed = False
-    _recomputing = False
+    """Whether its backward pass computes it again."""
+    recomputing = False
+    """Whether it is being computed again at this moment."""
 
     @property
     def only_graph(self) -> bool:
@@ -39,17 +41,28 @@ class Block(nn.Module):
         PyTorch ends such a pass when the last tensor is kept; a Function's are kept after it ran.
         """
         # A compiled block's two passes must be one program, which keeps the same tensors.
-        return not torch.compiler.is_compiling() and self._recomputing
+        return not torch.compiler.is_compiling() and self.recomputing
 
-    @contextmanager
-    def recomputing(self, weights: NormalizedWeights) -> Iterator[None]:
-        """Within this context the block is computed again, with these weights."""
-        self._recomputing = True
-        try:
-            with weights:
-                yield
-        finally:
-            self._recomputing = False
+
+class Recomputing(AbstractContextManager["Recomputing"]):
+    """Within this context, any number of times, a block is computed again, with these weights."""
+
+    def __init__(self, block: Block, weights: NormalizedWeights) -> None:
+        self._block, self._weights = block, weights
+
+    def __enter__(self) -> "Recomputing":
+        self._block.recomputing = True
+        self._weights.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._weights.__exit__(kind, value, traceback)
+        self._block.recomputing = False
 
 
 def run_block(block: Block, *inputs: Any) -> Any:
@@ -65,7 +78,7 @@ def run_block(block: Block, *inputs: Any) -> Any:
         *leaves,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), block.recomputing(weights)),
+        context_fn=lambda: (nullcontext(), Recomputing(block, weights)),
     )
 
 

@@ -14,9 +14,11 @@ from small_trainers import make
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.models.norms import Features
 from engine.trainer.profiling import timeline
 from engine.trainer.profiling.counts import Counted, OperatorCounter
 from engine.trainer.profiling.module_table import StepCosts
@@ -154,13 +156,18 @@ def test_one_of_two_ranks_is_profiled(tiny: Tiny, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- FLOPs of the right modules
 
 
+def video_of(x: Tensor | Features) -> Tensor:
+    """Generators' blocks take and return it with its moments."""
+    return x.video if isinstance(x, Features) else x
+
+
 def flops_alone(block: nn.Module, inputs: tuple[Any, ...], *, x_grad: bool) -> tuple[int, int]:
     """Forward and backward of one block by PyTorch's own counter."""
-    x = inputs[0].detach().requires_grad_(x_grad)  # no copy: its strides may mean something
-    others = [v.detach().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v
-              for v in inputs[1:]]  # fmt: skip
+    # No copy: the strides of x may mean something.
+    leaves = tree_map_only(Tensor, lambda v: v.detach().requires_grad_(v.requires_grad), inputs)
+    video_of(leaves[0]).requires_grad_(x_grad)
     with FlopCounterMode(display=False) as forward:
-        y = block(x, *others)
+        y = video_of(block(*leaves))
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()
@@ -206,7 +213,7 @@ def test_every_block_gets_its_own_flops(tiny: Tiny, ranks: Ranks, number: int) -
         # Two D updates, one G update.
         assert len(calls) == 3, name
         (inputs, graded), (last, _) = calls[0], calls[-1]
-        forward, backward = flops_alone(block, inputs, x_grad=inputs[0].requires_grad)
+        forward, backward = flops_alone(block, inputs, x_grad=video_of(inputs[0]).requires_grad)
         assert forward > 0
         assert got[name, D_UPDATE, FORWARD] == 2 * forward
         assert got[name, D_UPDATE, BACKWARD] == (2 * backward if graded else 0), name
