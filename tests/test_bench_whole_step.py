@@ -1,15 +1,23 @@
 """Whole iterations: what is counted, how the largest micro-batch is found, and the tables."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from result_files import CPU, document, row
 
-from benchmarks import merge, report, results, step_report
+from benchmarks import merge, report, results, step_report, whole_step
 from benchmarks.results import Attempt, Document
 from benchmarks.setups import BUILDS, SETUPS, USABLE_BYTES, config_of
 from benchmarks.timing import Spread
-from benchmarks.whole_step import Counted, count_iteration, largest_that_fits, search
+from benchmarks.whole_step import (
+    Counted,
+    count_iteration,
+    largest_that_fits,
+    reduced,
+    search,
+)
+from engine.trainer.ranks import Ranks
 
 GIB = 1 << 30
 
@@ -89,6 +97,22 @@ def test_setups_are_the_papers_sizes() -> None:
     assert sizes["dvdgan_50"] == (128, 50)
     assert config_of(SETUPS["stage1"], BUILDS["fp32"], 4).stages[1].training.precision == "fp32"
     assert config_of(SETUPS["dvdgan_50"], BUILDS["ours"], 2).stages[1].training.micro_batch == 2
+
+
+def test_the_graphs_build_records_passes_of_what_it_trains(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the engine's own `accelerate` is asked to, which a CPU does not do."""
+    asked: list[tuple[str, object]] = []
+    monkeypatch.setattr(
+        whole_step,
+        "accelerate",
+        lambda stage, _, trainer, previous: asked.append((stage.training.acceleration, trainer)),
+    )
+    for name, mode in (("ours", "none"), ("graphs", "cuda_graphs")):
+        with closing(reduced(SETUPS["stage2_6"], BUILDS[name], ranks)) as iterations:
+            assert asked.pop() == (mode, iterations.trainer)
+    assert [name for name, build in BUILDS.items() if build.usual_samples_only] == ["graphs"]
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ All three compute the same, bit for bit: a block computed again divides its weig
 (power iteration is no part of a pass) and draws nothing at random.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from engine.models.layers import NormalizedWeights, prepared_weights
+from engine.models.layers import prepared_weights
 from engine.models.norms import frame_norms
 
 Checkpointing = Literal["none", "norms", "blocks"]
@@ -44,27 +43,6 @@ class Block(nn.Module):
         return not torch.compiler.is_compiling() and self.recomputing
 
 
-class Recomputing(AbstractContextManager["Recomputing"]):
-    """Within this context, any number of times, a block is computed again, with these weights."""
-
-    def __init__(self, block: Block, weights: NormalizedWeights) -> None:
-        self._block, self._weights = block, weights
-
-    def __enter__(self) -> "Recomputing":
-        self._block.recomputing = True
-        self._weights.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._weights.__exit__(kind, value, traceback)
-        self._block.recomputing = False
-
-
 def run_block(block: Block, *inputs: Any) -> Any:
     """`block(*inputs)`; where it is `recomputed`, only `inputs` are kept for its backward pass."""
     if not (block.recomputed and torch.is_grad_enabled()):
@@ -73,12 +51,22 @@ def run_block(block: Block, *inputs: Any) -> Any:
     weights = prepared_weights(block)
     # Flat: PyTorch hands only tensors that are arguments themselves to hooks of saved tensors.
     leaves, structure = tree_flatten(inputs)
+    again = False
+
+    def run(*leaves: Any) -> Any:
+        nonlocal again
+        block.recomputing, again = again, True
+        try:
+            return block(*tree_unflatten(leaves, structure))
+        finally:
+            block.recomputing = False
+
     return checkpoint(
-        lambda *leaves: block(*tree_unflatten(leaves, structure)),
+        run,
         *leaves,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), Recomputing(block, weights)),
+        context_fn=lambda: (nullcontext(), weights),
     )
 
 

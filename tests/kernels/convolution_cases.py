@@ -1,0 +1,151 @@
+"""Convolutions with a norm before and terms after them, by name, for the tests of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.conv_pool import conv_pool2d_folded, conv_pool3d_folded
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+B, T, H, W = 2, 4, 4, 6
+IN, OUT = 5, 6
+Tensors = dict[str, Tensor]
+
+
+def draw(
+    names: list[str],
+    taps: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    pooling: tuple[int, int, int] = (1, 1, 1),
+) -> Tensors:
+    """Everything that `names` asks for besides x, the weights and the bias."""
+    random = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (B, T, IN, H, W),
+        "weight": (OUT, *taps, IN),
+        "spatial": (OUT, 3, 3, OUT),
+        "bias": (OUT,),
+        "gain": (B, IN),
+        "shift": (B, IN),
+        "mean": (T, IN),
+        "var": (T, IN),
+        "residual": (B, T // pooling[0], OUT, H // pooling[1], W // pooling[2]),
+        "shortcut": (B, T, IN, H // 2, W // 2),
+        "projection": (OUT, 1, 1, IN),
+        "projection_bias": (OUT,),
+        "low": (B, T // 2, 3, 2 * H, W),
+        "low_weight": (OUT, 1, 1, 3),
+        "low_bias": (OUT,),
+    }
+    drawn = {k: torch.randn(shapes[k], generator=random, dtype=torch.float64) for k in names}
+    if "var" in drawn:
+        drawn["var"] = drawn["var"].square() + 0.5
+    return {name: value.to(DEVICE, dtype) for name, value in drawn.items()}
+
+
+def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
+    """The operator `kind` on whatever of its inputs are there."""
+    x: Any = tensors["x"]
+    if "gain" in tensors:
+        statistics = (tensors["mean"], tensors["var"]) if "mean" in tensors else None
+        x = kernels.Normalized(x, tensors["gain"], tensors["shift"], statistics)
+    if kind == "upsample":
+        return kernels.upsample_conv(x, tensors["weight"], tensors["bias"], impl=impl)
+    if kind in POOLINGS:
+        return pooled(kind, tensors, impl)
+    skip = None
+    if "low" in tensors:
+        skip = kernels.LowSkip(*(tensors[k] for k in ("low", "low_weight", "low_bias")))
+    residual: Any = tensors.get("residual")
+    if "shortcut" in tensors:
+        residual = kernels.UpsampledShortcut(*(tensors[k] for k in SHORTCUT))
+    terms: dict[str, Any] = {"residual_BTOHW": residual, "skip": skip}
+    if kind == "separable":
+        weights = tensors["weight"], tensors["spatial"]
+        return kernels.separable_conv3d(x, *weights, tensors["bias"], **terms, impl=impl)
+    terms |= {"relu": "relu" in kind, "impl": impl}
+    if "3x3x3" in kind:
+        del terms["skip"]
+        return kernels.conv3d(x, tensors["weight"], tensors["bias"], **terms)
+    return kernels.conv2d(x, tensors["weight"], tensors["bias"], **terms)
+
+
+def pooled(kind: str, tensors: Tensors, impl: str | None) -> Tensor:
+    """By the public function, or by the form of the convolution that is named."""
+    operands = tensors["x"], tensors["weight"], tensors["bias"]
+    terms: dict[str, Any] = {"residual_BTOHW": tensors.get("residual"), "impl": impl}
+    public = impl in (None, "reference")
+    if kind == "pool 2d":
+        return (kernels.conv_pool2d if public else conv_pool2d_folded)(*operands, **terms)
+    run_3d = kernels.conv_pool3d if public else conv_pool3d_folded
+    return run_3d(*operands, pooling=POOLINGS[kind], **terms)
+
+
+NORM, GIVEN = ["gain", "shift"], ["gain", "shift", "mean", "var"]
+LOW = ["low", "low_weight", "low_bias"]
+TERMS = ["residual", *LOW]
+SHORTCUT = ["shortcut", "projection", "projection_bias"]
+POOLINGS: dict[str, kernels.Pooling] = {
+    "pool 2d": (1, 2, 2),
+    "pool 3d": (1, 2, 2),
+    "pool 3d, time too": (2, 2, 2),
+}
+KINDS = {
+    "conv 3x3": (3, 3),
+    "conv 1x1": (1, 1),
+    "separable": (3,),
+    "upsample": (3, 3),
+    "relu 3x3": (3, 3),
+    "conv 3x3x3": (3, 3, 3),
+    "relu 3x3x3": (3, 3, 3),
+    **{kind: (3, 3) if kind == "pool 2d" else (3, 3, 3) for kind in POOLINGS},
+}
+
+
+def terms_of(kind: str) -> list[str]:
+    """All that the operator may add."""
+    if kind == "upsample":
+        return []
+    return ["residual"] if "3x3x3" in kind or kind in POOLINGS else TERMS
+
+
+def choices_of_terms(kind: str) -> list[list[str]]:
+    """Nothing, all, and in place of a residual a shortcut."""
+    shortcuts = [SHORTCUT, [*SHORTCUT, *LOW]] if kind in ("conv 3x3", "relu 3x3") else []
+    return [[], *([terms_of(kind)] if terms_of(kind) else []), *shortcuts]
+
+
+CASES = [
+    (kind, [*norm, *terms])
+    for kind in KINDS
+    for norm in ([[]] if kind in POOLINGS else ([], NORM, GIVEN))
+    for terms in choices_of_terms(kind)
+]
+
+
+def case(kind: str, more: list[str], **options: Any) -> Tensors:
+    spatial = ["spatial"] if kind == "separable" else []
+    options["pooling"] = POOLINGS.get(kind, (1, 1, 1))
+    return draw(["x", "weight", *spatial, "bias", *more], KINDS[kind], **options)
+
+
+def gradients(function: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensors:
+    """y, and the gradient of everything from a random upstream."""
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    y = function(leaves)
+    upstream = torch.randn(
+        y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(y)
+    grads = torch.autograd.grad(y, list(leaves.values()), upstream)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def plain(kind: str, tensors: Tensors) -> Tensor:
+    """Operator by operator, through autograd."""
+    with kernels.use("reference"):
+        return run(kind, tensors)
