@@ -170,6 +170,11 @@ def test_shapes_come_from_the_networks() -> None:
         "4x12x256x64x64",
         "4x12x128x128x128",
     ]
+    names = [call.name for call in network_calls(config, 2, "conv2d")]
+    assert [name for name in names if "256x64x64" in name] == [
+        "4x12x256x64x64-256-shortcut",
+        "4x12x256x64x64-256",
+    ]
     first, *later = network_calls(config, 1, "conv_gru")
     assert [call.name for call in later][-1] == "4x25x512x32x32"
     assert first.constant_input

@@ -108,6 +108,11 @@ def test_moments_are_those_of_the_result(impl: str) -> None:
     for got, expected in zip(moments, kernels.frame_statistics(y), strict=True):
         torch.testing.assert_close(got, expected)
     assert kernels.separable_conv3d_with_moments(tensors["x"], *weights, impl="pytorch")[1] is None
+    unwanted = kernels.separable_conv3d_with_moments(
+        tensors["x"], *weights, wanted=False, impl=impl
+    )
+    assert torch.equal(unwanted[0], y)
+    assert unwanted[1] is None
     kernel = torch.randn(OUT, 4, 4, IN, device=DEVICE)
     y, moments = convolve(
         tensors["x"], kernel, None, Layout((H, W), upsample=True), moments=True, impl="epilogue"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import upsampled_shortcut
@@ -89,9 +90,13 @@ def test_an_upsampled_shortcut_is_the_projection_of_the_upsampled_input(setting:
     shortcut = naive_conv(naive_up(low), projection[:, None], shift)
     expected = naive_conv(x, weight[:, None], bias) + shortcut
     residual = kernels.UpsampledShortcut(low, projection, shift)
-    with kernels.use(setting):
+    with kernels.use(setting), FlopCounterMode(display=False) as counter:
         got = kernels.conv2d(x, weight, bias, residual_BTOHW=residual)
     torch.testing.assert_close(got, expected)
+    # The reference, what others are measured against, upsamples first.
+    projected_pixels = {"auto": 4 * 6, "reference": 8 * 12}[setting]
+    flops = 2 * 2 * 3 * 7 * (9 * 5 * 8 * 12 + 4 * projected_pixels)
+    assert counter.get_total_flops() == flops
 
 
 def test_sums_of_four_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
