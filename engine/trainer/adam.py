@@ -20,6 +20,7 @@ from torch import nn
 
 from engine.configuration import Training
 from engine.errors import UserError
+from engine.trainer.deepspeed_builds import check_build_lock
 
 EPSILON = 1e-8
 APEX = "NVIDIA's is built from source, with its CUDA extensions: https://github.com/NVIDIA/apex"
@@ -115,3 +116,4 @@ def _check_compiler(offload: bool) -> None:
             f"training.adam=deepspeed is compiled on first use and needs {' and '.join(missing)}: "
             "install it and put it on PATH, or set training.adam=auto"
         )
+    check_build_lock("cpu_adam" if offload else "fused_adam")

@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.configuration import Training
 from engine.trainer import deepspeed_engines
+from engine.trainer.deepspeed_builds import leave_out_inference_collectives
 
 AS_TRAINED = deepspeed_engines.deepspeed_settings
 WIDTH, DEPTH, BUCKET = 200, 5, 60_000  # one and a half layers in a bucket
@@ -51,6 +52,7 @@ def pretend(num_ranks: int) -> None:
         deepspeed.comm.comm.cdb = deepspeed.utils.groups._WORLD_GROUP = None
     os.environ.update(RANK="0", WORLD_SIZE=str(num_ranks), LOCAL_RANK="0")
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
+    leave_out_inference_collectives()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
 

@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.trainer.deepspeed_builds import leave_out_inference_collectives
 from engine.trainer.ranks import Ranks
 
 META = torch.device("meta")
@@ -130,6 +131,7 @@ def fake_job(world_size: int) -> Iterator[Ranks]:
         stack.enter_context(
             replaced(coordinator, "assert_ints_same_as_other_ranks", lambda ints: None)
         )
+        leave_out_inference_collectives()
         deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
         yield Ranks(rank=0, world_size=world_size, local_rank=0, device=META)
 
