@@ -108,6 +108,7 @@ class Training(Section):
         0.0,
         0.999,
     )
+    """Decided: BigGAN's and DVD-GAN's; the paper gives none."""
     adam: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     """Whose fused Adam (engine/trainer/adam.py); auto is PyTorch's, which is on every device."""
     max_gradient_norm: PositiveFloat | None = None

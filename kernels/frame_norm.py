@@ -50,7 +50,7 @@ from kernels.implementation import (
 )
 from kernels.layout import channels_last
 
-EPSILON = 1e-4  # BigGAN's, whose networks the paper builds on
+EPSILON = 1e-4  # Decided: BigGAN's, whose networks the paper builds on; it gives none itself
 
 OPERATOR = Operator(
     "frame_norm",

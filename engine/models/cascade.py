@@ -89,7 +89,8 @@ class Cascade(nn.Module):
         """What the training inputs of stage `stage_number` > 1 are windows of.
 
         Stage 1 makes its whole training clip; each later stage upsamples a random window of the
-        video before, of the length that it is trained on. Returns [B, T, 3, h, w] of the last one.
+        video before, of the length that it is trained on. Decided: the paper does not say what a
+        third stage is trained on. Returns [B, T, 3, h, w] of the last one.
         """
         num_previous = stage_number - 1
         if not 1 <= num_previous <= len(self.generators):

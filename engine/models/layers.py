@@ -1,10 +1,11 @@
 """Spectrally normalised, orthogonally initialised layers: every weight of G and D is one of these.
 
-Weights are stored [O, ...] with input channels last and kept in fp32; a layer computes in the
-dtype of its input (`Linear`, convolutions) by casting the normalised weight. Power iteration is
-no part of a forward pass: the training loop calls `update_spectral_norm` once per optimiser step,
-so that checkpointed, repeated and accumulated passes all see one and the same σ. A network's pass
-divides all its weights at once, in `normalized_weights`, unless they are partitioned.
+Weights are stored [O, ...] with input channels last and kept in fp32 (decided: Adam's steps are too
+small for bf16); a layer computes in the dtype of its input (`Linear`, convolutions) by casting the
+normalised weight. Power iteration is no part of a forward pass: the training loop calls
+`update_spectral_norm` once per optimiser step, so that checkpointed, repeated and accumulated
+passes all see one and the same σ. A network's pass divides all its weights at once, in
+`normalized_weights`, unless they are partitioned.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -279,7 +280,10 @@ class Convolution(nn.Module):
 
 
 class SeparableConvolution(nn.Module):
-    """Weights of a temporal (3) and a spatial (3x3) convolution with one bias after both."""
+    """Weights of a temporal (3) and a spatial (3x3) convolution with one bias after both.
+
+    Decided: the pair stands for one convolution of the block, so it has one bias.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -46,7 +46,10 @@ class Fakes(Protocol):
 
 
 class LatentSource:
-    """z ~ N(0, σ²I), σ = 1 in training, and labels with the data set's frequencies."""
+    """z ~ N(0, σ²I), σ = 1 in training, and labels with the data set's frequencies.
+
+    Decided: the paper does not say how fakes' classes are drawn.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Norm statistics for inference: dummy passes, at the length to be generated, then fixed.
 
 The paper runs 200 of them before it evaluates. Stages are done in order, each on what the earlier
-ones, already fixed, generate: that is what it will see.
+ones, already fixed, generate: that is what it will see. Decided: frozen stages run on such
+statistics while the next one trains, too, where the paper is silent.
 """
 
 from collections.abc import Callable
