@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from benchmarks.network_check import check_networks
 from benchmarks.plain import PlainOperators
 from benchmarks.results import Attempt, WholeStep
 from benchmarks.setups import BUILDS, NODE_GPUS, SETUPS, USABLE_BYTES, Build, Setup, config_of
@@ -33,6 +34,7 @@ from engine.planning.peak import Scaling, find_peak
 from engine.planning.zero_memory import VALUE_BYTES
 from engine.trainer.acceleration import accelerate
 from engine.trainer.ranks import Ranks
+from engine.trainer.recorded_passes import recorded_bytes
 
 
 def operators_of(build: Build) -> PlainOperators | None:
@@ -273,7 +275,7 @@ def try_samples(
         once = measure(iteration, device)
         rounds = num_rounds(once, seconds, 2, 20)
         taken = [once, *(measure(iteration, device) for _ in range(rounds))]
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device) + recorded_bytes(device)
         return Attempt(samples=samples, seconds=spread(taken), peak_bytes=peak)
     except torch.cuda.OutOfMemoryError:
         return None
@@ -290,13 +292,17 @@ def measured_step(
 ) -> WholeStep:
     """The record of a setup in a build, on a GPU. Raises UserError where nothing fits.
 
-    Raises RuntimeError where an earlier case still holds memory, which this one would lack.
+    Raises Refused where this engine's networks do not compute what the plain ones do, RuntimeError
+    where an earlier case still holds memory, which this one would lack.
     """
     setup, build, device = SETUPS[name], BUILDS[build_name], ranks.device
     free_memory()
     if torch.cuda.memory_allocated(device) > 1 << 30:
         raise RuntimeError("an earlier case still holds memory: run this one in a process alone")
     with closing(Iterations(setup, build, ranks)) as iterations:
+        if not build.plain:
+            plain = PlainOperators(channels_last=True)
+            check_networks(iterations.trainer, iterations.config, plain.installed)
         with FlopCounterMode(display=False) as counter:
             iterations.at(1)()
         iterations.accelerate()

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.command_line import ArgumentParser, run
+from engine.models.construction import forbid_tf32
 from engine.sampling import (
     SamplePlan,
     choose_labels,
@@ -87,6 +88,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
     make_writable(options.out)
+    forbid_tf32()
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()
     fix_statistics(cascade, plan, options.out)
     write(options.out, generate(cascade, plan), plan)

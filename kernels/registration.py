@@ -9,6 +9,7 @@ differentiated, where autograd would record it.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 _NAMESPACE = "sswgan"
+_HERE = nullcontext()
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
@@ -41,7 +43,8 @@ def operator(
                     f"{_NAMESPACE}::{name} has no derivative of its own: call it in an autograd "
                     "Function or without gradients"
                 )
-            results = function(*arguments)
+            with _on_their_device(arguments):
+                results = function(*arguments)
             for place in written:
                 _count_write(arguments[place])
             return results
@@ -58,6 +61,16 @@ def operator(
 
 def _tracked(arguments: Sequence[Any]) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(arguments))
+
+
+def _on_their_device(arguments: Sequence[Any]) -> AbstractContextManager[None]:
+    """Triton launches on the current GPU, wherever the tensors are."""
+    first = arguments[0]
+    if not isinstance(first, Tensor):
+        first = first[0]  # of a list
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        return torch.cuda.device(first.device)
+    return _HERE
 
 
 def _count_write(tensors: Tensor | Sequence[Tensor] | None) -> None:

@@ -12,6 +12,7 @@ from engine.configuration import Config
 from engine.models.generator import ClipGenerator
 from engine.models.layers import settle_weights
 from engine.models.upsampler import UpsamplingGenerator
+from engine.transfers import to_device
 
 
 def draw_window_starts(
@@ -26,7 +27,7 @@ def draw_window_starts(
 
 def take_windows(video_BTCHW: Tensor, starts_B: Tensor, window: int) -> Tensor:
     """`window` frames of each sample from its own start; differentiable, [B, window, C, H, W]."""
-    starts_B = starts_B.to(video_BTCHW.device)
+    starts_B = to_device(starts_B, video_BTCHW.device)
     frames_BW = starts_B[:, None] + torch.arange(window, device=video_BTCHW.device)
     samples = torch.arange(len(video_BTCHW), device=video_BTCHW.device)[:, None]
     return video_BTCHW[samples, frames_BW]

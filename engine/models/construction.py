@@ -22,6 +22,11 @@ def compute_dtype(stage: Stage) -> torch.dtype:
     return torch.bfloat16 if stage.training.precision == "bf16" else torch.float32
 
 
+def forbid_tf32() -> None:
+    """In this process: cuDNN's convolutions use it by default, and `precision: fp32` means fp32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def build_generator(config: Config, stage_number: int) -> ClipGenerator | UpsamplingGenerator:
     """The generator of one stage, initialised from the global random state."""
     stage = config.stages[stage_number]

@@ -62,7 +62,10 @@ def make_adam(
     parameters: Iterable[nn.Parameter], *, lr: float, training: Training
 ) -> torch.optim.Optimizer:
     """The configured Adam; `check_adam` has found that it can run."""
-    parameters, betas = list(parameters), training.adam_betas
+    # ZeRO lays the weights out one behind the other. After one whose size is odd all would lie off
+    # the 16 bytes at which kernels read four values at once: such go last.
+    parameters = sorted(parameters, key=lambda parameter: parameter.numel() % 4 != 0)
+    betas = training.adam_betas
     whose = whose_adam(training)
     if whose == "torch":
         return torch.optim.Adam(parameters, lr, betas, EPSILON, fused=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from engine.configuration import Config
 from engine.models.cascade import Cascade, draw_window_starts
 from engine.trainer.reals import Reals
+from engine.transfers import to_device
 
 
 class Fake(NamedTuple):
@@ -74,7 +75,7 @@ class LatentSource:
         """One stage's z, [B, Z], on the device."""
         size = self._stages[stage_number].generator.latent_size
         z_BZ = self._sigma * torch.randn(batch_size, size, generator=self.random)
-        return z_BZ.to(self.device)
+        return to_device(z_BZ, self.device)
 
     def latents(self, batch_size: int, num_stages: int) -> list[Tensor]:
         """A z for each of the stages 1 to `num_stages`."""
@@ -87,7 +88,7 @@ class LatentSource:
         drawn = torch.multinomial(
             self._frequencies, batch_size, replacement=True, generator=self.random
         )
-        return drawn.to(self.device)
+        return to_device(drawn, self.device)
 
 
 class ClipFakes:

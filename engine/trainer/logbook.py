@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.trainer.gpu_monitor import GpuMonitor
+from engine.trainer.recorded_passes import recorded_bytes
 
 
 class Logbook:
@@ -87,9 +88,9 @@ def _gif(videos_BTCHW: Tensor, frames_per_second: float) -> Summary.Image:
 
 
 def memory_megabytes(device: torch.device) -> float:
-    """Peak memory so far: allocated on the GPU, or resident on the CPU."""
+    """Peak memory so far: allocated on the GPU or held by recordings, or resident on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return (torch.cuda.max_memory_allocated(device) + recorded_bytes(device)) / 1e6
     import resource  # POSIX only, as is DeepSpeed
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -73,8 +73,6 @@ class StageBuilder:
             discriminators = build_discriminators(self.config, self.number).to(device)
         if training.synchronized_norms and self.ranks.world_size > 1:
             synchronize_norms(generator, dist.group.WORLD)
-        # "fp32" shall mean it: cuDNN's convolutions would use TF32.
-        torch.backends.cudnn.allow_tf32 = False
         average = (
             WeightAverage(generator, decay=training.ema_decay, zero_stage=training.zero_stage)
             if training.ema_decay is not None

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import UserError
+from engine.models.construction import forbid_tf32
 from engine.trainer.deepspeed_builds import leave_out_inference_collectives
 
 
@@ -73,6 +74,7 @@ class Ranks:
                 os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+            forbid_tf32()
         leave_out_inference_collectives()
         deepspeed.init_distributed(
             dist_backend="nccl" if self.device.type == "cuda" else "gloo",

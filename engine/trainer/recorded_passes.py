@@ -17,6 +17,19 @@ def record_passes(network: nn.Module) -> None:
     network.forward = RecordedPasses(network)
 
 
+def recorded_bytes(device: torch.device) -> int:
+    """What recordings hold of a CUDA device's memory and no tensor does.
+
+    A pass's activations are freed when it has been recorded, into memory that is the recording's
+    alone: to `torch.cuda.memory_allocated` they are gone, and to everybody else as well.
+    """
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == device.index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
+
+
 class RecordedPasses:
     """Takes the place of a network's `forward`.
 

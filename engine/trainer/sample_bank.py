@@ -28,6 +28,7 @@ from engine.configuration import SampleBank, Training
 from engine.errors import UserError
 from engine.models.cascade import Cascade
 from engine.trainer.fakes import LatentSource
+from engine.transfers import to_device
 from engine.video.writing import to_uint8
 
 
@@ -120,8 +121,10 @@ class BankedWindows:
         low_BTHWC = self._cascade.draw_windows(
             self._number, self._videos_NTHWC[chosen_B], self._random
         )
-        labels_B = None if self._labels_N is None else self._to_device(self._labels_N[chosen_B])
-        low_BTCHW = self._to_device(low_BTHWC).permute(0, 1, 4, 2, 3)
+        labels_B = (
+            None if self._labels_N is None else to_device(self._labels_N[chosen_B], self._device)
+        )
+        low_BTCHW = to_device(low_BTHWC, self._device).permute(0, 1, 4, 2, 3)
         return labels_B, low_BTCHW.float().div_(127.5).sub_(1)  # as the loader's clips
 
     @torch.no_grad()
@@ -140,9 +143,3 @@ class BankedWindows:
         self._videos_NTHWC[places] = to_uint8(video_BTCHW).permute(0, 1, 3, 4, 2).cpu()
         if self._labels_N is not None and labels_B is not None:
             self._labels_N[places] = labels_B.cpu()
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        """Without waiting for the GPU, which pinned memory allows."""
-        if self._device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self._device, non_blocking=True)

@@ -20,6 +20,7 @@ from engine.trainer.losses import discriminator_hinge, generator_hinge
 from engine.trainer.measures import Means, mean_over_ranks
 from engine.trainer.reals import Real, Reals
 from engine.trainer.sample_bank import BankedWindows
+from engine.transfers import to_device
 
 
 class NonFiniteError(RuntimeError):
@@ -155,9 +156,8 @@ class Trainer:
     def _judged(self, batch: Fake | Real) -> tuple[Tensor | None, ...]:
         """The discriminators' arguments: the batch, and the frames the spatial one looks at."""
         batch_size, num_frames = batch.video_BTCHW.shape[:2]
-        frames_BK = draw_frame_indices(
-            batch_size, num_frames, self._spatial_frames, self._random
-        ).to(batch.video_BTCHW.device)
+        drawn_BK = draw_frame_indices(batch_size, num_frames, self._spatial_frames, self._random)
+        frames_BK = to_device(drawn_BK, batch.video_BTCHW.device)
         return batch.video_BTCHW, batch.labels_B, batch.low_BTCHW, frames_BK
 
     def _check_finite(self, means: dict[str, float]) -> None:

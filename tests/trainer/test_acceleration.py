@@ -21,7 +21,7 @@ from engine.trainer import recorded_passes
 from engine.trainer.acceleration import accelerate
 from engine.trainer.previous import PreviousStages, load_cascade
 from engine.trainer.ranks import Ranks
-from engine.trainer.recorded_passes import RecordedPasses, record_passes
+from engine.trainer.recorded_passes import RecordedPasses, record_passes, recorded_bytes
 from engine.trainer.step import Trainer
 
 EPS = torch.finfo(torch.float32).eps
@@ -218,6 +218,7 @@ def test_replays_equal_passes(kind: str) -> None:
                 # bf16 weights that are rounded once or twice differ by 2⁻⁸, a random walk.
                 torch.testing.assert_close(seen[-1], plain(*given), rtol=0, atol=0.03)
         assert len(passes._recordings) == 1
+    assert recorded_bytes(torch.device("cuda", 0)) > 0
     for a, b in itertools.pairwise(seen):
         assert not a.equal(b)
     video = network(*arguments())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.configuration import Training
 from engine.errors import UserError
+from engine.models.layers import spectral_weights
 from engine.trainer.adam import check_adam, make_adam
 from engine.trainer.ranks import Ranks
 
@@ -192,6 +193,16 @@ def adam_in_fp64(
         v = betas[1] * v + (1 - betas[1]) * g * g
         w = w - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8)
     return w
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_zero_leaves_weights_at_16_bytes(tiny: Tiny, ranks: Ranks, zero_stage: int) -> None:
+    """Where kernels read four values at once: no odd size lies before them."""
+    trainer = make(ranks, tiny.config(f"training.zero_stage={zero_stage}"))
+    for engine in (trainer.g_engine, trainer.d_engine):
+        weights = [layer.weight for layer in spectral_weights(engine.module)]
+        assert any(weight.numel() % 4 for weight in engine.module.parameters())
+        assert all(w.data_ptr() % 16 == 0 for w in weights if w.numel() % 4 == 0)
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.999), (0.5, 0.9)])
