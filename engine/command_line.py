@@ -50,20 +50,21 @@ def find_config(name: str) -> Path:
     return here if here.exists() or not shipped.exists() else shipped
 
 
-def run(main: Callable[[list[str]], None]) -> NoReturn:
-    """Call `main` with the command line's arguments and exit: 0 when it returns, 2 on a UserError.
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Call `main` with the command line's arguments and exit with what it returns (None is 0), or
+    2 on a UserError.
 
     Any other exception is a defect of ours and keeps its traceback.
     """
     try:
-        main(sys.argv[1:])
+        exit_code = main(sys.argv[1:])
     except UserError as error:
         report(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells report it
-    sys.exit(0)
+    sys.exit(exit_code)
 
 
 def report(error: UserError) -> None:

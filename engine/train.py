@@ -107,15 +107,15 @@ def configure(options: argparse.Namespace) -> Config:
     return load_config(find_config(options.config), overrides)
 
 
-def main(arguments: list[str]) -> None:
-    """Parse, check, then build and run."""
+def main(arguments: list[str]) -> int:
+    """Parse, check, then build and run. Returns 0, or 128 + the signal that stopped the run."""
     ranks = Ranks.from_environment()
     follow_launcher()
     try:
         options = parse(arguments)
         if options.rehearse is not None:
             rehearse(options, ranks)
-            return
+            return 0
         plan = settle(options, ranks)
         console = Console(is_main=ranks.is_main)
         console.capture(plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log")
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> None:
             wait_for_the_end()  # rank 0 nearly always has the same to say
         raise
     announce(plan, ranks, console)
-    train(plan, ranks, console)
+    return train(plan, ranks, console)
 
 
 def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
@@ -237,8 +237,11 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("s" if count > 1 else "")
 
 
-def train(plan: Plan, ranks: Ranks, console: Console) -> None:
-    """Connect the ranks and train; whatever libraries print goes to the rank's log file."""
+def train(plan: Plan, ranks: Ranks, console: Console) -> int:
+    """Connect the ranks and train; returns the exit code.
+
+    Whatever libraries print goes to the rank's log file.
+    """
     try:
         # Imported late: these pull in DeepSpeed and DALI, which talk while they are imported.
         from engine.trainer.stage_run import run_stage
@@ -249,8 +252,12 @@ def train(plan: Plan, ranks: Ranks, console: Console) -> None:
         index = open_dataset(plan.config.data, make=ranks.is_main, say=console.say)
         if ranks.is_main:
             ranks.connect()
-        checkpoint = run_stage(plan, index, ranks, console)
-        console.say(f"done: {checkpoint}")
+        ended = run_stage(plan, index, ranks, console)
+        if ended.signal is None:
+            console.say(f"done: {ended.checkpoint}")
+            return 0
+        # As shells report it, and so that a script does not go on to the next stage.
+        return 128 + ended.signal
     except Exception as error:
         give_up(error, ranks, console)
     finally:

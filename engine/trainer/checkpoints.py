@@ -15,6 +15,7 @@ sampling needs: copy it anywhere.
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -113,9 +114,12 @@ def write_checkpoint(
             if file.is_file()
         }
         (partial / META).write_text(meta_text(step, meta, files))
+        for path in (*partial.rglob("*"), partial):
+            put_on_disk(path)
         if final.exists():  # the same step again, after a resume from an earlier one
             shutil.rmtree(final)
         partial.rename(final)
+        put_on_disk(folder)
         others = [path for path in step_folders(folder) if path != final]
         for old in others[::-1][keep - 1 :]:
             shutil.rmtree(old)
@@ -207,7 +211,23 @@ def write_tensors(path: Path, value: Any) -> None:
     """`torch.save`, aside and renamed."""
     partial = path.with_name(path.name + PARTIAL)
     torch.save(value, partial)
+    put_in_place(partial, path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a file when it is on the disk: after a power failure it is whole or not there."""
+    put_on_disk(partial)
     partial.replace(path)
+    put_on_disk(path.parent)
+
+
+def put_on_disk(path: Path) -> None:
+    """Wait until a file or a folder's list of files is where a power failure leaves it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -12,14 +12,19 @@ class Interruption:
     """Remembers that a signal asked for the end; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signal = number
+
+    @property
+    def requested(self) -> bool:
+        """Whether one came."""
+        return self.signal is not None
 
 
 def follow_launcher() -> None:

@@ -18,6 +18,7 @@ from engine.models.norms import fix_norm_statistics, norm_statistics
 from engine.trainer.checkpoints import (
     PARTIAL,
     Checkpoint,
+    put_in_place,
     read_generators,
     read_tensors,
     sha256,
@@ -113,7 +114,7 @@ def copy_previous(source: Path, path: Path) -> None:
     """Copy the file from the run that is resumed, aside and renamed."""
     partial = path.with_name(path.name + PARTIAL)
     shutil.copyfile(source, partial)
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def load_previous(path: Path, config: Config, device: torch.device) -> PreviousStages:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -114,7 +115,7 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
                 f"{checkpoint.path} was written with world size {checkpoint.world_size}; "
                 f"resume with as many processes, not {ranks.world_size}"
             )
-        _check_same_optimizer(checkpoint, stage.training)
+        _check_same_form(checkpoint, stage.training)
         if number > 1 and not stage.joint and _was_conditioned_on(checkpoint) != condition_on:
             raise UserError(
                 f"{checkpoint.path} was trained with condition_on="
@@ -123,6 +124,11 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
             )
     if needs_previous(config, number):
         _settle_previous(plan)
+    if plan.previous is not None:
+        before, step = plan.previous.stage_number, plan.previous.step
+        iterations = plan.previous.config().stages[before].training.iterations
+        if step < iterations:
+            plan.notes.append(f"stage {before} is frozen after {step} of {iterations} iterations")
     if options.previous and plan.previous is None:
         reason = "a resumed run keeps its own" if plan.resume_from else "no frozen stage is needed"
         plan.notes.append(f"--previous is not used: {reason}")
@@ -149,15 +155,19 @@ def settle_batches(config: Config, options: RunOptions, world_size: int) -> Conf
     return config
 
 
-def _check_same_optimizer(checkpoint: Checkpoint, training: Training) -> None:
-    """UserError where the optimizer's state has another form than it was saved in."""
+def _check_same_form(checkpoint: Checkpoint, training: Training) -> None:
+    """UserError where what was saved has another form than this run's: the optimizer's state, the
+    loader's position, the average that would be lost."""
     number = checkpoint.stage_number
     trained = checkpoint.config().stages[number].training
-    settings = {
+    settings: dict[str, tuple[Any, Any]] = {
         "zero_stage": (trained.zero_stage, training.zero_stage),
         "adam": (whose_adam(trained), whose_adam(training)),
         "offload_optimizer": (trained.offload_optimizer, training.offload_optimizer),
+        "micro_batch": (trained.micro_batch, training.micro_batch),
     }
+    if training.ema_decay is None:
+        settings["ema_decay"] = trained.ema_decay, None
     for key, (was, now) in settings.items():
         if was != now:
             value = str(was).lower()  # YAML's true and false

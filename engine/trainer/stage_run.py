@@ -1,9 +1,10 @@
 """One run of one stage, from a checked configuration to the last checkpoint."""
 
 import contextlib
+import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.errors import UserError
 from engine.models.construction import compute_dtype
@@ -28,8 +29,17 @@ if TYPE_CHECKING:
     from engine.trainer.profiling.step_profile import StepProfile
 
 
-def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Path:
-    """Train to the last step; returns the last checkpoint's path. Ranks must be connected."""
+class Ended(NamedTuple):
+    """How a run came to its end."""
+
+    checkpoint: Path
+    """The last one."""
+    signal: int | None = None
+    """What stopped it before its last step; SIGTERM where another rank was told."""
+
+
+def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Ended:
+    """Train to the last step or to a signal. Ranks must be connected."""
     check_shared(plan.options.folder, ranks)
     stage = plan.config.stages[plan.options.stage_number]
     facts = describe(index, plan.config.data, stage.num_source_frames)
@@ -130,14 +140,14 @@ class _Run:
             if changes:
                 self._console.say(f"changed since: {', '.join(changes)}")
 
-    def train(self) -> Path:
-        """All steps that are still to do; the path of the last checkpoint."""
+    def train(self) -> Ended:
+        """All steps that are still to do."""
         trainer, training = self._trainer, self._training
         last_step = self._options.max_steps or training.iterations
         checkpoint = self._checkpoints / step_name(trainer.step)
         if trainer.step >= last_step:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
-            return checkpoint
+            return Ended(checkpoint)
         profile = self._profile(last_step - trainer.step)
         if not self._fill_bank():
             if not checkpoint.exists():
@@ -172,7 +182,7 @@ class _Run:
             profile.close()
         if logbook:
             logbook.close()
-        return self._interrupted(checkpoint) if trainer.step < last_step else checkpoint
+        return self._interrupted(checkpoint) if trainer.step < last_step else Ended(checkpoint)
 
     def _save(self) -> Path:
         return save_run(
@@ -182,9 +192,9 @@ class _Run:
             keep=self._training.keep_checkpoints,
         )
 
-    def _interrupted(self, checkpoint: Path) -> Path:
+    def _interrupted(self, checkpoint: Path) -> Ended:
         self._console.say(f"interrupted: saved {checkpoint}; --resume auto goes on")
-        return checkpoint
+        return Ended(checkpoint, self._interruption.signal or signal.SIGTERM)
 
     def _fill_bank(self) -> bool:
         """Draw all that step's bank holds: here, so that the time is not the first step's.

@@ -13,7 +13,7 @@ import torch
 from small_runs import Tiny, contents, differences, logged, sample
 
 from engine.errors import UserError
-from engine.trainer import stage_plan
+from engine.trainer import checkpoints, stage_plan
 from engine.trainer.checkpoints import (
     META,
     find_checkpoint,
@@ -54,6 +54,26 @@ DAMAGES: list[Callable[[Path], None]] = [flip_a_bit, truncate, Path.unlink]
 
 
 # Whole or not there
+
+
+def test_files_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power failure could leave the folder with empty files in it."""
+    put: list[Path] = []
+    monkeypatch.setattr(checkpoints, "put_on_disk", put.append)
+    monkeypatch.setattr(Path, "rename", lambda path, final: put.append(final))
+
+    def write_files(path: Path) -> None:
+        (path / "inner").mkdir()
+        (path / "inner" / "file").touch()
+
+    common: dict[str, Any] = {"meta": {}, "is_main": True, "barrier": lambda: None, "keep": 1}
+    final = write_checkpoint(tmp_path, step=1, write_files=write_files, **common)
+    partial = final.with_name(final.name + checkpoints.PARTIAL)
+    names = ("", META, "inner", "inner/file")
+    assert set(put[:-2]) == {partial / name for name in names}
+    assert put[-2:] == [final, tmp_path]
 
 
 def test_an_interrupted_write_is_ignored_and_cleaned_up(tiny: Tiny, run: Path) -> None:
@@ -294,6 +314,10 @@ def test_read_tensors_reads_tensors(tmp_path: Path) -> None:
             "was written with offload_optimizer false; resume with --set "
             "stages.1.training.offload_optimizer=false",
         ),
+        (
+            ["training.micro_batch=2"],
+            "was written with micro_batch 4; resume with --set stages.1.training.micro_batch=4",
+        ),
         (["stages.1.generator.channels=8"], "stages.1.generator than"),
         (["stages.1.discriminators.channels=8"], "stages.1.discriminators than"),
         (["data.num_classes=3"], "was trained with data.num_classes=2"),
@@ -310,6 +334,14 @@ def test_another_configuration_is_not_resumed(
     options = [part for change in changes for part in ("--set", change)]
     assert message in tiny.train(1, run, "--max-steps", "3", *options).error
     assert differences(before, contents(newest(run))) == []
+
+
+def test_an_average_is_not_lost(tiny: Tiny, tmp_path: Path) -> None:
+    """Going on without it would drop it, and the last checkpoint that has it in time."""
+    tiny.trained(1, tmp_path, "--max-steps", "1", "--set", "training.ema_decay=0.5")
+    assert "was written with ema_decay 0.5; resume with --set stages.1.training.ema_decay=0.5" in (
+        tiny.train(1, tmp_path, "--max-steps", "2").error
+    )
 
 
 def test_another_adam_is_not_resumed(

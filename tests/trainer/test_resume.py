@@ -170,6 +170,14 @@ def test_stage_2_goes_on_elsewhere_with_its_own_frozen_stages(
     assert not (tmp_path / "third/stage2/previous.pt").exists()
 
 
+def test_a_stage_that_is_frozen_early_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    more = ("--set", "stages.1.training.iterations=3", "--max-steps", "1")
+    tiny.trained(1, tmp_path, *more)
+    finished = tiny.train(2, tmp_path, *more)
+    assert finished.code == 0, finished.err
+    assert "note: stage 1 is frozen after 1 of 3 iterations" in finished.out
+
+
 def test_max_steps_wins_over_the_configured_iterations(tiny: Tiny, tmp_path: Path) -> None:
     more = ("--set", "training.iterations=1")
     assert tiny.trained(1, tmp_path, "--max-steps", "2", *more).name == "step-00000002"
@@ -223,8 +231,9 @@ def test_a_signal_saves_and_another_process_goes_on_exactly(
     process = started(command, out)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+    assert process.returncode == 128 + number, stderr  # a script does not go on to stage 2
     assert stderr == ""
+    assert "done: " not in stdout
 
     (saved,) = (out / "stage1/checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
