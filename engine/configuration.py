@@ -18,6 +18,7 @@ from engine.yaml_tree import Tree, parse_override, read_tree, set_key, unshared
 BASE_RESOLUTION = 4  # the linear layer's output, in pixels (paper)
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0)]  # numpy's generators take no other
 PositiveFloat = Annotated[float, Field(gt=0)]
 Multipliers = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
@@ -35,7 +36,7 @@ class ProceduralClips(Section):
     num_frames: PositiveInt = 64
     resolution: PositiveInt = 64
     codec: Literal["mjpeg", "vp9"] = "mjpeg"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Data(Section):
@@ -139,7 +140,7 @@ class Training(Section):
     anew. G's activations are held during that D update, so nothing can be accumulated."""
     norm_statistics_passes: PositiveInt = 200
     """Dummy passes that fix the per-frame statistics before a generator is used for inference."""
-    seed: int = 0
+    seed: Seed = 0
     log_every: PositiveInt = 10
     sample_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 1000

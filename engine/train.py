@@ -88,6 +88,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     options = parser.parse_args(arguments)
+    if options.data == "":  # a shell variable that is not set
+        parser.error("--data names nothing; name an index or a folder of videos")
     if options.max_steps is not None and options.max_steps < 1:
         parser.error("--max-steps must be at least 1")
     if options.profile is not None and options.profile < 1:
@@ -102,7 +104,7 @@ def configure(options: argparse.Namespace) -> Config:
     overrides = list(options.overrides)
     if options.condition_on:
         overrides.append(f"stages.{options.stage}.training.condition_on={options.condition_on}")
-    if options.data:
+    if options.data is not None:
         overrides += [f"data.path={json.dumps(options.data)}", "data.procedural=null"]
     return load_config(find_config(options.config), overrides)
 
@@ -151,7 +153,7 @@ def run_options(options: argparse.Namespace, config: Config) -> RunOptions:
 def repeated_options(options: argparse.Namespace, out: Path) -> str:
     """What a command for another stage of the same run has to repeat, ready for a shell."""
     words = ["--config", options.config, "--out", str(out)]
-    if options.data:
+    if options.data is not None:
         words += ["--data", options.data]
     for override in options.overrides:
         words += ["--set", override]

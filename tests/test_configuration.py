@@ -289,6 +289,7 @@ MISTAKES_IN_A_KEY = {
     "stages.1.generator={}": "missing key stages.1.generator.temporal",
     "stages.4={}": "missing key stages.4.resolution",
     "stages.two={}": "stages must be numbered 1, 2, ... (found 'two')",
+    "stages.²={}": "stages must be numbered 1, 2, ... (found '²')",  # a digit, but no number
     # sections
     "training=3": "training must be a mapping of keys (found 3)",
     "stages=[1]": "stages must be a mapping of keys (found a list of 1)",
@@ -303,6 +304,10 @@ MISTAKES_IN_A_KEY = {
     "stages.2.training.iterations=true":
         "stages.2.training.iterations should be a valid integer (found True)",
     "training.iterations=0": "stages.1.training.iterations should be greater than 0 (found 0)",
+    "training.seed=-1":
+        "stages.1.training.seed should be greater than or equal to 0 (found -1)",
+    "data.procedural.seed=-1":
+        "data.procedural.seed should be greater than or equal to 0 (found -1)",
     "training.generator_lr=.inf":
         "stages.1.training.generator_lr should be a finite number (found inf)",
     "training.adam_betas=[0.5]":

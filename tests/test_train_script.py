@@ -23,6 +23,7 @@ MISTAKES = [
     (["--stage", "1", "--max-step", "5"], "unrecognized arguments: --max-step 5"),
     (["--stage", "1", "--max-steps", "0"], "--max-steps must be at least 1"),
     (["--stage", "1", "--condition-on", "noise"], "invalid choice: 'noise'"),
+    (["--stage", "1", "--data", ""], "--data names nothing; name an index or a folder of videos"),
     (["--stage", "9"], "--stage 9: {config} has stages 1 to 2"),
     (["--stage", "0"], "--stage 0: {config} has stages 1 to 2"),
     (["--stage", "-1"], "--stage -1: {config} has stages 1 to 2"),
