@@ -192,7 +192,7 @@ def _run_passes(cascade: Cascade, plan: SamplePlan) -> None:
 def _class_number(text: str, num_classes: int, names: list[str]) -> int:
     if text in names:
         return names.index(text)
-    if text.isdigit() and int(text) < num_classes:
+    if text.isdecimal() and int(text) < num_classes:
         return int(text)
     raise UserError(f"--classes: {text!r} is neither a class name nor 0 to {num_classes - 1}")
 

@@ -72,7 +72,7 @@ def set_key(tree: Tree, dotted: str, value: Any) -> None:
     Sections that are missing are made, numbered ones are not: a typing error in a number would
     add a nearly empty one. Raises UserError, without naming the tree's source.
     """
-    *parents, last = [int(part) if part.isdigit() else part for part in dotted.split(".")]
+    *parents, last = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
     node = tree
     for depth, part in enumerate(parents):
         child = node.get(part)

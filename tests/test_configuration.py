@@ -289,6 +289,7 @@ MISTAKES_IN_A_KEY = {
     "stages.1.generator={}": "missing key stages.1.generator.temporal",
     "stages.4={}": "missing key stages.4.resolution",
     "stages.two={}": "stages must be numbered 1, 2, ... (found 'two')",
+    "stages.²={}": "stages must be numbered 1, 2, ... (found '²')",  # a digit that int() refuses
     # sections
     "training=3": "training must be a mapping of keys (found 3)",
     "stages=[1]": "stages must be a mapping of keys (found a list of 1)",

@@ -163,6 +163,7 @@ MISTAKES = [
     (["--seed", "-1"], "--seed must not be negative"),
     (["--classes", "2"], "--classes: '2' is neither a class name nor 0 to 1"),
     (["--classes", "zebra"], "--classes: 'zebra' is neither a class name nor 0 to 1"),
+    (["--classes", "²"], "--classes: '²' is neither a class name nor 0 to 1"),
     (["--classes", "0,,1"], "--classes: '' is neither a class name nor 0 to 1"),
     (["--classes", ""], "--classes: '' is neither a class name nor 0 to 1"),
 ]
