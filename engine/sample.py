@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--out", type=Path, required=True, metavar="DIR", help="where to write")
     add("--frames", type=int, metavar="T", help="length (default: stage 1's clip, unrolled)")
-    add("--classes", metavar="A,B", help="class numbers or names (default: all, in turn)")
+    add("--classes", metavar="A,B", help="numbers or names (default: all trained on, in turn)")
     add("--num", type=int, metavar="N", help="clips (default: one per class, at most 16)")
     add("--sigma", type=float, default=1.0, help="standard deviation of z; 0.5 for pictures")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -87,6 +87,8 @@ def main(arguments: list[str]) -> None:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
+    if checkpoint.meta["classes"] and "class_counts" not in checkpoint.meta:
+        print("note: this checkpoint does not tell how frequent its classes are; taken as equal")
     make_writable(options.out)
     forbid_tf32()
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()

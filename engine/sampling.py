@@ -44,7 +44,7 @@ class SamplePlan:
 
 
 def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -> list[int | None]:
-    """A label per clip: the wanted classes in turn, all of them by default.
+    """A label per clip: the wanted classes in turn, by default all that were trained on.
 
     `wanted` holds numbers or names, separated by commas. Raises UserError for unknown ones.
     """
@@ -54,7 +54,8 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
             raise UserError("--classes: this checkpoint was trained without classes")
         return [None] * (num or 8)
     names = checkpoint.meta["classes"]
-    labels = list(range(num_classes))
+    # The data may have fewer classes than the networks.
+    labels = [label for label, count in enumerate(checkpoint.class_counts) if count]
     if wanted is not None:
         labels = [_class_number(text.strip(), num_classes, names) for text in wanted.split(",")]
     num = num or min(len(labels), 16)
@@ -75,11 +76,13 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
     """Fix the norms at the plan's length and keep the statistics in `out`, for the next time.
 
     Decided: the passes draw z with the σ that is sampled with, as BigGAN does for truncation;
-    statistics of σ = 1 do not fit activations of σ = 0.5.
+    statistics of σ = 1 do not fit activations of σ = 0.5. Decided: they draw classes as often as
+    the data has them, as training does; embeddings that were never trained shall not count.
     """
     path = out / STATISTICS
     key = {
         "generator": plan.checkpoint.meta["files"][GENERATOR][1],
+        "classes": plan.checkpoint.class_counts,
         "frames": plan.num_frames,
         "sigma": plan.sigma,
         "passes": plan.num_passes,
@@ -167,7 +170,7 @@ def _run_passes(cascade: Cascade, plan: SamplePlan) -> None:
     clip_frames = -(-plan.num_frames // config.unrolling(len(stages)))
     latents = LatentSource(
         config,
-        [1] * (config.data.num_classes or 0),
+        plan.checkpoint.class_counts,
         derived_seed(_PASSES, plan.seed),
         next(cascade.parameters()).device,
         sigma=plan.sigma,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from small_runs import Tiny, sample
 
-from engine.trainer.checkpoints import read_tensors
+from engine.trainer.checkpoints import open_checkpoint, read_tensors
+from engine.trainer.fakes import LatentSource
 
 
 def clips(out: Path) -> list[dict[str, Any]]:
@@ -119,6 +120,68 @@ def test_classes_by_name_and_number(tiny: Tiny, cascade_run: Path, tmp_path: Pat
     assert names[1].replace(" ", "-") in clips(tmp_path / "name")[0]["file"]
 
 
+def with_meta(run: Path, copy: Path, changes: dict[str, Any]) -> Path:
+    """A copy of the run's stage 2 whose meta.json has other entries; None removes one."""
+    shutil.copytree(run / "stage2", copy)
+    for file in copy.glob("checkpoints/*/meta.json"):
+        meta = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+    return copy
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The classes that the passes for the norm statistics draw."""
+    drawn: list[int] = []
+    draw = LatentSource.labels
+
+    def noted(source: LatentSource, batch_size: int) -> torch.Tensor | None:
+        labels_B = draw(source, batch_size)
+        assert labels_B is not None
+        drawn.extend(labels_B.tolist())
+        return labels_B
+
+    monkeypatch.setattr(LatentSource, "labels", noted)
+    return drawn
+
+
+def test_classes_without_videos(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
+    """On the data set that `cascade_run` has made, of two classes."""
+    options = ("--data", tiny.data, "--set", "data.num_classes=4")
+    checkpoint = tiny.trained(1, tmp_path, "--max-steps", "1", *options)
+    assert open_checkpoint(checkpoint).class_counts == [4, 4, 0, 0]
+    sampled(tmp_path, tmp_path / "all")
+    assert json.loads((tmp_path / "all/samples.json").read_text())["labels"] == [0, 1]
+    sampled(tmp_path, tmp_path / "asked", "--classes", "3,0")
+    assert clips(tmp_path / "asked")[0]["file"] == "clip-000-class-3.mp4"
+
+
+def test_the_passes_draw_classes_as_the_data_has_them(
+    cascade_run: Path, tmp_path: Path, drawn: list[int]
+) -> None:
+    out = tmp_path / "out"
+    for counts, share in (([1, 9], 0.9), ([0, 8], 1), ([9, 1], 0.1)):  # statistics made anew
+        drawn.clear()
+        copy = with_meta(cascade_run, tmp_path / f"{counts}", {"class_counts": counts})
+        sampled(copy, out, "--batch", "100")
+        assert len(drawn) == 400  # two passes for each of two stages
+        # Five standard deviations of a binomial distribution.
+        deviation = (share * (1 - share) / 400) ** 0.5
+        assert sum(drawn) / 400 == pytest.approx(share, abs=5 * deviation)
+
+
+def test_a_checkpoint_without_class_counts(
+    cascade_run: Path, tmp_path: Path, drawn: list[int]
+) -> None:
+    """Written by an earlier version: the classes that it names are taken as equally frequent."""
+    copy = with_meta(cascade_run, tmp_path / "copy", {"class_counts": None, "classes": ["a"]})
+    finished = sample("--checkpoint", copy, "--out", tmp_path / "out")
+    assert finished.code == 0, finished.err
+    assert "note: this checkpoint does not tell how frequent its classes are" in finished.out
+    assert set(drawn) == {0}
+    assert [clip["file"] for clip in clips(tmp_path / "out")] == ["clip-000-a.mp4"]
+
+
 def test_unconditional(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
     """On the data set that `cascade_run` has made."""
     out = tmp_path / "run"
@@ -164,6 +227,7 @@ MISTAKES = [
     (["--classes", "2"], "--classes: '2' is neither a class name nor 0 to 1"),
     (["--classes", "²"], "--classes: '²' is neither a class name nor 0 to 1"),
     (["--classes", "zebra"], "--classes: 'zebra' is neither a class name nor 0 to 1"),
+    (["--classes", "²"], "--classes: '²' is neither a class name nor 0 to 1"),
     (["--classes", "0,,1"], "--classes: '' is neither a class name nor 0 to 1"),
     (["--classes", ""], "--classes: '' is neither a class name nor 0 to 1"),
 ]

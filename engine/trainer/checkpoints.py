@@ -58,6 +58,14 @@ class Checkpoint:
         """The number of ranks that wrote it."""
         return int(self.meta["world_size"])
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Training videos per class; empty without classes.
+
+        Checkpoints older than this entry do not tell: each class that has a name then counts one.
+        """
+        return list(self.meta.get("class_counts", [1] * len(self.meta["classes"])))
+
     def config(self) -> Config:
         """The configuration it was trained with."""
         return config_from_tree(self.meta["config"], source=str(self.path / META))

@@ -57,6 +57,7 @@ def run_meta(builder: StageBuilder) -> dict[str, Any]:
         "previous": builder.previous and builder.previous.digest,
         "config": builder.config.to_tree(),
         "classes": list(builder.facts.classes),
+        "class_counts": list(builder.facts.class_counts),
         "frames_per_second": builder.frames_per_second,
     }
 
