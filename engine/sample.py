@@ -23,9 +23,9 @@ examples:
   python engine/sample.py --checkpoint runs/sample --frames 50 --out samples
   python engine/sample.py --checkpoint runs/kinetics600/stage2 --frames 50 --classes 3,7 --sigma 0.5
 
-Writes an mp4 per clip, grid.mp4 with all of them, contact-sheet.png, samples.json (what was
-asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos; more
-clips or other classes leave the clips that both have unchanged.
+Writes an mp4 per clip, grid.mp4 and contact-sheet.png with the first 64 of them, samples.json (what
+was asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos;
+more clips or other classes leave the clips that both have unchanged.
 """
 
 

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 import torch
+from PIL import Image
 from small_runs import Tiny, sample
 
-from engine.trainer.checkpoints import open_checkpoint, read_tensors
+from engine.errors import UserError
+from engine.sampling import SamplePlan, write
+from engine.trainer.checkpoints import find_checkpoint, open_checkpoint, read_tensors
 from engine.trainer.fakes import LatentSource
 
 
@@ -253,6 +258,34 @@ def test_a_place_that_cannot_be_written_is_told_before_the_passes(
         finished = sample("--checkpoint", cascade_run, "--out", out)
         assert f"cannot write to {out}" in finished.error  # a single line: no bar of passes
     assert file.read_text() == "mine"
+
+
+def test_clips_are_written_as_they_come(cascade_run: Path, tmp_path: Path) -> None:
+    """Only the 64 that the grid shows are kept in memory."""
+    checkpoint = find_checkpoint(cascade_run)
+    plan = SamplePlan(checkpoint, [0] * 70, 2, sigma=1, seed=0, num_passes=1, batch_size=1)
+    videos: list[weakref.ref[torch.Tensor]] = []
+
+    def one_by_one() -> Iterator[torch.Tensor]:
+        for number in range(70):
+            assert len(list(tmp_path.glob("*/clip-*.mp4"))) == number
+            # Two are still in a loop's hands.
+            assert sum(video() is not None for video in videos) <= 64 + 2
+            video_TCHW = torch.full((2, 3, 16, 16), number, dtype=torch.uint8)
+            videos.append(weakref.ref(video_TCHW))
+            yield video_TCHW
+
+    write(tmp_path, one_by_one(), plan)
+    assert len(list(tmp_path.glob("clip-*.mp4"))) == 70
+    with av.open(str(tmp_path / "grid.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.width == stream.height == 8 * (8 * (16 + 2) + 2)  # 8x8 clips, enlarged by 8
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.height == 64 * (96 + 2) + 2
+    (tmp_path / "samples.json").unlink()
+    (tmp_path / "samples.json").mkdir()
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}"):
+        write(tmp_path, [torch.zeros(2, 3, 16, 16, dtype=torch.uint8)] * 70, plan)
 
 
 @pytest.mark.parametrize("foreign", [{"mean": torch.zeros(3)}, torch.zeros(3)], ids=["dict", "it"])
