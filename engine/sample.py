@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
     if checkpoint.meta["classes"] and "class_counts" not in checkpoint.meta:
         print("note: this checkpoint does not tell how frequent its classes are; taken as equal")
-    make_writable(options.out)
+    make_writable(options.out, plan)
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()
     fix_statistics(cascade, plan, options.out)
     write(options.out, generate(cascade, plan), plan)

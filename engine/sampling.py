@@ -68,7 +68,7 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
     return [labels[i % len(labels)] for i in range(num)]
 
 
-def make_writable(out: Path) -> None:
+def make_writable(out: Path, plan: SamplePlan) -> None:
     """Make the folder; UserError when it cannot be written to. Due before the long passes."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,6 +76,9 @@ def make_writable(out: Path) -> None:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     if not os.access(out, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {out}: permission denied")
+    for file in (STATISTICS, GRID, SHEET, SAMPLES, *_clip_files(_names(plan))):
+        if (out / file).is_dir():
+            raise UserError(f"cannot write {out / file}: it is a folder")
 
 
 def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
@@ -105,7 +108,10 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
             return
     _run_passes(cascade, plan)
     statistics = [norm_statistics(generator) for generator in cascade.generators]
-    write_tensors(path, {"key": key, "stages": statistics})
+    try:
+        write_tensors(path, {"key": key, "stages": statistics})
+    except (OSError, RuntimeError) as error:  # torch.save's, e.g. of a full disk
+        raise UserError(f"cannot write {path}: {error}") from None
 
 
 def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:

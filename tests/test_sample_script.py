@@ -1,6 +1,8 @@
 """sample.py: the same seed gives the same videos, and clips do not depend on each other."""
 
+import contextlib
 import json
+import resource
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -258,6 +260,52 @@ def test_a_place_that_cannot_be_written_is_told_before_the_passes(
         finished = sample("--checkpoint", cascade_run, "--out", out)
         assert f"cannot write to {out}" in finished.error  # a single line: no bar of passes
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["samples.json", "norm-statistics.pt", "grid.mp4", "contact-sheet.png", "clip-001-{b}.mp4"],
+)
+def test_a_folder_where_a_file_goes_is_told_before_the_passes(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path, name: str
+) -> None:
+    _, b = sorted(path.name for path in tiny.data.iterdir() if path.is_dir())
+    folder = tmp_path / name.format(b=b.replace(" ", "-"))
+    folder.mkdir()
+    finished = sample("--checkpoint", cascade_run, "--out", tmp_path)
+    assert f"cannot write {folder}: it is a folder" in finished.error
+
+
+@contextlib.contextmanager
+def full_disk(free_bytes: int) -> Iterator[None]:
+    """No file grows beyond so many bytes, which fails as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk(cascade_run: Path, tmp_path: Path) -> None:
+    """What could not be known before is one line too, and leaves what an earlier run made."""
+
+    def left() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    sampled(cascade_run, tmp_path)
+    before = left()
+    for free_bytes in (2000, 500):  # too little for the grid, and for a clip
+        with full_disk(free_bytes):
+            finished = sample("--checkpoint", cascade_run, "--out", tmp_path)
+        assert finished.code == 2
+        assert "Traceback" not in finished.err
+        assert "error: cannot write" in finished.err.splitlines()[-1]
+        assert left() == before
+    (tmp_path / "norm-statistics.pt").unlink()
+    with full_disk(500):
+        finished = sample("--checkpoint", cascade_run, "--out", tmp_path)
+    assert "error: cannot write" in finished.err.splitlines()[-1]
 
 
 def test_clips_are_written_as_they_come(cascade_run: Path, tmp_path: Path) -> None:
