@@ -115,7 +115,7 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
 
 
 def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
-    """A uint8 video [T, 3, H, W] on the CPU for each label.
+    """A uint8 video [T, 3, H, W] on the CPU for each label; UserError when it is not finite.
 
     Clip by clip, each from a seed of its own: the n-th clip of a class is the same video whatever
     else is asked for, and memory does not grow with their number.
@@ -130,6 +130,11 @@ def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
         labels_B = None if label is None else torch.tensor([label], device=device)
         zs = latents.latents(1, len(cascade.generators))
         video_BTCHW = cascade.generate(zs, labels_B, plan.num_frames)
+        if not video_BTCHW.isfinite().all():  # uint8 would hide it
+            raise UserError(
+                f"{plan.checkpoint.path} generates values that are not finite with sigma "
+                f"{plan.sigma:g}; choose a smaller --sigma or an earlier checkpoint"
+            )
         yield to_uint8(video_BTCHW)[0].cpu()
 
 

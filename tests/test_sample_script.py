@@ -336,6 +336,17 @@ def test_clips_are_written_as_they_come(cascade_run: Path, tmp_path: Path) -> No
         write(tmp_path, [torch.zeros(2, 3, 16, 16, dtype=torch.uint8)] * 70, plan)
 
 
+def test_values_that_are_not_finite(cascade_run: Path, tmp_path: Path) -> None:
+    """uint8 would make them black. An earlier run's videos stay."""
+    before = sampled(cascade_run, tmp_path)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    finished = sample("--checkpoint", cascade_run, "--out", tmp_path, "--sigma", "1e300")
+    assert finished.code == 2
+    assert "not finite with sigma 1e+300; choose a smaller" in finished.err.splitlines()[-1]
+    assert [clip["sha256"] for clip in clips(tmp_path)] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
 @pytest.mark.parametrize("foreign", [{"mean": torch.zeros(3)}, torch.zeros(3)], ids=["dict", "it"])
 def test_a_foreign_file_of_statistics(cascade_run: Path, tmp_path: Path, foreign: Any) -> None:
     file = tmp_path / "norm-statistics.pt"
