@@ -19,7 +19,7 @@ INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
-	@$(RUN) -m engine.demo --out runs/demo $(DEMO_ARGS)
+	@$(RUN) -m engine.demo $(DEMO_ARGS)
 
 # One torch thread per worker: more only make the workers wait for each other. A file's tests go to
 # one worker, so that fixtures which take minutes are made once.
@@ -35,7 +35,7 @@ help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
 clean:
-	rm -rf .venv build dist *.egg-info runs/demo data/sample
+	rm -rf .venv build dist *.egg-info runs/demo runs/demo-quick data/sample
 	rm -rf kernels/_csrc*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

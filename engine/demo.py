@@ -5,6 +5,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from engine.command_line import ArgumentParser, run
+from engine.command_line import REPOSITORY, ArgumentParser, run
 from engine.errors import UserError
 
-CONFIG = "configs/sample.yaml"
+OUT, QUICK_OUT = Path("runs/demo"), Path("runs/demo-quick")
 NUM_STAGES = 3
 NUM_FRAMES = 64
 
@@ -23,19 +24,26 @@ NUM_FRAMES = 64
 def main(arguments: list[str]) -> None:
     """Train, sample, draw the curves, compare with the data."""
     parser = ArgumentParser(__doc__ or "")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="a few steps only: a check, no result")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"(default: {OUT})")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a few steps only: a check, no result (default of --out: {QUICK_OUT}, emptied first)",
+    )
     options = parser.parse_args(arguments)
+    out = options.out or (QUICK_OUT if options.quick else OUT)
+    if options.quick and not options.out:  # a folder of our own
+        _remove(out)  # the run that is there would be resumed, and nothing be checked
     began = time.monotonic()
     # Said aloud, so that DeepSpeed does not warn that it had to find out.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     quick = ("--max-steps", "6", "--set", "training.norm_statistics_passes=2")
     for number in range(1, NUM_STAGES + 1):
-        _train(number, options.out, quick if options.quick else ())
-    samples = options.out / "samples"
+        _train(number, out, quick if options.quick else ())
+    samples = out / "samples"
     _call(
-        "engine/sample.py",
-        *("--checkpoint", str(options.out), "--out", str(samples), "--frames", str(NUM_FRAMES)),
+        _here("engine/sample.py"),
+        *("--checkpoint", str(out), "--out", str(samples), "--frames", str(NUM_FRAMES)),
         *("--sigma", "0.5"),  # the paper's for pictures
         *("--passes", "2" if options.quick else "12", "--batch", "4"),
     )
@@ -43,28 +51,44 @@ def main(arguments: list[str]) -> None:
     from engine.charts import loss_curves
     from engine.trainer.learning_report import learning_report
 
-    curves = options.out / "loss-curves.png"
+    curves = out / "loss-curves.png"
     stages = range(1, NUM_STAGES + 1)
-    loss_curves({f"stage {n}": options.out / f"stage{n}" / "log.jsonl" for n in stages}, curves)
-    print(f"\n{learning_report(options.out, NUM_STAGES)}")
+    loss_curves({f"stage {n}": out / f"stage{n}" / "log.jsonl" for n in stages}, curves)
+    print(f"\n{learning_report(out, NUM_STAGES)}")
     print(
         f"\nThe demo took {time.monotonic() - began:.0f} s. Look at:\n"
         f"  {samples / 'grid.mp4'}  (and clip-*.mp4 beside it)\n"
         f"  {samples / 'contact-sheet.png'}\n"
         f"  {curves}\n"
-        f"  tensorboard --logdir {options.out}"
+        f"  tensorboard --logdir {out}"
     )
 
 
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot remove {folder}: {error.strerror or error}") from None
+
+
+def _here(file: str) -> str:
+    """A file of the repository, as it is called from the working directory, whichever that is."""
+    return os.path.relpath(REPOSITORY / file)
+
+
 def _train(number: int, out: Path, extra: tuple[str, ...]) -> None:
+    script = _here("engine/train.py")
     # Spelt as a module because a launcher script's first line breaks in paths with spaces. One
     # process: the networks are too small to be worth sharing among GPUs.
     _call(
         "-m",
         *("deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "error"),
-        "engine/train.py",
-        *("--config", CONFIG, "--stage", str(number), "--out", str(out), *extra),
-        shown=f"deepspeed engine/train.py --stage {number} --out {out}",
+        script,
+        *("--config", _here("configs/sample.yaml"), "--stage", str(number)),
+        *("--out", str(out), *extra),
+        shown=f"deepspeed {script} --stage {number} --out {out}",
     )
 
 

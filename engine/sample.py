@@ -24,9 +24,9 @@ examples:
   python engine/sample.py --checkpoint runs/sample --frames 50 --out samples
   python engine/sample.py --checkpoint runs/kinetics600/stage2 --frames 50 --classes 3,7 --sigma 0.5
 
-Writes an mp4 per clip, grid.mp4 with all of them, contact-sheet.png, samples.json (what was
-asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos; more
-clips or other classes leave the clips that both have unchanged.
+Writes an mp4 per clip, grid.mp4 and contact-sheet.png with the first 64 of them, samples.json (what
+was asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos;
+more clips or other classes leave the clips that both have unchanged.
 """
 
 
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
     if checkpoint.meta["classes"] and "class_counts" not in checkpoint.meta:
         print("note: this checkpoint does not tell how frequent its classes are; taken as equal")
-    make_writable(options.out)
+    make_writable(options.out, plan)
     forbid_tf32()
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()
     fix_statistics(cascade, plan, options.out)

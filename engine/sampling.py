@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -23,6 +25,10 @@ from engine.video.writing import contact_sheet, grid, to_uint8, write_mp4
 
 STATISTICS = "norm-statistics.pt"
 SAMPLES = "samples.json"
+GRID = "grid.mp4"
+SHEET = "contact-sheet.png"
+NUM_SHOWN = 64
+"""Clips in the grid and the contact sheet, which lie in memory and are looked at."""
 _PASSES, _CLIPS = "sampling passes", "sampled clip"  # streams of random numbers
 
 
@@ -62,14 +68,17 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
     return [labels[i % len(labels)] for i in range(num)]
 
 
-def make_writable(out: Path) -> None:
-    """Make the folder; UserError when nothing can be written there. Due before the long passes."""
+def make_writable(out: Path, plan: SamplePlan) -> None:
+    """Make the folder; UserError when it cannot be written to. Due before the long passes."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     if not os.access(out, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {out}: permission denied")
+    for file in (STATISTICS, GRID, SHEET, SAMPLES, *_clip_files(_names(plan))):
+        if (out / file).is_dir():
+            raise UserError(f"cannot write {out / file}: it is a folder")
 
 
 def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
@@ -99,46 +108,76 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
             return
     _run_passes(cascade, plan)
     statistics = [norm_statistics(generator) for generator in cascade.generators]
-    write_tensors(path, {"key": key, "stages": statistics})
+    try:
+        write_tensors(path, {"key": key, "stages": statistics})
+    except (OSError, RuntimeError) as error:  # torch.save's, e.g. of a full disk
+        raise UserError(f"cannot write {path}: {error}") from None
 
 
-def generate(cascade: Cascade, plan: SamplePlan) -> Tensor:
-    """uint8 [N, T, 3, H, W] on the CPU.
+def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
+    """A uint8 video [T, 3, H, W] on the CPU for each label; UserError when it is not finite.
 
     Clip by clip, each from a seed of its own: the n-th clip of a class is the same video whatever
     else is asked for, and memory does not grow with their number.
     """
     device = next(cascade.parameters()).device
     counts: Counter[int | None] = Counter()
-    videos = []
-    for label in tqdm(plan.labels, desc="generating", unit="clip"):
+    for label in plan.labels:
         class_part = 0 if label is None else label + 1
         seed = derived_seed(_CLIPS, plan.seed, class_part, counts[label])
         counts[label] += 1
         latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
         labels_B = None if label is None else torch.tensor([label], device=device)
         zs = latents.latents(1, len(cascade.generators))
-        videos.append(to_uint8(cascade.generate(zs, labels_B, plan.num_frames)).cpu())
-    return torch.cat(videos)
+        video_BTCHW = cascade.generate(zs, labels_B, plan.num_frames)
+        if not video_BTCHW.isfinite().all():  # uint8 would hide it
+            raise UserError(
+                f"{plan.checkpoint.path} generates values that are not finite with sigma "
+                f"{plan.sigma:g}; choose a smaller --sigma or an earlier checkpoint"
+            )
+        yield to_uint8(video_BTCHW)[0].cpu()
 
 
-def write(out: Path, videos_BTCHW: Tensor, plan: SamplePlan) -> None:
-    """An mp4 per clip, all of them in one, the contact sheet, and what was asked for.
+def write(out: Path, videos: Iterable[Tensor], plan: SamplePlan) -> None:
+    """An mp4 per clip as it comes, the first ones in one and in a sheet, and what was asked for.
 
-    Clips that an earlier run left in `out` and this one does not write are removed.
+    Each clip is let go when it is written; only the NUM_SHOWN first ones are kept for the grid.
+    Written aside and moved when all are there: until then an earlier run's files stay as they are.
+    Those of its clips that this one does not write are removed. Raises UserError when something
+    cannot be written.
     """
     old_clips = _listed_clips(out)
-    names = [_name(label, plan.checkpoint.meta["classes"]) for label in plan.labels]
+    try:
+        with TemporaryDirectory(prefix=".writing-", dir=out) as aside:
+            clip_files = _write_clips(Path(aside), videos, plan)
+            for file in (*clip_files, GRID, SHEET, SAMPLES):
+                (Path(aside) / file).replace(out / file)
+        for file in old_clips.difference(clip_files):
+            (out / file).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+
+
+def _write_clips(folder: Path, videos: Iterable[Tensor], plan: SamplePlan) -> list[str]:
+    """Everything that `write` writes, into `folder`; the names of the clips' files."""
+    names = _names(plan)
+    files = _clip_files(names)
     fps = plan.checkpoint.meta["frames_per_second"]
-    scale = max(1, 128 // videos_BTCHW.shape[-1])
-    clips = []
-    for number, (video_TCHW, name) in enumerate(zip(videos_BTCHW, names, strict=True)):
-        file = f"clip-{number:03d}-{name.replace(' ', '-').replace('/', '-')}.mp4"
-        write_mp4(out / file, video_TCHW, fps, scale=scale)
-        clips.append({"file": file, "sha256": hashlib.sha256(video_TCHW.numpy()).hexdigest()})
-    columns = max(1, round(len(videos_BTCHW) ** 0.5))
-    write_mp4(out / "grid.mp4", grid(videos_BTCHW, columns), fps, scale=scale)
-    contact_sheet(videos_BTCHW, out / "contact-sheet.png", labels=names)
+    stage = plan.checkpoint.config().stages[plan.checkpoint.stage_number]
+    scale = max(1, 128 // stage.resolution)
+    clips: list[dict[str, str]] = []
+    shown: list[Tensor] = []
+    with_files = zip(videos, files, strict=True)
+    for video_TCHW, file in tqdm(with_files, "generating", total=len(files), unit="clip"):
+        write_mp4(folder / file, video_TCHW, fps, scale=scale)
+        digest = hashlib.sha256(video_TCHW.numpy().tobytes()).hexdigest()
+        clips.append({"file": file, "sha256": digest})
+        if len(shown) < NUM_SHOWN:
+            shown.append(video_TCHW)
+    shown_BTCHW = torch.stack(shown)
+    columns = max(1, round(len(shown) ** 0.5))
+    write_mp4(folder / GRID, grid(shown_BTCHW, columns), fps, scale=scale)
+    contact_sheet(shown_BTCHW, folder / SHEET, labels=names[: len(shown)])
     asked = {
         "checkpoint": str(plan.checkpoint.path),
         "labels": plan.labels,
@@ -150,9 +189,21 @@ def write(out: Path, videos_BTCHW: Tensor, plan: SamplePlan) -> None:
         "frames_per_second": fps,
         "clips": clips,
     }
-    (out / SAMPLES).write_text(json.dumps(asked, indent=1) + "\n")
-    for file in old_clips - _listed_clips(out):
-        (out / file).unlink(missing_ok=True)
+    (folder / SAMPLES).write_text(json.dumps(asked, indent=1) + "\n")
+    return files
+
+
+def _names(plan: SamplePlan) -> list[str]:
+    """Each clip's class, by its number where the data set named none."""
+    names = dict(enumerate(plan.checkpoint.meta["classes"]))
+    return [
+        "video" if label is None else names.get(label, f"class {label}") for label in plan.labels
+    ]
+
+
+def _clip_files(names: list[str]) -> list[str]:
+    safe = [name.replace(" ", "-").replace("/", "-") for name in names]
+    return [f"clip-{number:03d}-{name}.mp4" for number, name in enumerate(safe)]
 
 
 def _listed_clips(out: Path) -> set[str]:
@@ -198,10 +249,3 @@ def _class_number(text: str, num_classes: int, names: list[str]) -> int:
     if text.isdecimal() and int(text) < num_classes:
         return int(text)
     raise UserError(f"--classes: {text!r} is neither a class name nor 0 to {num_classes - 1}")
-
-
-def _name(label: int | None, names: list[str]) -> str:
-    """A class's name, or its number where the data set named none."""
-    if label is None:
-        return "video"
-    return names[label] if label < len(names) else f"class {label}"

@@ -1,16 +1,23 @@
 """sample.py: the same seed gives the same videos, and clips do not depend on each other."""
 
+import contextlib
 import json
+import resource
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import av
 import pytest
 import torch
+from PIL import Image
 from small_runs import Tiny, sample
 
-from engine.trainer.checkpoints import open_checkpoint, read_tensors
+from engine.errors import UserError
+from engine.sampling import SamplePlan, write
+from engine.trainer.checkpoints import find_checkpoint, open_checkpoint, read_tensors
 from engine.trainer.fakes import LatentSource
 
 
@@ -254,6 +261,91 @@ def test_a_place_that_cannot_be_written_is_told_before_the_passes(
         finished = sample("--checkpoint", cascade_run, "--out", out)
         assert f"cannot write to {out}" in finished.error  # a single line: no bar of passes
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["samples.json", "norm-statistics.pt", "grid.mp4", "contact-sheet.png", "clip-001-{b}.mp4"],
+)
+def test_a_folder_where_a_file_goes_is_told_before_the_passes(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path, name: str
+) -> None:
+    _, b = sorted(path.name for path in tiny.data.iterdir() if path.is_dir())
+    folder = tmp_path / name.format(b=b.replace(" ", "-"))
+    folder.mkdir()
+    finished = sample("--checkpoint", cascade_run, "--out", tmp_path)
+    assert f"cannot write {folder}: it is a folder" in finished.error
+
+
+@contextlib.contextmanager
+def full_disk(free_bytes: int) -> Iterator[None]:
+    """No file grows beyond so many bytes, which fails as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk(cascade_run: Path, tmp_path: Path) -> None:
+    """What could not be known before is one line too, and leaves what an earlier run made."""
+
+    def left() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    sampled(cascade_run, tmp_path)
+    before = left()
+    for free_bytes in (2000, 500):  # too little for the grid, and for a clip
+        with full_disk(free_bytes):
+            finished = sample("--checkpoint", cascade_run, "--out", tmp_path)
+        assert finished.code == 2
+        assert "Traceback" not in finished.err
+        assert "error: cannot write" in finished.err.splitlines()[-1]
+        assert left() == before
+    (tmp_path / "norm-statistics.pt").unlink()
+    with full_disk(500):
+        finished = sample("--checkpoint", cascade_run, "--out", tmp_path)
+    assert "error: cannot write" in finished.err.splitlines()[-1]
+
+
+def test_clips_are_written_as_they_come(cascade_run: Path, tmp_path: Path) -> None:
+    """Only the 64 that the grid shows are kept in memory."""
+    checkpoint = find_checkpoint(cascade_run)
+    plan = SamplePlan(checkpoint, [0] * 70, 2, sigma=1, seed=0, num_passes=1, batch_size=1)
+    videos: list[weakref.ref[torch.Tensor]] = []
+
+    def one_by_one() -> Iterator[torch.Tensor]:
+        for number in range(70):
+            assert len(list(tmp_path.glob("*/clip-*.mp4"))) == number
+            # Two are still in a loop's hands.
+            assert sum(video() is not None for video in videos) <= 64 + 2
+            video_TCHW = torch.full((2, 3, 16, 16), number, dtype=torch.uint8)
+            videos.append(weakref.ref(video_TCHW))
+            yield video_TCHW
+
+    write(tmp_path, one_by_one(), plan)
+    assert len(list(tmp_path.glob("clip-*.mp4"))) == 70
+    with av.open(str(tmp_path / "grid.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.width == stream.height == 8 * (8 * (16 + 2) + 2)  # 8x8 clips, enlarged by 8
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.height == 64 * (96 + 2) + 2
+    (tmp_path / "samples.json").unlink()
+    (tmp_path / "samples.json").mkdir()
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}"):
+        write(tmp_path, [torch.zeros(2, 3, 16, 16, dtype=torch.uint8)] * 70, plan)
+
+
+def test_values_that_are_not_finite(cascade_run: Path, tmp_path: Path) -> None:
+    """uint8 would make them black. An earlier run's videos stay."""
+    before = sampled(cascade_run, tmp_path)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    finished = sample("--checkpoint", cascade_run, "--out", tmp_path, "--sigma", "1e300")
+    assert finished.code == 2
+    assert "not finite with sigma 1e+300; choose a smaller" in finished.err.splitlines()[-1]
+    assert [clip["sha256"] for clip in clips(tmp_path)] == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 @pytest.mark.parametrize("foreign", [{"mean": torch.zeros(3)}, torch.zeros(3)], ids=["dict", "it"])

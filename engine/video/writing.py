@@ -53,7 +53,7 @@ def write_mp4(
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
             container.mux(stream.encode())
         aside.replace(path)
-    except OSError as error:
+    except (OSError, av.error.FFmpegError) as error:  # x264 refuses more than 16384 pixels
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 

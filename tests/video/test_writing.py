@@ -54,6 +54,8 @@ def test_mp4_refuses_what_is_no_video(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_mp4(tmp_path / "file" / "x.mp4", np.zeros((1, 8, 8, 3), np.uint8), fps=25)
+    with pytest.raises(UserError, match="cannot write"):  # wider than x264 can
+        write_mp4(tmp_path / "x.mp4", np.zeros((1, 8, 16386, 3), np.uint8), fps=25)
 
 
 def test_grid_places_clips_row_by_row() -> None:

@@ -1,0 +1,62 @@
+"""demo.py: which files it calls and which folder it uses; .ci/run runs the whole of it."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import REPOSITORY, call
+
+from engine import demo
+
+
+@pytest.fixture
+def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The demo's commands, from a working directory elsewhere; the fourth, sample.py, fails."""
+    calls: list[list[str]] = []
+
+    def note(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, returncode=3 * (len(calls) == 4))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", note)
+    return calls
+
+
+def test_its_files_are_found_from_elsewhere(called: list[list[str]]) -> None:
+    finished = call(demo.main)
+    assert "this command failed with exit code 3: python " in finished.error
+    ours = (".py", ".yaml")
+    files = [[Path(word).resolve() for word in c if word.endswith(ours)] for c in called]
+    trained = [REPOSITORY / "engine/train.py", REPOSITORY / "configs/sample.yaml"]
+    assert files == [trained, trained, trained, [REPOSITORY / "engine/sample.py"]]
+
+
+def test_quick_starts_anew_in_a_folder_of_its_own(called: list[list[str]]) -> None:
+    """Neither a demo nor an earlier check is resumed, or lost."""
+    full, quick, mine = Path("runs/demo/a"), Path("runs/demo-quick/a"), Path("mine/a")
+    for file in (full, quick, mine):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for options, folder in (
+        (["--quick"], quick.parent),
+        ([], full.parent),
+        (["--quick", "--out", "mine"], mine.parent),
+    ):
+        called.clear()
+        assert call(demo.main, *options).code == 2
+        for command in called[:3]:
+            assert command[command.index("--out") + 1] == str(folder)
+        assert called[3][called[3].index("--checkpoint") + 1] == str(folder)
+    assert (full.exists(), quick.exists(), mine.exists()) == (True, False, True)
+
+
+def test_a_folder_that_cannot_be_removed(called: list[list[str]]) -> None:
+    """A link's target is somebody's."""
+    Path("mine").mkdir()
+    Path("runs").mkdir()
+    Path("runs/demo-quick").symlink_to(Path("mine").resolve())
+    assert "cannot remove runs/demo-quick: " in call(demo.main, "--quick").error
+    assert Path("mine").exists()
+    assert not called
