@@ -125,6 +125,16 @@ class VideoIndex:
         return cls(path.parent.resolve() / header.root, tuple(header.classes), tuple(entries))
 
 
+def indexed_folder(path: Path) -> Path | None:
+    """Which folder the index at `path` is of, of whatever version; None where it is no index."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = _HEADER.validate_json(file.readline())
+    except (OSError, ValueError):
+        return None
+    return (path.parent / header.root).resolve() if header.format == FORMAT else None
+
+
 def rejects_path(index_path: Path) -> Path:
     """Where the rejects of the index at `index_path` are listed."""
     return index_path.with_name(f"{index_path.stem}.rejects.jsonl")

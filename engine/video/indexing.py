@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from engine.video.index import (
     Reject,
     VideoEntry,
     VideoIndex,
+    indexed_folder,
     load_rejects,
     rejects_path,
     write_lines,
@@ -61,7 +62,8 @@ def build_index(
     `num_workers` processes judge files; 0 judges in this process, which is for files known to be
     harmless, because a crash inside a decoder then ends this process.
 
-    Raises UserError for a missing or empty folder, an unreadable CSV, or no usable video.
+    Raises UserError for a missing, empty or unreadable folder, an unreadable CSV, no usable video,
+    or an `out` that is something else than an earlier index of this folder.
     """
     root, out = Path(root), Path(out)
     if not root.is_dir():
@@ -71,14 +73,21 @@ def build_index(
             f"{out} is a folder; --out names the index file, e.g. {out / 'index.jsonl'}"
         )
     root = root.resolve()
+    _check_replaceable(out, root)
     partial = _partial_path(out)
-    files = files_below(root, out)
-    if not files:
+    listed = files_below(root, out)
+    if not listed:
         raise UserError(f"{root} is empty")
+    files = [path for path in listed if _is_utf8(path)]
     if annotations is not None:
         candidates, rejects = _from_annotations(Path(annotations), files)
     else:
         candidates, rejects = _from_folders(files)
+    rejects += [
+        Reject(path.encode(errors="backslashreplace").decode(), "its name is not UTF-8")
+        for path in listed
+        if not _is_utf8(path)
+    ]
     classes = tuple(sorted({c.class_name for c in candidates if c.class_name is not None}))
     labels: dict[str | None, int | None] = {name: label for label, name in enumerate(classes)}
     labels[None] = None
@@ -106,12 +115,15 @@ def build_index(
 
 
 def files_below(root: Path, index_path: Path) -> list[str]:
-    """All files below root, sorted, relative to it, but hidden ones and the index's own."""
+    """All files below root, sorted, relative to it, but hidden ones and the index's own.
+
+    Raises UserError for a folder that cannot be read: without it a whole class could be missing.
+    """
     own = (index_path, rejects_path(index_path), _partial_path(index_path))
     skip = {path.resolve() for path in own}
     found, seen = [], set()
     skip_names = {path.name for path in skip}
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder above would lead round for ever
             subfolders.clear()
@@ -124,6 +136,30 @@ def files_below(root: Path, index_path: Path) -> list[str]:
             if not name.startswith(".") and not ours:
                 found.append(path.relative_to(root).as_posix())
     return sorted(found)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"cannot read {error.filename}: {error.strerror}")
+
+
+def _check_replaceable(out: Path, root: Path) -> None:
+    """UserError where writing `out` would destroy something else, or another folder's verdicts."""
+    if not out.exists():
+        return
+    indexed = indexed_folder(out)
+    if indexed is None:
+        raise UserError(f"{out} is there already and is not a video index; choose another --out")
+    if indexed != root and indexed.is_dir():
+        raise UserError(f"{out} is the index of {indexed}, not of {root}; choose another --out")
+
+
+def _is_utf8(path: str) -> bool:
+    """Else it cannot be written into an index, which is UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _partial_path(index_path: Path) -> Path:
@@ -148,7 +184,7 @@ def _from_annotations(table: Path, files: list[str]) -> tuple[list[_Candidate], 
     for number, row in _rows(table):
         try:
             start, end = (int(float(row[column])) for column in ("time_start", "time_end"))
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UserError(
                 f"{table}, line {number}: time_start and time_end must be numbers of seconds"
             ) from None

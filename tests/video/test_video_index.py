@@ -185,6 +185,7 @@ def test_kinetics_annotations(tmp_path: Path) -> None:
     [
         ("label,youtube_id\na,b\n", "no column 'time_start'"),
         ("label,youtube_id,time_start,time_end\na,b,x,3\n", "line 2"),
+        ("label,youtube_id,time_start,time_end\na,b,inf,3\n", "line 2"),
         ("label,youtube_id,time_start,time_end\na,b\n", "line 2: a column is empty"),
         ("", "no column"),
     ],
@@ -195,6 +196,55 @@ def test_bad_annotations_name_the_line(text: str, message: str, tmp_path: Path) 
     table.write_text(text)
     with pytest.raises(UserError, match=message):
         index_of(tmp_path / "v", tmp_path / "i.jsonl", annotations=table)
+
+
+def test_a_folder_that_cannot_be_read_is_no_missing_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_numbered(tmp_path / "v" / name, "mjpeg", num_frames=5)
+    closed, listed = str((tmp_path / "v/a").resolve()), os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=f"cannot read {closed}: Permission denied"):
+        index_of(tmp_path / "v", tmp_path / "i.jsonl")
+    assert not (tmp_path / "i.jsonl").exists()
+
+
+def test_only_an_index_of_the_same_folder_is_replaced(tmp_path: Path) -> None:
+    a, b, out = tmp_path / "a", tmp_path / "b", tmp_path / "i.jsonl"
+    for folder in (a, b):
+        write_numbered(folder, "mjpeg", num_frames=5)
+    out.write_text("label,youtube_id,time_start,time_end\n")
+    with pytest.raises(UserError, match=r"i\.jsonl is there already and is not a video index"):
+        index_of(a, out)
+    assert out.read_text().startswith("label")
+    out.unlink()
+    index_of(a, out)
+    index_of(a, out)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=f"is the index of {a}, not of {b}; choose another"):
+        index_of(b, out)
+    assert out.read_bytes() == before
+    a.rename(tmp_path / "moved")
+    assert index_of(tmp_path / "moved", out).root == tmp_path / "moved"
+
+
+def test_names_that_are_not_utf8_are_rejected(tmp_path: Path) -> None:
+    root, out = tmp_path / "v", tmp_path / "i.jsonl"
+    write_numbered(root, "mjpeg", num_frames=5).rename(root / "good.mkv")
+    bad = os.fsdecode(os.fsencode(root / "caf") + b"\xe9.mkv")
+    write_numbered(root, "mjpeg", num_frames=5).rename(bad)
+    assert [entry.path for entry in index_of(root, out).entries] == ["good.mkv"]
+    assert [(r.path, r.reason) for r in load_rejects(out)] == [
+        (r"caf\udce9.mkv", "its name is not UTF-8")
+    ]
+    assert len(VideoIndex.load(out).entries) == 1
 
 
 def test_an_interrupted_run_goes_on_and_judges_nothing_twice(
