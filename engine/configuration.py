@@ -5,7 +5,7 @@ is computed here once, so that no two places can disagree about it.
 """
 
 from collections.abc import Sequence
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,8 @@ from engine.errors import UserError
 from engine.yaml_tree import Tree, parse_override, read_tree, set_key, unshared
 
 BASE_RESOLUTION = 4  # the linear layer's output, in pixels (paper)
+# Either way, for one to offer: at once whatever batch was typed, and farther off none is of use.
+_MICRO_BATCHES_TRIED = 1_000_000
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]  # numpy's generators take no other
@@ -374,16 +376,18 @@ def _nearest_batches(training: Training, world_size: int) -> str:
     """The next smaller and larger micro-batch, where one works, and global batch."""
     share, remainder = divmod(training.global_batch, world_size)
     micro = training.micro_batch
-    divisors = [] if remainder else [size for size in range(1, share + 1) if share % size == 0]
-    micros = [m for m in divisors if m < micro][-1:] + [m for m in divisors if m > micro][:1]
-
-    def works(global_batch: int) -> bool:
-        share, remainder = divmod(global_batch, world_size)
-        return not remainder and share > 0 and share % min(share, micro) == 0  # as share_among
-
-    below = filter(works, range(training.global_batch - 1, 0, -1))
-    above = filter(works, count(training.global_batch + 1))
-    found = {"micro_batch": micros, "global_batch": [*islice(below, 1), *islice(above, 1)]}
+    micros: list[int] = []
+    if not remainder:
+        smaller = range(micro - 1, max(micro - _MICRO_BATCHES_TRIED, 1) - 1, -1)
+        larger = range(micro + 1, min(micro + _MICRO_BATCHES_TRIED, share) + 1)
+        for sizes in smaller, larger:
+            micros += islice((size for size in sizes if share % size == 0), 1)
+    # Shares that work are those below the micro-batch, as share_among lowers it, and its multiples.
+    below, above = (training.global_batch - 1) // world_size, share + 1
+    below -= below % micro if below > micro else 0
+    above += -above % micro if above > micro else 0
+    globals_ = [world_size * share for share in (below, above) if share]
+    found = {"micro_batch": micros, "global_batch": globals_}
     return ", or ".join(
         f"{key} {' or '.join(map(str, sizes))}" for key, sizes in found.items() if sizes
     )

@@ -19,6 +19,7 @@ examples:
 No GPU is needed: the stage's own networks take a training step on tensors without values. What it
 prints as predicted has not been measured.
 """
+MOST_GPUS = 1_000_000  # how many could share a batch is found by trying them
 DVDGAN_OF_TABLE_3 = "variant=frames48", "stages.1.num_frames=50"
 
 
@@ -52,6 +53,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.gpus < 1:
         parser.error("--gpus must be at least 1")
+    if options.gpus > MOST_GPUS:
+        parser.error(f"--gpus must be at most {MOST_GPUS}")
     for name in ("gpu_memory", "tflops", "hfu", "bandwidth", "link"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):

@@ -28,6 +28,7 @@ examples:
 Every stage writes to OUT/stageN: checkpoints, log.jsonl, TensorBoard files and samples. Ctrl-C
 writes a checkpoint; the same command goes on from it.
 """
+MOST_REHEARSED = 65_536  # minutes: DeepSpeed lists every rank
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -168,6 +169,10 @@ def rehearse(options: argparse.Namespace, ranks: Ranks) -> None:
             "python engine/train.py, without a launcher"
         )
     config = settle_for_rehearsal(options)
+    if options.rehearse > MOST_REHEARSED:
+        raise UserError(
+            f"--rehearse {options.rehearse}: at most {MOST_REHEARSED} GPUs can be played"
+        )
     console = Console(is_main=True)
     for name in ("resume", "previous", "max_steps", "profile"):
         if getattr(options, name) not in (None, "auto"):

@@ -207,8 +207,16 @@ def test_accumulation_steps(small: Path) -> None:
         (10, 4, "4 processes x micro_batch 2; nearest that work: global_batch 8 or 16"),
         # One sample for each of eight: less than the micro-batch, which share_among lowers.
         (4, 8, "8 processes x micro_batch 2; nearest that work: global_batch 8"),
+        # Mistyped, and answered all the same: 11 x 51679 x 14072887, and a prime.
+        (512, 2 * 10**9, "2000000000 processes x micro_batch 2; nearest that work: global_batch "
+                         "2000000000"),
+        (8 * 10**12 + 3, 1, "1 process x micro_batch 2; nearest that work: micro_batch 1 or 11, or "
+                            "global_batch 8000000000002 or 8000000000004"),
+        (10**15 + 37, 1, "1 process x micro_batch 2; nearest that work: micro_batch 1, or "
+                         "global_batch 1000000000000036 or 1000000000000038"),
     ],
 )  # fmt: skip
+@pytest.mark.timeout(20)  # counting up to them took minutes
 def test_batch_that_does_not_divide(
     small: Path, global_batch: int, world_size: int, line: str
 ) -> None:

@@ -9,6 +9,9 @@ from engine.trainer.sample_bank import batches_per_rank
 
 GOAL_HFU = 0.55
 """Of executed FLOPs (`HFU`), the project's goal on an H100. Not measured on any device yet."""
+MOST_SAMPLES = 100_000
+"""Of a GPU per update. A step of them all is counted, for which latents and labels are drawn, and
+all their divisors are tried; what trains so many is mistyped."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,19 @@ def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
     """With a micro-batch no larger than a GPU's share, as train.py trains. Raises UserError."""
     if number not in config.stages:
         raise UserError(f"--stage {number}: {config.name} has stages 1 to {len(config.stages)}")
-    share_of(config, number, assumptions.num_gpus)
-    config = share_among(config, number, assumptions.num_gpus)
+    batch, num_gpus = config.stages[number].training.global_batch, assumptions.num_gpus
+    if batch > MOST_SAMPLES * num_gpus:
+        raise UserError(
+            f"--gpus {num_gpus} cannot share training.global_batch {batch}: more than "
+            f"{MOST_SAMPLES} samples for each; use more GPUs, or a smaller "
+            f"--set stages.{number}.training.global_batch"
+        )
+    share_of(config, number, num_gpus)
+    config = share_among(config, number, num_gpus)
     training = config.stages[number].training
-    accumulation_steps(training, assumptions.num_gpus)
+    accumulation_steps(training, num_gpus)
     if training.sample_bank is not None:
-        batches_per_rank(training.sample_bank, training, assumptions.num_gpus)
+        batches_per_rank(training.sample_bank, training, num_gpus)
     assumptions.device.tflops(training.precision)
     if assumptions.limit_bytes <= 0:
         raise UserError(

@@ -68,7 +68,10 @@ class ZeroMemory:
     def touched(self) -> int:
         """q."""
         cut, ends = self._partition_values, list(accumulate(self.sizes))
-        ranks = range(self.num_ranks) if self.rank is None else (self.rank,)
+        # A partition in which no weight begins lies within one: what it touches, the one in which
+        # that weight begins touches too. So ranks need not be counted through.
+        begun = {(end - size) // cut for size, end in zip(self.sizes, ends, strict=True)}
+        ranks = begun if self.rank is None else {self.rank}
         return VALUE_BYTES * max(
             sum(
                 size

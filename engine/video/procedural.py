@@ -210,25 +210,37 @@ def ensure_procedural(
 ) -> Path:
     """The index of the sample data set in `folder`, which is made first when it is not there.
 
-    `say` receives a line when something is made. Raises UserError when the folder holds anything
-    else: clips made with other settings, or files that are not ours to replace.
+    `say` receives a line when something is made. Raises UserError when the folder cannot be read
+    or holds anything else: clips made with other settings, or files that are not ours to replace.
     """
     folder = Path(folder)
-    described = folder / _SETTINGS
-    if described.exists():
-        if described.read_text() != _described(settings, num_classes):
-            raise UserError(
-                f"{folder} holds sample clips made with other settings (see {described}); remove "
-                "it or choose another data.path"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists and is not the sample data set; choose another data.path for it"
-        )
-    else:
+    if not _is_made(folder, _described(settings, num_classes)):
         say(f"making {settings.num_clips} sample clips in {folder}")
         write_procedural_clips(folder, settings, num_classes, num_workers=num_workers)
     return folder / _INDEX
+
+
+def _is_made(folder: Path, description: str) -> bool:
+    described = folder / _SETTINGS
+    try:
+        if described.exists():
+            # Other settings may be anything, also no text.
+            if described.read_bytes() != description.encode():
+                raise UserError(
+                    f"{folder} holds sample clips made with other settings (see {described}); "
+                    "remove it or choose another data.path"
+                )
+            return True
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{folder} exists and is not the sample data set; choose another data.path for it"
+            )
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; make it readable or choose another "
+            "data.path"
+        ) from None
+    return False
 
 
 def _described(settings: ProceduralClips, num_classes: int) -> str:

@@ -294,6 +294,12 @@ def test_text_and_comparison(plan: Plan, tmp_path: Path) -> None:
     [
         (["--stage", "3"], "--stage 3: tiny has stages 1 to 2"),
         (["--stage", "1", "--gpus", "0"], "--gpus must be at least 1"),
+        (["--stage", "1", "--gpus", "2000000000"], "--gpus must be at most 1000000"),
+        (
+            ["--stage", "2", "--gpus", "2", "--set", "training.global_batch=8000000000003"],
+            "--gpus 2 cannot share training.global_batch 8000000000003: more than 100000 samples "
+            "for each; use more GPUs, or a smaller --set stages.2.training.global_batch",
+        ),
         (["--stage", "1", "--gpus", "3"], "--gpus 3 cannot share training.global_batch 4 evenly"),
         (["--stage", "1", "--device", "tpu"], "--device 'tpu' is not among v100, a100-40, a100"),
         (["--stage", "1", "--hfu", "1.5"], "--hfu is a fraction of the peak"),

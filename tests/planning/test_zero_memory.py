@@ -65,6 +65,14 @@ def test_a_partition_touches_the_weights_that_it_cuts() -> None:
     assert (memory.partition, memory.touched) == (64, 200)
 
 
+def test_the_partition_that_touches_most_is_found_without_counting_through_them() -> None:
+    """The first, a middle one, the last, and a weight that fills several."""
+    for sizes, num_ranks in (([6, 2, 24], 4), ([8, 5, 3, 16], 4), ([22, 5, 5], 2), ([30, 2], 4)):
+        by_rank = [ZeroMemory(sizes, 2, num_ranks, 0, rank=rank) for rank in range(num_ranks)]
+        assert ZeroMemory(sizes, 2, num_ranks, 0).touched == max(m.touched for m in by_rank)
+    assert ZeroMemory([10, 20, 30], 2, 10**15, 0).touched == 4 * 30
+
+
 def test_the_trainers_bucket() -> None:
     training = load_config(Path(__file__).parents[2] / "configs/sample.yaml").stages[1].training
     assert bucket_bytes(training) == 200_000_000

@@ -284,9 +284,15 @@ KINETICS = ("--config", str(REPOSITORY / "configs/kinetics600.yaml"), "--stage",
         # 100 x 4 is no divisor of 512.
         (("--rehearse", "100"), "training.global_batch 512"),
         (("--rehearse", "1024"), "training.global_batch 512"),
+        (("--rehearse", "2000000000"), "nearest that work: global_batch 2000000000"),
+        (
+            ("--rehearse", "131072", "--set", "stages.2.training.global_batch=131072"),
+            "--rehearse 131072: at most 65536 GPUs can be played",
+        ),
         (("--rehearse", "8", "--stage", "3"), "--stage 3: "),
     ],
 )
+@pytest.mark.timeout(20)  # at once, whatever was typed
 def test_mistakes(more: tuple[str, ...], message: str) -> None:
     assert message in call(engine.train.main, *KINETICS, *more).error
 

@@ -82,6 +82,17 @@ def test_made_once_and_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ensure_procedural(tmp_path / "s", SMALL, 4)
 
 
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    settings = tmp_path / "s" / "procedural.json"
+    settings.mkdir(parents=True)  # fails for root too, whom no permissions stop
+    with pytest.raises(UserError, match=f"cannot read {settings}: Is a directory; make it"):
+        ensure_procedural(tmp_path / "s", SMALL, 8)
+    settings.rmdir()
+    settings.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="other settings"):
+        ensure_procedural(tmp_path / "s", SMALL, 8)
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
