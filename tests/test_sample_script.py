@@ -234,7 +234,6 @@ MISTAKES = [
     (["--classes", "2"], "--classes: '2' is neither a class name nor 0 to 1"),
     (["--classes", "²"], "--classes: '²' is neither a class name nor 0 to 1"),
     (["--classes", "zebra"], "--classes: 'zebra' is neither a class name nor 0 to 1"),
-    (["--classes", "²"], "--classes: '²' is neither a class name nor 0 to 1"),
     (["--classes", "0,,1"], "--classes: '' is neither a class name nor 0 to 1"),
     (["--classes", ""], "--classes: '' is neither a class name nor 0 to 1"),
 ]
