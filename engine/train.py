@@ -260,9 +260,11 @@ def train(plan: Plan, ranks: Ranks, console: Console) -> int:
         if ranks.is_main:
             ranks.connect()
         ended = run_stage(plan, index, ranks, console)
-        if ended.signal is None:
+        if not ended.signal:
             console.say(f"done: {ended.checkpoint}")
             return 0
+        # Together: when one rank has failed, launchers end those that still write.
+        ranks.barrier()
         # As shells report it, and so that a script does not go on to the next stage.
         return 128 + ended.signal
     except Exception as error:

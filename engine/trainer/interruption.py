@@ -12,19 +12,15 @@ class Interruption:
     """Remembers that a signal asked for the end; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0
+        """Which one came first; 0 when none did."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
-
-    @property
-    def requested(self) -> bool:
-        """Whether one came."""
-        return self.signal is not None
+        self.signal = self.signal or number
 
 
 def follow_launcher() -> None:

@@ -99,11 +99,15 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Collective."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values. Collective."""
         if self.world_size == 1:
-            return flag
-        cell = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(cell)
-        return bool(cell.item())
+            return value
+        cell = torch.tensor([value], device=self.device)
+        dist.all_reduce(cell, op=dist.ReduceOp.MAX)
+        return int(cell.item())
 
     def first_failure(self, exit_code: int) -> int | None:
         """None when no rank failed before this one; else the exit code of the first that did.

@@ -1,7 +1,6 @@
 """One run of one stage, from a checked configuration to the last checkpoint."""
 
 import contextlib
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,8 +33,8 @@ class Ended(NamedTuple):
 
     checkpoint: Path
     """The last one."""
-    signal: int | None = None
-    """What stopped it before its last step; SIGTERM where another rank was told."""
+    signal: int = 0
+    """What stopped it before its last step, the same on every rank; 0 when nothing did."""
 
 
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Ended:
@@ -128,6 +127,8 @@ class _Run:
         self._folder = plan.options.folder
         self._checkpoints = self._folder / CHECKPOINTS
         self._interruption = Interruption()
+        self._resumed: Path | None = None
+        self._signal = 0  # what the ranks have agreed to stop for
 
     def resume(self) -> None:
         """Load the newest undamaged checkpoint, if there is one to resume from."""
@@ -135,6 +136,7 @@ class _Run:
         if chosen < len(self._resume_from):
             checkpoint = self._resume_from[chosen]
             load_run(self._trainer, checkpoint, self._ranks)
+            self._resumed = checkpoint.path
             self._console.say(f"resumed: {checkpoint.path}, step {checkpoint.step}")
             changes = apply_optimizer_settings(self._trainer, self._training)
             if changes:
@@ -147,7 +149,7 @@ class _Run:
         checkpoint = self._checkpoints / step_name(trainer.step)
         if trainer.step >= last_step:
             self._console.say(f"nothing to do: step {trainer.step} of {last_step} is reached")
-            return Ended(checkpoint)
+            return Ended(self._resumed or checkpoint)  # it may stand elsewhere
         profile = self._profile(last_step - trainer.step)
         if not self._fill_bank():
             if not checkpoint.exists():
@@ -166,7 +168,7 @@ class _Run:
             measures = profile.train_step() if profile else trainer.train_step()
             step = trainer.step
             progress.update(step, measures)
-            stopping = step == last_step or self._ranks.any(self._interruption.requested)
+            stopping = step == last_step or self._told_to_stop()
             if logbook and (step % training.log_every == 0 or step == 1 or stopping):
                 seconds = (time.monotonic() - began) / (step - began_step)
                 logbook.scalars(step, measures | self._speed(seconds))
@@ -192,9 +194,16 @@ class _Run:
             keep=self._training.keep_checkpoints,
         )
 
+    def _told_to_stop(self) -> bool:
+        """Whether a signal reached any rank. Collective: all stop at one step, with one code."""
+        self._signal = self._ranks.largest(self._interruption.signal)
+        return self._signal > 0
+
     def _interrupted(self, checkpoint: Path) -> Ended:
-        self._console.say(f"interrupted: saved {checkpoint}; --resume auto goes on")
-        return Ended(checkpoint, self._interruption.signal or signal.SIGTERM)
+        # Another --resume would be refused, now that this folder holds the newer checkpoint.
+        changed = "" if self._options.resume == "auto" else " with --resume auto"
+        self._console.say(f"interrupted: saved {checkpoint}; the same command{changed} goes on")
+        return Ended(checkpoint, self._signal)
 
     def _fill_bank(self) -> bool:
         """Draw all that step's bank holds: here, so that the time is not the first step's.
@@ -213,7 +222,7 @@ class _Run:
 
         def goes_on(num_drawn: int) -> bool:
             progress.update(num_drawn)
-            return not self._ranks.any(self._interruption.requested)
+            return not self._told_to_stop()
 
         filled = bank.advance(self._trainer.step, goes_on)
         progress.close()

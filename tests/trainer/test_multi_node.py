@@ -134,8 +134,8 @@ def test_two_nodes_of_torchrun_do_too_and_one_signal_stops_both(
             assert all(process.poll() is None for process in running), console(tmp_path)
             time.sleep(0.2)
         running[0].send_signal(signal.SIGTERM)
-        for process in running:
-            process.wait(timeout=120)
+        codes = [process.wait(timeout=120) for process in running]
+    assert 0 not in codes
     assert logged(out / "stage1")[:2] == logged(one_node / "stage1")
     assert_same_second_step(out, one_node)
     checkpoint = sorted((out / "stage1/checkpoints").iterdir())[-1]

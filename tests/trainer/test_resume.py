@@ -20,7 +20,10 @@ from small_runs import (
     flat,
     launcher,
     logged,
+    two_ranks,
 )
+
+from engine.trainer.step import Trainer
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -102,7 +105,12 @@ def test_nothing_is_left_to_do(tiny: Tiny, cascade_run: Path, tmp_path: Path) ->
     finished = tiny.train(1, out, "--max-steps", "2")
     assert finished.code == 0
     assert "nothing to do: step 2 of 2 is reached" in finished.out
+    assert f"done: {out / 'stage1/checkpoints/step-00000002'}" in finished.out
     assert differences(before, contents(out / "stage1/checkpoints/step-00000002")) == []
+
+    # The checkpoint that is named is the one there is.
+    elsewhere = tiny.train(1, tmp_path / "new", "--max-steps", "2", "--resume", out / "stage1")
+    assert f"done: {out / 'stage1/checkpoints/step-00000002'}" in elsewhere.out
 
 
 def test_log_is_cut_back_to_the_step_that_is_resumed(
@@ -217,7 +225,39 @@ def test_ranks_stop_when_the_launcher_is_killed(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     (saved,) = (tmp_path / "stage1/checkpoints").iterdir()
-    assert f"interrupted: saved {saved}; --resume auto goes on" in stdout
+    assert f"interrupted: saved {saved}; the same command goes on" in stdout
+
+
+@pytest.mark.slow
+def test_ranks_that_were_told_to_stop_leave_together(tiny: Tiny, tmp_path: Path) -> None:
+    """A launcher ends the other ranks when one is gone: rank 0 has more to write after the
+    checkpoint."""
+    options = ("--set", "training.micro_batch=2", "--set", "training.iterations=100000")
+    done = two_ranks("tests/trainer/closes_late.py", *tiny.options(1, tmp_path, *options))
+    assert done.code == 128 + signal.SIGTERM, done.err
+    assert "closed late" in (tmp_path / "stage1/logs/rank-00000.log").read_text()
+    (saved,) = (tmp_path / "stage1/checkpoints").iterdir()
+    assert f"interrupted: saved {saved}; the same command goes on" in done.out
+    assert "done: " not in done.out
+    assert "Traceback" not in done.out + done.err
+
+
+def test_a_command_that_would_start_anew_is_not_the_one_that_goes_on(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = Trainer.train_step
+
+    def step_and_signal(trainer: Trainer) -> dict[str, float]:
+        measures = train_step(trainer)
+        os.kill(os.getpid(), signal.SIGINT)
+        return measures
+
+    monkeypatch.setattr(Trainer, "train_step", step_and_signal)
+    stopped = tiny.train(1, tmp_path, "--resume", "none")
+    assert stopped.code == 128 + signal.SIGINT
+    saved = tmp_path / "stage1/checkpoints/step-00000001"
+    said = f"interrupted: saved {saved}; the same command with --resume auto goes on"
+    assert stopped.out.splitlines()[-1] == said
 
 
 @pytest.mark.slow
@@ -237,7 +277,7 @@ def test_a_signal_saves_and_another_process_goes_on_exactly(
 
     (saved,) = (out / "stage1/checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
-    assert f"interrupted: saved {saved}; --resume auto goes on" in stdout
+    assert f"interrupted: saved {saved}; the same command goes on" in stdout
     last = str(step + 1)
     resumed = tiny.trained(1, out, "--max-steps", last)
     whole = tiny.trained(1, tmp_path / "whole", "--max-steps", last)
