@@ -8,7 +8,7 @@ from statistics import median
 
 from engine.configuration import Data
 from engine.errors import UserError
-from engine.video.index import VideoIndex, load_rejects
+from engine.video.index import VideoIndex, as_text, load_rejects
 from engine.video.indexing import build_index, files_below
 from engine.video.procedural import ensure_procedural
 
@@ -95,7 +95,7 @@ def _say_changes(index: VideoIndex, index_path: Path, say: Callable[[str], None]
 
     Said, not done: a run on another data set cannot be continued exactly.
     """
-    found = set(files_below(index.root, index_path))
+    found = set(map(as_text, files_below(index.root, index_path)))
     used = {entry.path for entry in index.entries}
     new = sorted(found - used - {reject.path for reject in load_rejects(index_path)})
     gone = sorted(used - found)

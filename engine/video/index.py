@@ -85,12 +85,8 @@ class VideoIndex:
         A root at or below the index's own folder is stored relative to it: both can move together.
         """
         path = Path(path)
-        try:
-            root = self.root.resolve().relative_to(path.parent.resolve()).as_posix()
-        except ValueError:
-            root = str(self.root.resolve())
-        header = _Header(FORMAT, VERSION, root, list(self.classes))
-        write_lines(path, [asdict(header), *(asdict(entry) for entry in self.entries)])
+        header = header_for(path, self.root, self.classes)
+        write_lines(path, [header, *(asdict(entry) for entry in self.entries)])
 
     @classmethod
     def load(cls, path: str | Path) -> "VideoIndex":
@@ -125,6 +121,15 @@ class VideoIndex:
         return cls(path.parent.resolve() / header.root, tuple(header.classes), tuple(entries))
 
 
+def header_for(path: Path, root: Path, classes: Iterable[str] = ()) -> dict[str, Any]:
+    """The first line of the index of `root` at `path`."""
+    try:
+        stored = root.resolve().relative_to(path.parent.resolve()).as_posix()
+    except ValueError:
+        stored = str(root.resolve())
+    return asdict(_Header(FORMAT, VERSION, stored, list(classes)))
+
+
 def indexed_folder(path: Path) -> Path | None:
     """Which folder the index at `path` is of, of whatever version; None where it is no index."""
     try:
@@ -133,6 +138,11 @@ def indexed_folder(path: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     return (path.parent / header.root).resolve() if header.format == FORMAT else None
+
+
+def as_text(path: str) -> str:
+    """The path; with escapes where it is not UTF-8, as an index can hold and a console show it."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def rejects_path(index_path: Path) -> Path:

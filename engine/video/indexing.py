@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,8 @@ from engine.video.index import (
     Reject,
     VideoEntry,
     VideoIndex,
+    as_text,
+    header_for,
     indexed_folder,
     load_rejects,
     rejects_path,
@@ -73,22 +75,22 @@ def build_index(
             f"{out} is a folder; --out names the index file, e.g. {out / 'index.jsonl'}"
         )
     root = root.resolve()
-    _check_replaceable(out, root)
     partial = _partial_path(out)
-    listed = files_below(root, out)
-    if not listed:
+    _check_replaceable(out, partial, root)
+    stored_root = header_for(out, root)["root"]
+    if as_text(stored_root) != stored_root:
+        raise UserError(f"{as_text(str(root))}: the folder's name is not UTF-8; rename it")
+    files = files_below(root, out)
+    if not files:
         raise UserError(f"{root} is empty")
-    files = [path for path in listed if _is_utf8(path)]
     if annotations is not None:
         candidates, rejects = _from_annotations(Path(annotations), files)
     else:
         candidates, rejects = _from_folders(files)
-    rejects += [
-        Reject(path.encode(errors="backslashreplace").decode(), "its name is not UTF-8")
-        for path in listed
-        if not _is_utf8(path)
-    ]
     classes = tuple(sorted({c.class_name for c in candidates if c.class_name is not None}))
+    for name in classes:
+        if as_text(name) != name:
+            raise UserError(f"{root / as_text(name)}: the class's name is not UTF-8; rename it")
     labels: dict[str | None, int | None] = {name: label for label, name in enumerate(classes)}
     labels[None] = None
 
@@ -100,6 +102,7 @@ def build_index(
             rejects.append(Reject(**verdict))
         else:
             entries.append(VideoEntry(**verdict, label=labels[candidate.class_name]))
+    rejects = [replace(reject, path=as_text(reject.path)) for reject in rejects]
     rejects.sort(key=lambda reject: reject.path)
     write_lines(rejects_path(out), map(asdict, rejects))
     if not entries:
@@ -142,24 +145,18 @@ def _unreadable(error: OSError) -> NoReturn:
     raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
 
-def _check_replaceable(out: Path, root: Path) -> None:
-    """UserError where writing `out` would destroy something else, or another folder's verdicts."""
-    if not out.exists():
-        return
-    indexed = indexed_folder(out)
-    if indexed is None:
+def _check_replaceable(out: Path, partial: Path, root: Path) -> None:
+    """UserError where writing `out` would destroy something else, or another folder's verdicts.
+
+    Those of an interrupted run may have no header: older versions wrote none.
+    """
+    # Only files are looked into: a pipe would block.
+    if out.exists() and (not out.is_file() or indexed_folder(out) is None):
         raise UserError(f"{out} is there already and is not a video index; choose another --out")
-    if indexed != root and indexed.is_dir():
-        raise UserError(f"{out} is the index of {indexed}, not of {root}; choose another --out")
-
-
-def _is_utf8(path: str) -> bool:
-    """Else it cannot be written into an index, which is UTF-8."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    for path, what in ((out, "the index"), (partial, "an interrupted index")):
+        indexed = indexed_folder(path)
+        if indexed not in (None, root) and indexed.is_dir():
+            raise UserError(f"{path} is {what} of {indexed}, not of {root}; choose another --out")
 
 
 def _partial_path(index_path: Path) -> Path:
@@ -243,6 +240,8 @@ def _judge(
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json.dumps(header_for(out, root)) + "\n")
             for verdict in tqdm(
                 _judge_files(root, todo, num_workers),
                 total=len(candidates),
@@ -324,6 +323,8 @@ def _ignore_interrupts() -> None:
 
 def _verdict(root: Path, path: str) -> dict[str, Any]:
     stamp = _stamp(root / path)
+    if as_text(path) != path:
+        return {"path": path, "reason": "its name is not UTF-8", **stamp}
     try:
         facts: VideoFacts = inspect_video(root / path)
     except RejectedError as rejected:

@@ -1,5 +1,6 @@
 """From what a user names as data to an index and its facts."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_files_that_came_or_went_since_the_index_was_made_are_said(
         path = write_numbered(tmp_path, "mjpeg", num_frames=5)
         path.rename(path.with_stem(name))
     (tmp_path / "notes.txt").write_text("no video")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("no UTF-8 either")
     assert opened(tmp_path) == [f"indexing the videos in {tmp_path}"]
     assert opened(tmp_path) == []  # rejects are known too
     for name in ("3", "4"):

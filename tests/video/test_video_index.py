@@ -235,6 +235,74 @@ def test_only_an_index_of_the_same_folder_is_replaced(tmp_path: Path) -> None:
     assert index_of(tmp_path / "moved", out).root == tmp_path / "moved"
 
 
+def test_pipes_are_not_looked_into(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v", "mjpeg", num_frames=5)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is there already and is not a video index"):
+        index_of(tmp_path / "v", tmp_path / "pipe")
+
+
+def test_an_interrupted_runs_verdicts_are_kept_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in "vw":
+        for name in "ab":
+            write_numbered(tmp_path / folder / name, "mjpeg", num_frames=5)
+    out, partial = tmp_path / "index.jsonl", tmp_path / "index.partial.jsonl"
+
+    def interrupted(path: Path) -> object:
+        if "b" in path.parts:
+            raise KeyboardInterrupt
+        return inspect_video(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "inspect_video", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            index_of(tmp_path / "v", out)
+    before = partial.read_bytes()
+    with pytest.raises(UserError, match=f"{partial} is an interrupted index of {tmp_path / 'v'}, "):
+        index_of(tmp_path / "w", out)
+    assert partial.read_bytes() == before
+    index_of(tmp_path / "v", out)
+    assert not partial.exists()
+
+
+LATIN = os.fsdecode(b"caf\xe9")  # as archives made on other systems have them
+
+
+def test_names_that_are_not_utf8_keep_their_class(tmp_path: Path) -> None:
+    """Or the labels of the classes behind it would be others."""
+    root, out = tmp_path / "v", tmp_path / "index.jsonl"
+    for folder in ("a", "b", f"b/{LATIN}"):
+        write_numbered(root / folder, "mjpeg", num_frames=5)
+    (root / "a" / "mjpeg.mkv").rename(root / "a" / f"{LATIN}.mkv")
+    (root / f"{LATIN}.txt").touch()
+    index = index_of(root, out)
+    assert VideoIndex.load(out) == index
+    assert index.classes == ("a", "b")
+    assert [(entry.path, entry.label) for entry in index.entries] == [("b/mjpeg.mkv", 1)]
+    assert [(reject.path, reject.reason) for reject in load_rejects(out)] == [
+        (r"a/caf\udce9.mkv", "its name is not UTF-8"),
+        (r"b/caf\udce9/mjpeg.mkv", "its name is not UTF-8"),
+        (r"caf\udce9.txt", "lies outside the class folders"),
+    ]
+
+
+def test_a_class_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v" / LATIN, "mjpeg", num_frames=5)
+    with pytest.raises(UserError, match=r"v/caf\\udce9: the class's name is not UTF-8; rename it"):
+        index_of(tmp_path / "v", tmp_path / "index.jsonl")
+
+
+def test_a_root_that_is_not_utf8_needs_its_index_inside(tmp_path: Path) -> None:
+    root = tmp_path / LATIN
+    write_numbered(root, "mjpeg", num_frames=5)
+    with pytest.raises(UserError, match=r"caf\\udce9: the folder's name is not UTF-8; rename it"):
+        index_of(root, tmp_path / "index.jsonl")
+    index_of(root, root / "index.jsonl")
+    assert VideoIndex.load(root / "index.jsonl").path(0).exists()
+
+
 def test_names_that_are_not_utf8_are_rejected(tmp_path: Path) -> None:
     root, out = tmp_path / "v", tmp_path / "i.jsonl"
     write_numbered(root, "mjpeg", num_frames=5).rename(root / "good.mkv")
