@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import REPOSITORY
+from small_runs import environment
 
 from engine.errors import UserError
 from engine.trainer import deepspeed_builds
@@ -37,9 +37,11 @@ def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_no_run_on_cpus_builds_what_it_does_not_use(tmp_path: Path) -> None:
     (tmp_path / "deepspeed_shm_comm").mkdir()
     (tmp_path / "deepspeed_shm_comm" / "lock").touch()
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     subprocess.run(
-        [sys.executable, "-c", CONNECT], cwd=REPOSITORY, env=environment, timeout=120, check=True
+        [sys.executable, "-c", CONNECT],
+        env=environment() | {"TORCH_EXTENSIONS_DIR": str(tmp_path)},
+        timeout=120,
+        check=True,
     )
 
 
