@@ -87,8 +87,6 @@ def main(arguments: list[str]) -> None:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
-    if checkpoint.meta["classes"] and "class_counts" not in checkpoint.meta:
-        print("note: this checkpoint does not tell how frequent its classes are; taken as equal")
     make_writable(options.out, plan)
     forbid_tf32()
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()

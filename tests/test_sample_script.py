@@ -128,11 +128,11 @@ def test_classes_by_name_and_number(tiny: Tiny, cascade_run: Path, tmp_path: Pat
 
 
 def with_meta(run: Path, copy: Path, changes: dict[str, Any]) -> Path:
-    """A copy of the run's stage 2 whose meta.json has other entries; None removes one."""
+    """A copy of the run's stage 2 whose meta.json has other entries."""
     shutil.copytree(run / "stage2", copy)
     for file in copy.glob("checkpoints/*/meta.json"):
         meta = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps({k: v for k, v in meta.items() if v is not None}))
+        file.write_text(json.dumps(meta))
     return copy
 
 
@@ -177,16 +177,17 @@ def test_the_passes_draw_classes_as_the_data_has_them(
         assert sum(drawn) / 400 == pytest.approx(share, abs=5 * deviation)
 
 
-def test_a_checkpoint_without_class_counts(
-    cascade_run: Path, tmp_path: Path, drawn: list[int]
+def test_fp32_is_not_tf32(
+    tiny: Tiny, cascade_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written by an earlier version: the classes that it names are taken as equally frequent."""
-    copy = with_meta(cascade_run, tmp_path / "copy", {"class_counts": None, "classes": ["a"]})
-    finished = sample("--checkpoint", copy, "--out", tmp_path / "out")
-    assert finished.code == 0, finished.err
-    assert "note: this checkpoint does not tell how frequent its classes are" in finished.out
-    assert set(drawn) == {0}
-    assert [clip["file"] for clip in clips(tmp_path / "out")] == ["clip-000-a.mp4"]
+    """While training, freezing and sampling; cuDNN's convolutions would."""
+    for run in (
+        lambda: sampled(cascade_run, tmp_path / "samples"),
+        lambda: tiny.trained(1, tmp_path / "run", "--max-steps", "1"),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        run()
+        assert not torch.backends.cudnn.allow_tf32
 
 
 def test_unconditional(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ sampling needs: copy it anywhere.
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -26,9 +25,10 @@ from typing import Any
 import torch
 
 from engine.configuration import Config, config_from_tree
+from engine.durable_files import put_in_place, put_on_disk
 from engine.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had the optimizers' values in another order, and no class counts
 META = "meta.json"
 GENERATOR = "generator.pt"
 PREVIOUS = "previous.pt"
@@ -60,11 +60,8 @@ class Checkpoint:
 
     @property
     def class_counts(self) -> list[int]:
-        """Training videos per class; empty without classes.
-
-        Checkpoints older than this entry do not tell: each class that has a name then counts one.
-        """
-        return list(self.meta.get("class_counts", [1] * len(self.meta["classes"])))
+        """Training videos per class; empty without classes."""
+        return list(self.meta["class_counts"])
 
     def config(self) -> Config:
         """The configuration it was trained with."""
@@ -220,22 +217,6 @@ def write_tensors(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + PARTIAL)
     torch.save(value, partial)
     put_in_place(partial, path)
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a file when it is on the disk: after a power failure it is whole or not there."""
-    put_on_disk(partial)
-    partial.replace(path)
-    put_on_disk(path.parent)
-
-
-def put_on_disk(path: Path) -> None:
-    """Wait until a file or a folder's list of files is where a power failure leaves it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.configuration import Config
+from engine.durable_files import put_in_place
 from engine.errors import UserError
 from engine.models.cascade import Cascade
 from engine.models.construction import build_generator
@@ -18,7 +19,6 @@ from engine.models.norms import fix_norm_statistics, norm_statistics
 from engine.trainer.checkpoints import (
     PARTIAL,
     Checkpoint,
-    put_in_place,
     read_generators,
     read_tensors,
     sha256,

@@ -74,7 +74,7 @@ class Ranks:
                 os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            forbid_tf32()
+        forbid_tf32()
         leave_out_inference_collectives()
         deepspeed.init_distributed(
             dist_backend="nccl" if self.device.type == "cuda" else "gloo",

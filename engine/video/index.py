@@ -6,7 +6,6 @@ stands beside it in `<name>.rejects.jsonl`. Made by `engine.video.indexing.build
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from engine.durable_files import put_in_place
 from engine.errors import UserError
 from engine.video.inspection import VideoFacts
 
@@ -169,9 +169,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
         with aside.open("w", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        put_in_place(aside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

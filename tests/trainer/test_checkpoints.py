@@ -15,6 +15,7 @@ from small_runs import Tiny, contents, differences, logged, sample
 from engine.errors import UserError
 from engine.trainer import checkpoints, stage_plan
 from engine.trainer.checkpoints import (
+    FORMAT,
     META,
     find_checkpoint,
     open_checkpoint,
@@ -139,7 +140,7 @@ def test_find_checkpoint_takes_the_newest_of_the_last_stage(cascade_run: Path) -
 def test_other_formats_are_refused(run: Path) -> None:
     file = newest(run) / META
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
-    with pytest.raises(UserError, match="has checkpoint format 99; this version reads 1"):
+    with pytest.raises(UserError, match=f"has checkpoint format 99; this version reads {FORMAT}"):
         open_checkpoint(newest(run))
 
 
