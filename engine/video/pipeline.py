@@ -46,7 +46,8 @@ def decoded(video: list[Any], decoder: Decoder, num_frames: int, frame_stride: i
         return fn.reshape(video[0], layout="FHWC")  # only names the axes
     path, start_frame = video
     return fn.decoders.video(
-        fn.io.file.read(path),  # type: ignore[attr-defined]
+        # Not mapped into memory: a file that becomes shorter meanwhile would end the process.
+        fn.io.file.read(path, dont_use_mmap=True),  # type: ignore[attr-defined]
         device="mixed" if decoder == "dali-gpu" else "cpu",
         start_frame=start_frame,
         sequence_length=num_frames,

@@ -2,6 +2,8 @@ import functools
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from numbered_videos import DALI_CPU, damage, decode_all, read_number, real_clip, write_numbered
 from numpy.typing import NDArray
 from PIL import Image
+from small_runs import environment
 
 from engine.errors import UserError
 from engine.video.index import VideoIndex
@@ -321,6 +324,56 @@ def test_a_file_that_fails_in_mid_run_is_named(
     assert str(bad) in str(caught.value)
     assert "\n" not in str(caught.value)
     clips.close()
+
+
+SHORTENED_WHILE_IT_IS_READ = """
+import os, sys, threading, time
+from pathlib import Path
+import numpy as np
+from nvidia.dali import fn, pipeline_def
+from engine.video.pipeline import decoded
+
+path, num_frames = Path(sys.argv[1]), int(sys.argv[2])
+whole = path.read_bytes()
+
+@pipeline_def(batch_size=4, num_threads=2, device_id=None)
+def frames():
+    files, starts = fn.external_source(
+        lambda: ([np.frombuffer(bytes(path), np.uint8)] * 4, [np.int32(0)] * 4),
+        num_outputs=2,
+        batch=True,
+    )
+    return decoded([files, starts], "dali-cpu", num_frames, 1)
+
+def harm():
+    while True:
+        os.truncate(path, 20000)
+        time.sleep(0.002)
+        path.write_bytes(whole)
+        time.sleep(0.01)
+
+threading.Thread(target=harm, daemon=True).start()
+end, failed = time.monotonic() + 5, 0
+while time.monotonic() < end:
+    pipeline = frames()
+    try:
+        while time.monotonic() < end:
+            pipeline.run()
+    except RuntimeError:
+        failed += 1
+print(failed)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_a_file_that_is_shortened_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """And not the end of the process, SIGBUS, as it is where the file is mapped into memory."""
+    path = write_numbered(tmp_path, "mjpeg")
+    command = [sys.executable, "-c", SHORTENED_WHILE_IT_IS_READ, str(path), "26"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 0
 
 
 def dali_error(operator: str, reason: str) -> RuntimeError:
