@@ -41,6 +41,8 @@ class Case:
     """Raises `Refused`."""
     sides: Callable[[], dict[str, Callable[[], object]]]
     """Makes the sides, each to be called again and again; called after the check."""
+    patience: float = 1.0
+    """Times what the session gives a case. More for what few rounds do not settle."""
 
 
 def operator_case(

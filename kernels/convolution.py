@@ -171,6 +171,7 @@ def convolve(
     # a Function of our own would cost a CPU some 50 µs of Python. But where a norm is in front,
     # whether that is kept shall change no bit, and PyTorch may sum a bias's gradient otherwise.
     bare = impl == "pytorch" and skip is None and not isinstance(x_BTIHW, Normalized)
+    bare = bare and not convolution_pytorch.sums_weight_over_frames(layout, video)
     if bare and not isinstance(residual_BTOHW, UpsampledShortcut):
         _check_residual(residual_BTOHW, shape)
         y_BTOHW = convolution_pytorch.convolve_video(
