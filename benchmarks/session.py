@@ -70,8 +70,8 @@ class Session:
         for run in sides.values():  # compilation, autotuning, first allocations
             run()
         per_round = sum(measure(run, self.device) for run in sides.values())
-        seconds = case.patience * self.seconds_per_case
-        rounds = num_rounds(per_round, seconds, self.least_rounds, MOST_ROUNDS)
+        allowed = case.patience * self.seconds_per_case
+        rounds = num_rounds(per_round, allowed, self.least_rounds, MOST_ROUNDS)
         turns = Turns(sides, OURS, self.device, self.stopwatch)
         benchmark.pedantic(turns.main, setup=turns.before, teardown=turns.after, rounds=rounds)
         # Where pytest-benchmark is switched off it calls once and does not tear down.
