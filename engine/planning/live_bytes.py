@@ -63,11 +63,6 @@ class LiveBytes(TorchDispatchMode):
         """The most bytes that were ever alive."""
         return self._peak_bytes
 
-    def start_again(self) -> None:
-        """Forget the peak; what lives now is the largest so far."""
-        self.at_peak, self.largest = dict(self.now), dict(self.now)
-        self._peak_bytes = self.now_bytes
-
     def register(self, category: str, tensors: Iterable[Tensor]) -> None:
         """Count these from now on, or from now on in this category."""
         for tensor in tensors:

@@ -33,7 +33,7 @@ from engine.planning.counters import (
     UpdateBytes,
     WorkByPhase,
 )
-from engine.planning.live_bytes import PARAMETERS
+from engine.planning.live_bytes import CUDA_BLOCK_BYTES, PARAMETERS
 from engine.trainer.fakes import (
     ClipFakes,
     Fakes,
@@ -221,7 +221,7 @@ def run_step(
     *,
     forms: str = "cuda",
     device: str = "meta",
-    block_bytes: int = 512,
+    block_bytes: int = CUDA_BLOCK_BYTES,
 ) -> Step:
     """One micro-batch of stage `number` with the operators' forms of `forms`, "cuda" or "cpu"."""
     with kernels.meta_as(forms):

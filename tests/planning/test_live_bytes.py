@@ -74,17 +74,6 @@ def test_blocks_of_an_allocator() -> None:
         del kept
 
 
-@DEVICES
-def test_a_peak_begins_again(device: str) -> None:
-    with LiveBytes() as live:
-        a = torch.empty(100, device=device) + 1
-        del a
-        b = torch.empty(10, device=device)
-        live.start_again()
-        assert live.peak_bytes == live.largest[ACTIVATIONS] == 40
-        del b
-
-
 class Square(torch.autograd.Function):
     """Keeps its input only."""
 
