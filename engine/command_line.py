@@ -1,6 +1,7 @@
 """What the scripts' command lines have in common: one clear line and exit code 2 for bad input."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         exit_code = main(sys.argv[1:])
     except UserError as error:
         report(error)
+        sys.exit(2)
+    except OSError as error:
+        # Wherever a path is first looked at, before it is known whether anything is there.
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        report(UserError(f"{str(error.filename)[:80]}...: {error.strerror}"))
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -29,6 +29,8 @@ MISTAKES = [
     (["--stage", "-1"], "--stage -1: {config} has stages 1 to 2"),
     (["--stage", "1", "--config", "no/such.yaml"], "no/such.yaml"),
     (["--stage", "1", "--config", "{tmp}"], "{tmp}"),
+    (["--stage", "1", "--config", 300 * "x"], "xxx...: File name too long"),
+    (["--stage", "1", "--resume", 300 * "x"], "xxx...: File name too long"),
     (["--stage", "1", "--set", "training.batch=4"], "training.batch"),
     (["--stage", "1", "--set", "training.micro_batch=many"], "training.micro_batch"),
     (["--stage", "1", "--set", "training.micro_batch"], "training.micro_batch"),
