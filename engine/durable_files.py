@@ -1,15 +1,17 @@
 """Files that are whole or not there, also after a power failure; a full disk is one line."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import UserError
 
-# In the RuntimeErrors with which torch.save hides what its file said. All its others are defects.
-_TORCH_SAVE = "inline_container.cc", "iostream error"
-_STRERROR = "open file failed with strerror: "
+# The RuntimeErrors with which torch.save hides what its file said, in its own format (two) and in
+# the older one, which DeepSpeed has it write. All its others are defects.
+_TORCH_SAVE = re.compile(r"inline_container\.cc|iostream error|write\(\): fd ")
+_TOLD = re.compile(r"failed with (?:strerror: )?(.+)")
 
 
 @contextmanager
@@ -24,7 +26,7 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
     except expected as error:
         raise UserError(f"cannot write {path}: {_reason(error)}") from None
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in _TORCH_SAVE):
+        if not _TORCH_SAVE.search(str(error)):
             raise
         raise UserError(f"cannot write {path}: {_hidden_reason(error)}") from None
 
@@ -59,8 +61,8 @@ def _reason(error: Exception) -> str:
 
 
 def _hidden_reason(error: RuntimeError) -> str:
-    """torch.save tells why it could not open a file, not why it could not write one."""
+    """In its own format torch.save tells why it cannot open a file, not why it cannot write it."""
     if isinstance(error.__context__, OSError):  # a file that Python wrote, as its name is not ASCII
         return _reason(error.__context__)
-    _, _, told = str(error).partition(_STRERROR)
-    return told.split("\n")[0] or "the disk or a quota is full, or the disk is broken"
+    told = _TOLD.search(str(error))
+    return told[1] if told else "the disk or a quota is full, or the disk is broken"
