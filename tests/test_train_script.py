@@ -245,6 +245,20 @@ def test_an_unexpected_error_keeps_its_traceback(tiny: Tiny, tmp_path: Path) -> 
     assert not (out / "stage1/checkpoints").exists()
 
 
+def test_a_log_whose_disk_is_full(tiny: Tiny, tmp_path: Path) -> None:
+    """What libraries say is lost, but not how the run ends."""
+    log = tmp_path / "stage1/logs/rank-00000.log"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    finished = tiny.train(1, tmp_path, "--set", "training.generator_lr=1e38", "--max-steps", "4")
+    assert finished.code == 1
+    assert finished.out.splitlines()[-1].endswith(f"(traceback: {log})")
+    (tmp_path / "stage1/log.jsonl").unlink()
+    (tmp_path / "stage1/log.jsonl").symlink_to("/dev/full")
+    error = tiny.train(1, tmp_path, "--max-steps", "1").error
+    assert error == f"error: cannot write {tmp_path / 'stage1/log.jsonl'}: No space left on device"
+
+
 # Two ranks
 
 
