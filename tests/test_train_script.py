@@ -253,10 +253,11 @@ def test_a_log_whose_disk_is_full(tiny: Tiny, tmp_path: Path) -> None:
     finished = tiny.train(1, tmp_path, "--set", "training.generator_lr=1e38", "--max-steps", "4")
     assert finished.code == 1
     assert finished.out.splitlines()[-1].endswith(f"(traceback: {log})")
-    (tmp_path / "stage1/log.jsonl").unlink()
-    (tmp_path / "stage1/log.jsonl").symlink_to("/dev/full")
+    samples = tmp_path / "stage1/samples"
+    shutil.rmtree(samples)
+    samples.touch()
     error = tiny.train(1, tmp_path, "--max-steps", "1").error
-    assert error == f"error: cannot write {tmp_path / 'stage1/log.jsonl'}: No space left on device"
+    assert error == f"error: cannot write {samples / 'step-00000000.mp4'}: File exists"
 
 
 # Two ranks
