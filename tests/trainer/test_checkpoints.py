@@ -238,6 +238,14 @@ def test_an_older_checkpoint_is_taken_for_one_that_cannot_be_read(
     assert f"{problem}; trying an older one" in finished.out
 
 
+def test_a_file_that_cannot_be_looked_at(run: Path) -> None:
+    file = newest(run) / "generator.pt"
+    file.unlink()
+    file.symlink_to("x" * 300)  # as in a folder that this user may not enter, but for root too
+    with pytest.raises(UserError, match=f"cannot read {file}: File name too long"):
+        open_checkpoint(newest(run)).verify()
+
+
 def test_frozen_stages_that_cannot_be_read(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     previous = run / "stage2/previous.pt"
     make_unreadable(previous)

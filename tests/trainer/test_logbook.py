@@ -44,6 +44,15 @@ def test_scalars_that_tensorboard_has_not_written_yet(tmp_path: Path) -> None:
         logbook.close()
 
 
+def test_what_only_closing_tells(tmp_path: Path) -> None:
+    """As network file systems do."""
+    logbook = Logbook(tmp_path, resumed_at=0, device=CPU)
+    logbook._file = Path("/dev/full").open("w")  # noqa: SIM115 — close() is what is tested
+    logbook._file.write("held back")
+    with pytest.raises(UserError, match=f"cannot write {logbook.path}: No space left on device"):
+        logbook.close()
+
+
 def test_a_disk_that_is_full_from_the_start(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with full_disk(5), pytest.raises(UserError, match=f"cannot write {tmp_path / 'tensorboard'}: "):
