@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine.durable_files import writing
 from engine.errors import UserError
 
 LOSSES = {"loss_D": "D", "loss_G": "G"}
@@ -23,9 +24,12 @@ def loss_curves(logs: Mapping[str, Path], path: Path) -> None:
 
     One row per stage: hinge losses of D and G on the left, on the right the share of scores
     whose sign is right. Raises UserError for a log that is missing, empty or damaged; only a last
-    line without its end, left by a run that was cut off, is passed over.
+    line without its end, left by a run that was cut off, is passed over. UserError as well when the
+    PNG cannot be written.
     """
-    loss_figure(logs).savefig(path, dpi=100, format="png")
+    figure = loss_figure(logs)
+    with writing(path):
+        figure.savefig(path, dpi=100, format="png")
 
 
 def loss_figure(logs: Mapping[str, Path]) -> Figure:

@@ -1,7 +1,43 @@
-"""Files that are whole or not there, also after a power failure."""
+"""Files that are whole or not there, also after a power failure; a full disk is one line."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from engine.errors import UserError
+
+# The RuntimeErrors with which torch.save hides what its file said, in its own format (two) and in
+# the older one, which DeepSpeed has it write. All its others are defects.
+_TORCH_SAVE = re.compile(r"inline_container\.cc|iostream error|write\(\): fd ")
+_TOLD = re.compile(r"failed with (?:strerror: )?(.+)")
+
+
+@contextmanager
+def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """UserError that names `path` when what is below cannot be written: a full disk, no permission.
+
+    For OSError, for torch.save's RuntimeError in its stead, and for `also`, a library's own errors.
+    """
+    expected: tuple[type[Exception], ...] = (OSError, *also)
+    try:
+        yield
+    except expected as error:
+        raise UserError(f"cannot write {path}: {_reason(error)}") from None
+    except RuntimeError as error:
+        if not _TORCH_SAVE.search(str(error)):
+            raise
+        raise UserError(f"cannot write {path}: {_hidden_reason(error)}") from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """UserError that names `path` when it cannot be read: no permission, a broken disk."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}") from None
 
 
 def put_in_place(partial: Path, path: Path) -> None:
@@ -18,3 +54,15 @@ def put_on_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _hidden_reason(error: RuntimeError) -> str:
+    """In its own format torch.save tells why it cannot open a file, not why it cannot write it."""
+    if isinstance(error.__context__, OSError):  # a file that Python wrote, as its name is not ASCII
+        return _reason(error.__context__)
+    told = _TOLD.search(str(error))
+    return told[1] if told else "the disk or a quota is full, or the disk is broken"

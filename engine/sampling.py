@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.durable_files import writing
 from engine.errors import UserError
 from engine.models.cascade import Cascade
 from engine.models.norms import fix_norm_statistics, norm_statistics
@@ -70,12 +71,10 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
 
 def make_writable(out: Path, plan: SamplePlan) -> None:
     """Make the folder; UserError when it cannot be written to. Due before the long passes."""
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
     if not os.access(out, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {out}: permission denied")
+        raise UserError(f"cannot write {out}: permission denied")
     for file in (STATISTICS, GRID, SHEET, SAMPLES, *_clip_files(_names(plan))):
         if (out / file).is_dir():
             raise UserError(f"cannot write {out / file}: it is a folder")
@@ -108,10 +107,7 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
             return
     _run_passes(cascade, plan)
     statistics = [norm_statistics(generator) for generator in cascade.generators]
-    try:
-        write_tensors(path, {"key": key, "stages": statistics})
-    except (OSError, RuntimeError) as error:  # torch.save's, e.g. of a full disk
-        raise UserError(f"cannot write {path}: {error}") from None
+    write_tensors(path, {"key": key, "stages": statistics})
 
 
 def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
@@ -147,15 +143,13 @@ def write(out: Path, videos: Iterable[Tensor], plan: SamplePlan) -> None:
     cannot be written.
     """
     old_clips = _listed_clips(out)
-    try:
+    with writing(out):
         with TemporaryDirectory(prefix=".writing-", dir=out) as aside:
             clip_files = _write_clips(Path(aside), videos, plan)
             for file in (*clip_files, GRID, SHEET, SAMPLES):
                 (Path(aside) / file).replace(out / file)
         for file in old_clips.difference(clip_files):
             (out / file).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
 
 
 def _write_clips(folder: Path, videos: Iterable[Tensor], plan: SamplePlan) -> list[str]:

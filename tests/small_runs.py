@@ -4,13 +4,15 @@ Most tests call a script's `main` in this process, which saves DeepSpeed's start
 are about processes start real ones.
 """
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -178,6 +180,17 @@ class _Descriptors:
 def sample(*arguments: str | Path) -> Finished:
     """Run sample.py in this process."""
     return call(engine.sample.main, *arguments)
+
+
+@contextlib.contextmanager
+def full_disk(free_bytes: int) -> Iterator[None]:
+    """No file grows beyond so many bytes, which fails as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def free_port() -> int:

@@ -100,7 +100,7 @@ def test_a_place_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
     file.write_text("mine")
     for out in (file, file / "below", Path("/proc/nothing")):
         finished = tiny.train(1, out)
-        assert f"cannot write to {out / 'stage1'}" in finished.error
+        assert f"cannot write {out / 'stage1'}" in finished.error
         assert finished.out == ""
     assert file.read_text() == "mine"
 
@@ -245,6 +245,21 @@ def test_an_unexpected_error_keeps_its_traceback(tiny: Tiny, tmp_path: Path) -> 
     assert finished.err == ""
     assert "Traceback (most recent call last)" in log.read_text()
     assert not (out / "stage1/checkpoints").exists()
+
+
+def test_a_log_whose_disk_is_full(tiny: Tiny, tmp_path: Path) -> None:
+    """What libraries say is lost, but not how the run ends."""
+    log = tmp_path / "stage1/logs/rank-00000.log"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    finished = tiny.train(1, tmp_path, "--set", "training.generator_lr=1e38", "--max-steps", "4")
+    assert finished.code == 1
+    assert finished.out.splitlines()[-1].endswith(f"(traceback: {log})")
+    samples = tmp_path / "stage1/samples"
+    shutil.rmtree(samples)
+    samples.touch()
+    error = tiny.train(1, tmp_path, "--max-steps", "1").error
+    assert error == f"error: cannot write {samples / 'step-00000000.mp4'}: File exists"
 
 
 # Two ranks

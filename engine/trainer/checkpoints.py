@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from engine.configuration import Config, config_from_tree
-from engine.durable_files import put_in_place, put_on_disk
+from engine.durable_files import put_in_place, put_on_disk, reading, writing
 from engine.errors import UserError
 
 FORMAT = 2  # 1 had the optimizers' values in another order, and no class counts
@@ -73,10 +73,11 @@ class Checkpoint:
             if names is not None and name not in names:
                 continue
             file = self.path / name
-            if not file.is_file():
-                raise UserError(f"checkpoint {self.path} is damaged: {name} is missing")
-            if file.stat().st_size != size or sha256(file) != digest:
-                raise UserError(f"checkpoint {self.path} is damaged: {name} has changed")
+            with reading(file):
+                if not file.is_file():
+                    raise UserError(f"checkpoint {self.path} is damaged: {name} is missing")
+                if file.stat().st_size != size or sha256(file) != digest:
+                    raise UserError(f"checkpoint {self.path} is damaged: {name} has changed")
 
     def verify_previous(self, path: Path) -> None:
         """UserError when `path` is not the previous.pt that it was trained with."""
@@ -101,34 +102,36 @@ def write_checkpoint(
 ) -> Path:
     """Write `folder/step-…` aside, hash it, rename it, and keep the newest `keep - 1` others.
 
-    Collective: `write_files(path)` is called on every rank, the rest is rank 0's.
+    Collective: `write_files(path)` is called on every rank, the rest is rank 0's. Raises UserError
+    when something cannot be written.
     """
     final = folder / step_name(step)
     partial = final.with_name(final.name + PARTIAL)
-    if is_main:
-        for interrupted in folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(interrupted)
-        partial.mkdir(parents=True)
-    barrier()
-    write_files(partial)
-    barrier()
-    if is_main:
-        files = {
-            str(file.relative_to(partial)): (file.stat().st_size, sha256(file))
-            for file in sorted(partial.rglob("*"))
-            if file.is_file()
-        }
-        (partial / META).write_text(meta_text(step, meta, files))
-        for path in (*partial.rglob("*"), partial):
-            put_on_disk(path)
-        if final.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(final)
-        partial.rename(final)
-        put_on_disk(folder)
-        others = [path for path in step_folders(folder) if path != final]
-        for old in others[::-1][keep - 1 :]:
-            shutil.rmtree(old)
-    barrier()
+    with writing(final):
+        if is_main:
+            for interrupted in folder.glob(f"*{PARTIAL}"):
+                shutil.rmtree(interrupted)
+            partial.mkdir(parents=True)
+        barrier()
+        write_files(partial)
+        barrier()
+        if is_main:
+            files = {
+                str(file.relative_to(partial)): (file.stat().st_size, sha256(file))
+                for file in sorted(partial.rglob("*"))
+                if file.is_file()
+            }
+            (partial / META).write_text(meta_text(step, meta, files))
+            for path in (*partial.rglob("*"), partial):
+                put_on_disk(path)
+            if final.exists():  # the same step again, after a resume from an earlier one
+                shutil.rmtree(final)
+            partial.rename(final)
+            put_on_disk(folder)
+            others = [path for path in step_folders(folder) if path != final]
+            for old in others[::-1][keep - 1 :]:
+                shutil.rmtree(old)
+        barrier()
     return final
 
 
@@ -208,20 +211,23 @@ def read_tensors(path: Path, *, known: Sequence[type] = (), map_location: Any = 
             return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # unpickling a damaged or planted file can raise nearly anything
         raise UserError(f"{path} is not a file of tensors: {type(error).__name__}") from None
 
 
 def write_tensors(path: Path, value: Any) -> None:
-    """`torch.save`, aside and renamed."""
+    """`torch.save`, aside and renamed. Raises UserError when it cannot be written."""
     partial = path.with_name(path.name + PARTIAL)
-    torch.save(value, partial)
-    put_in_place(partial, path)
+    with writing(path):
+        torch.save(value, partial)
+        put_in_place(partial, path)
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, in hex."""
-    with path.open("rb") as file:
+    """The file's SHA-256, in hex; UserError when it cannot be read."""
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -4,6 +4,7 @@ DeepSpeed, DALI, NCCL and warnings write to file descriptors 1 and 2, some of th
 descriptors themselves are pointed at a log file, and the console keeps copies of the originals.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from engine.errors import UserError
+from engine.durable_files import writing
 
 
 class Console:
@@ -32,11 +33,9 @@ class Console:
 
         Raises UserError when that file cannot be written.
         """
-        try:
+        with writing(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise UserError(f"cannot write to {log}: {error.strerror}") from None
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(descriptor, 1)
@@ -46,8 +45,9 @@ class Console:
 
     def release(self) -> None:
         """Undo `capture`, so that a last line reaches the terminal."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the log's disk is full: the last line says so
+                stream.flush()
         for descriptor, original in enumerate(self._terminal, start=1):
             os.dup2(original, descriptor)
 
@@ -63,13 +63,14 @@ class Console:
     def crash(self, error: BaseException) -> None:
         """The end of an unexpected error; all of it is in the log as well."""
         text = "".join(traceback.format_exception(error))
-        print(text, file=sys.stderr, flush=True)
+        self.log(text)
         if self._log is not None:
             self.complain(f"{type(error).__name__}: {error} (traceback: {self._log})")
 
     def log(self, line: str) -> None:
-        """A line for the log file only."""
-        print(line, file=sys.stderr, flush=True)
+        """For the log file only."""
+        with contextlib.suppress(OSError):  # its disk is full: what ends the run must still be said
+            print(line, file=sys.stderr, flush=True)
 
     def progress(self, start: int, total: int, label: str, unit: str = "step") -> "Progress":
         """A bar from `start` to `total`."""

@@ -11,6 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from engine.durable_files import writing
 from engine.trainer.gpu_monitor import GpuMonitor
 from engine.trainer.recorded_passes import recorded_bytes
 
@@ -20,40 +21,50 @@ class Logbook:
 
     `log.jsonl` has an object per logged step. On resuming at step N the lines after N, which a
     run that was cut off left behind, are taken out, so that each step stands there once.
+    Every method raises UserError when something cannot be written; TensorBoard's writer, a thread,
+    tells of it at the next call.
     """
 
     def __init__(self, folder: Path, *, resumed_at: int, device: torch.device) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        if self.path.exists():
-            self._truncate(resumed_at)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
+        self._board_folder = folder / "tensorboard"
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._truncate(resumed_at)
+            self._file = self.path.open("a", encoding="utf-8")
+        with writing(self._board_folder):
+            self._board = SummaryWriter(str(self._board_folder), purge_step=resumed_at + 1)
         self._gpu = GpuMonitor(device)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Log one step."""
         values = values | self._gpu.read()
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        with writing(self._board_folder):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
 
     def videos(self, step: int, name: str, videos_BTCHW: Tensor, frames_per_second: float) -> None:
         """Log uint8 videos, and their first frames as images."""
-        self._board.add_images(f"{name}/first_frame", videos_BTCHW[:, 0], step)
         animation = _gif(videos_BTCHW, frames_per_second)
-        self._board._get_file_writer().add_summary(
-            Summary(value=[Summary.Value(tag=f"{name}/video", image=animation)]), step
-        )
-        self._board.flush()
+        with writing(self._board_folder):
+            self._board.add_images(f"{name}/first_frame", videos_BTCHW[:, 0], step)
+            self._board._get_file_writer().add_summary(
+                Summary(value=[Summary.Value(tag=f"{name}/video", image=animation)]), step
+            )
+            self._board.flush()
 
     def close(self) -> None:
         """Flush and close."""
         self._gpu.close()
-        self._file.close()
-        self._board.close()
+        with writing(self.path):
+            self._file.close()
+        with writing(self._board_folder):
+            self._board.close()
 
     def _truncate(self, last_step: int) -> None:
         kept = []

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 
 from engine.configuration import Config
-from engine.durable_files import put_in_place
+from engine.durable_files import writing
 from engine.errors import UserError
 from engine.models.cascade import Cascade
 from engine.models.construction import build_generator
 from engine.models.norms import fix_norm_statistics, norm_statistics
 from engine.trainer.checkpoints import (
-    PARTIAL,
     Checkpoint,
     read_generators,
     read_tensors,
     sha256,
-    write_tensors,
 )
 from engine.trainer.fakes import LatentSource
 from engine.trainer.standing_statistics import fix_standing_statistics
@@ -99,7 +97,8 @@ def freeze_previous(
             number, zs, labels_B, latents.random
         ),
     )
-    write_tensors(path, previous_contents(generators, cascade))
+    with writing(path):
+        torch.save(previous_contents(generators, cascade), path)
 
 
 def previous_contents(
@@ -111,10 +110,9 @@ def previous_contents(
 
 
 def copy_previous(source: Path, path: Path) -> None:
-    """Copy the file from the run that is resumed, aside and renamed."""
-    partial = path.with_name(path.name + PARTIAL)
-    shutil.copyfile(source, partial)
-    put_in_place(partial, path)
+    """Copy the file from the run that is resumed."""
+    with writing(path):
+        shutil.copyfile(source, path)
 
 
 def load_previous(path: Path, config: Config, device: torch.device) -> PreviousStages:

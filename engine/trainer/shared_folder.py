@@ -3,6 +3,7 @@
 import secrets
 from pathlib import Path
 
+from engine.durable_files import writing
 from engine.errors import UserError
 from engine.trainer.ranks import Ranks
 
@@ -18,7 +19,8 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     # A name that nobody has looked for yet: network file systems remember what was not there.
     token = folder / f".shared-{ranks.broadcast(secrets.randbits(62)):x}"
     if ranks.is_main:
-        token.touch()
+        with writing(token):
+            token.touch()
     ranks.barrier()
     unseen = ranks.any(not token.exists())
     if ranks.is_main:

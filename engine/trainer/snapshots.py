@@ -40,7 +40,6 @@ class Snapshots:
             return
         videos = to_uint8(fake.video_BTCHW[: self._num_shown])
         name = self._folder / f"step-{trainer.step:08d}"
-        self._folder.mkdir(parents=True, exist_ok=True)
         columns = max(1, round(len(videos) ** 0.5))
         write_mp4(
             name.with_suffix(".mp4"),

@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from engine.durable_files import put_in_place, writing
 from engine.errors import UserError
 from engine.models.construction import compute_dtype
 from engine.trainer.acceleration import accelerate
-from engine.trainer.checkpoints import CHECKPOINTS, PREVIOUS, step_name
+from engine.trainer.checkpoints import CHECKPOINTS, PARTIAL, PREVIOUS, step_name
 from engine.trainer.console import Console
 from engine.trainer.interruption import Interruption
 from engine.trainer.logbook import Logbook, memory_megabytes
@@ -62,27 +63,39 @@ def _freeze_previous(plan: Plan, builder: StageBuilder, console: Console) -> Non
     if not needs_previous(plan.config, builder.number):
         return
     path = plan.options.folder / PREVIOUS
+    if builder.ranks.is_main:
+        _put_previous(path, plan, builder, console)
+    builder.ranks.barrier()
+    builder.previous = load_previous(path, plan.config, builder.ranks.device)
+
+
+def _put_previous(path: Path, plan: Plan, builder: StageBuilder, console: Console) -> None:
+    """Copy or make previous.pt where it is not there; what is resumed was trained with it."""
+    made = path
     training = plan.config.stages[builder.number].training
-    if plan.previous_file is not None and builder.ranks.is_main:
+    if plan.previous_file is not None:
         plan.resume_from[0].verify_previous(plan.previous_file)
-        copy_previous(plan.previous_file, path)
-    if plan.previous is not None and builder.ranks.is_main:
+        made = path.with_name(PREVIOUS + PARTIAL)
+        copy_previous(plan.previous_file, made)
+    if plan.previous is not None:
         console.say(
             f"previous: {plan.previous.path}, frozen; {training.norm_statistics_passes} passes "
             "fix its norm statistics"
         )
+        made = path.with_name(PREVIOUS + PARTIAL)
         freeze_previous(
-            path,
+            made,
             plan.config,
             plan.previous,
             builder.latents(builder.seed(STATISTICS)),
             batch_size=training.micro_batch,
             num_passes=training.norm_statistics_passes,
         )
-    if plan.resume_from and builder.ranks.is_main:
-        plan.resume_from[0].verify_previous(path)
-    builder.ranks.barrier()
-    builder.previous = load_previous(path, plan.config, builder.ranks.device)
+    if plan.resume_from:
+        plan.resume_from[0].verify_previous(made)
+    if made != path:
+        with writing(path):
+            put_in_place(made, path)
 
 
 def _snapshots(plan: Plan, builder: StageBuilder, index: VideoIndex) -> Snapshots:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from engine.durable_files import put_in_place
+from engine.durable_files import put_in_place, writing
 from engine.errors import UserError
 from engine.video.inspection import VideoFacts
 
@@ -164,14 +164,12 @@ def load_rejects(index_path: Path) -> list[Reject]:
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines aside and rename them into place when they are on the disk."""
     aside = path.with_name(f".{path.name}.writing")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("w", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
         put_in_place(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _checked(entry: VideoEntry, num_classes: int) -> VideoEntry:

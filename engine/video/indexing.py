@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from engine.durable_files import writing
 from engine.errors import UserError
 from engine.video.index import (
     Reject,
@@ -237,7 +238,7 @@ def _judge(
             verdicts[candidate.path] = verdict
         else:
             todo.append(candidate.path)
-    try:
+    with writing(partial):
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("a", encoding="utf-8") as file:
             if not file.tell():
@@ -253,8 +254,6 @@ def _judge(
                 verdicts[verdict["path"]] = verdict
                 file.write(json.dumps(verdict) + "\n")
                 file.flush()
-    except OSError as error:
-        raise UserError(f"cannot write {partial}: {error.strerror}") from None
     return verdicts
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.configuration import ProceduralClips
+from engine.durable_files import writing
 from engine.errors import UserError
 from engine.video.indexing import build_index
 
@@ -181,21 +182,20 @@ def write_procedural_clips(
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.making-{os.getpid()}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        for kind in range(min(num_classes, settings.num_clips)):
-            (aside / _KINDS[kind].name).mkdir(parents=True)
-        with ThreadPoolExecutor(max(1, num_workers)) as pool:
-            tasks = [
-                pool.submit(_write_clip, aside, settings, number, num_classes)
-                for number in range(settings.num_clips)
-            ]
-            for task in tasks:
-                task.result()
-        build_index(aside, aside / _INDEX, num_workers=0, progress=False)
-        (aside / _SETTINGS).write_text(_described(settings, num_classes))
-        aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the sample clips to {folder}: {error.strerror}") from None
+        with writing(folder, av.error.FFmpegError):
+            shutil.rmtree(aside, ignore_errors=True)
+            for kind in range(min(num_classes, settings.num_clips)):
+                (aside / _KINDS[kind].name).mkdir(parents=True)
+            with ThreadPoolExecutor(max(1, num_workers)) as pool:
+                tasks = [
+                    pool.submit(_write_clip, aside, settings, number, num_classes)
+                    for number in range(settings.num_clips)
+                ]
+                for task in tasks:
+                    task.result()
+            build_index(aside, aside / _INDEX, num_workers=0, progress=False)
+            (aside / _SETTINGS).write_text(_described(settings, num_classes))
+            aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

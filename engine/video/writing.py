@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.durable_files import writing
 
 _SEPARATOR = 2  # pixels between clips
 _BACKGROUND = 24  # grey level around them
@@ -38,7 +38,7 @@ def write_mp4(
     height, width = (scale * side for side in frames_THWC.shape[1:3])
     path = Path(path)
     aside = path.with_name(f".{path.name}.writing")
-    try:
+    with writing(path, av.error.FFmpegError):  # x264 refuses more than 16384 pixels
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         with av.open(str(aside), "w", format="mp4", options=options) as container:
@@ -53,8 +53,6 @@ def write_mp4(
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
             container.mux(stream.encode())
         aside.replace(path)
-    except (OSError, av.error.FFmpegError) as error:  # x264 refuses more than 16384 pixels
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def grid(videos_BTCHW: Tensor, columns: int) -> Tensor:
@@ -102,12 +100,10 @@ def contact_sheet(
         sheet = _with_labels(sheet, labels, row_pixels=height * scale + _SEPARATOR)
     path = Path(path)
     aside = path.with_name(f".{path.name}.writing")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(aside, format="PNG")
         aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _with_labels(sheet: Image.Image, labels: Sequence[str], row_pixels: int) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Tiny, contents, differences, logged, sample
+from small_runs import Tiny, contents, differences, full_disk, logged, sample
 
 from engine.errors import UserError
 from engine.trainer import checkpoints, stage_plan
@@ -22,6 +22,7 @@ from engine.trainer.checkpoints import (
     read_tensors,
     sha256,
     write_checkpoint,
+    write_tensors,
 )
 
 D_MODEL = "discriminators/state/mp_rank_00_model_states.pt"
@@ -49,6 +50,12 @@ def flip_a_bit(file: Path) -> None:
 
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
+
+
+def make_unreadable(file: Path) -> None:
+    """Reading it is an input/output error, as on a broken disk, and for root too."""
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # whose first page is never there
 
 
 DAMAGES: list[Callable[[Path], None]] = [flip_a_bit, truncate, Path.unlink]
@@ -105,11 +112,55 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
         )
 
     path = write(1, fail=False)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=f"cannot write {path}: disk full"):
         write(2, fail=True)
+    with full_disk(100), pytest.raises(UserError, match=f"cannot write {path}: the disk "):
+        write(2, fail=False)
     assert open_checkpoint(path).read("state.pt") == {"value": 1}
     write(3, fail=False)
     assert open_checkpoint(path).read("state.pt") == {"value": 3}
+
+
+def test_a_full_disk_loses_nothing(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    """Wherever the run meets it: with space, the same command goes on from the last checkpoint."""
+    every_step = ("training.sample_every=1", "training.checkpoint_every=1")
+    command = ("--max-steps", "4", "--set", every_step[0], "--set", every_step[1])
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(run, undisturbed)
+    expected = contents(tiny.trained(1, undisturbed, *command))
+    folder = run / "stage1"
+    for free_bytes, file in (
+        ((folder / "log.jsonl").stat().st_size + 100, "log.jsonl"),
+        (7_000, "samples/step-00000003.mp4"),
+        (20_000, "checkpoints/step-00000003"),
+    ):
+        with full_disk(free_bytes):
+            error = tiny.train(1, run, *command).error
+        assert error == f"error: cannot write {folder / file}: File too large"
+        open_checkpoint(newest(run)).verify()
+    assert differences(contents(tiny.trained(1, run, *command)), expected) == []
+    assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_leaves_no_half_of_the_frozen_stages(
+    tiny: Tiny, run: Path, tmp_path: Path
+) -> None:
+    """Neither where they are made nor where they are copied."""
+    for source in (("--previous", run), ("--resume", newest(run, 2))):
+        command = ("--max-steps", "3", *source)
+        previous = tmp_path / source[0] / "stage2/previous.pt"
+        with full_disk(7_000):
+            error = tiny.train(2, tmp_path / source[0], *command).error
+        assert f"cannot write {previous}.partial: " in error
+        assert not previous.exists()
+        tiny.trained(2, tmp_path / source[0], *command)
+
+
+def test_tensors_on_a_full_disk(tmp_path: Path) -> None:
+    file = tmp_path / "x.pt"
+    with full_disk(100), pytest.raises(UserError, match=f"cannot write {file}: the disk "):
+        write_tensors(file, {"a": torch.zeros(9)})
+    assert not file.exists()
 
 
 def test_meta_lists_every_file_with_its_hash(cascade_run: Path) -> None:
@@ -171,6 +222,43 @@ def test_damage_is_found_and_the_older_checkpoint_taken(
     assert [line["step"] for line in logged(run / "stage1")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_an_older_checkpoint_is_taken_for_one_that_cannot_be_read(
+    tiny: Tiny, run: Path, name: str
+) -> None:
+    file, meta_file = newest(run) / name, newest(run) / META
+    make_unreadable(file)
+    meta = json.loads(meta_file.read_text())
+    meta["files"][name][0] = file.stat().st_size
+    meta_file.write_text(json.dumps(meta))
+    problem = f"cannot read {file}: Input/output error"
+    assert problem in tiny.train(1, run, "--max-steps", "3", "--resume", newest(run)).error
+    finished = tiny.train(1, run, "--max-steps", "3")
+    assert finished.code == 0, finished.err
+    assert f"{problem}; trying an older one" in finished.out
+
+
+def test_a_file_that_cannot_be_looked_at(run: Path) -> None:
+    file = newest(run) / "generator.pt"
+    file.unlink()
+    file.symlink_to("x" * 300)  # as in a folder that this user may not enter, but for root too
+    with pytest.raises(UserError, match=f"cannot read {file}: File name too long"):
+        open_checkpoint(newest(run)).verify()
+
+
+def test_frozen_stages_that_cannot_be_read(tiny: Tiny, run: Path, tmp_path: Path) -> None:
+    previous = run / "stage2/previous.pt"
+    make_unreadable(previous)
+    problem = f"cannot read {previous}: Input/output error"
+    assert problem in tiny.train(2, run, "--max-steps", "3").error
+    assert problem in sample("--checkpoint", run, "--out", tmp_path / "s").error
+
+
+def test_tensors_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: Is a directory"):
+        read_tensors(tmp_path)
+
+
 def test_no_undamaged_checkpoint_is_an_error_not_a_fresh_start(tiny: Tiny, run: Path) -> None:
     for checkpoint in (run / "stage1/checkpoints").iterdir():
         flip_a_bit(checkpoint / "generator.pt")
@@ -197,6 +285,17 @@ def test_damaged_frozen_stages_are_refused(
     assert "previous.pt" in sample("--checkpoint", run, "--out", tmp_path / "s").error
     if damage is not Path.unlink:  # train.py makes a missing one again, from stage 1
         assert "previous.pt" in tiny.train(2, run, "--max-steps", "3").error
+
+
+def test_other_frozen_stages_are_not_put_in_place(tiny: Tiny, run: Path) -> None:
+    """Stage 1 has gone on since: what is made of it is refused, and does not stay in the way."""
+    previous = run / "stage2/previous.pt"
+    previous.unlink()
+    tiny.trained(1, run, "--max-steps", "3")
+    error = tiny.train(2, run, "--max-steps", "3").error
+    assert f"previous.pt.partial is damaged, or not what {newest(run, 2)} was trained" in error
+    assert not previous.exists()
+    tiny.trained(2, run, "--max-steps", "3", "--previous", newest(run))
 
 
 # Never executed

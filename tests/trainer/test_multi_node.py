@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from small_runs import (
 
 from engine.errors import UserError
 from engine.trainer.ranks import Ranks
+from engine.trainer.shared_folder import check_shared
 
 SCRIPT = str(REPOSITORY / "engine/train.py")
 Launcher = Callable[[Path, int, int, int], list[str]]
@@ -190,6 +192,12 @@ def test_a_folder_that_is_not_shared_is_noticed_by_all(tmp_path: Path) -> None:
         assert said[0].startswith("out is not one folder on all nodes; give --out a path on")
         assert said[1:] == ["shared"]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_written(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 0 of two says so; the launcher ends the other, which waits to look."""
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/gone/.*: No such file"):
+        check_shared(tmp_path / "gone", replace(ranks, world_size=2))
 
 
 # SLURM, without torchrun

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Tiny, contents, differences, logged, python
+from small_runs import Tiny, contents, differences, full_disk, logged, python
 from small_trainers import make
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.errors import UserError
 from engine.models.norms import Features
 from engine.trainer.profiling import timeline
 from engine.trainer.profiling.counts import Counted, OperatorCounter
@@ -134,6 +135,31 @@ def test_a_profile_that_is_given_up_leaves_nothing(
         watched.train_step()
     watched.close()
     assert list(tmp_path.rglob("*.*")) == []
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "line"),
+    [
+        (0, "cannot write {folder}: File too large"),
+        # What torch.profiler writes elsewhere before it is compressed.
+        (50_000, "cannot write {folder}/trace.json.gz: it is cut short; is "),
+        (None, "cannot write {folder}: Is a directory"),
+    ],
+)
+def test_a_disk_that_refuses(
+    tiny: Tiny, ranks: Ranks, tmp_path: Path, free_bytes: int | None, line: str
+) -> None:
+    watched = StepProfile(
+        make(ranks, tiny.config()), tmp_path, num_steps=1, title="", dtype=torch.float32
+    )
+    for _ in range(4):
+        watched.train_step()
+    if free_bytes is None:
+        (watched.folder / "modules.md").mkdir(parents=True)
+        free_bytes = 100_000_000
+    with full_disk(free_bytes), pytest.raises(UserError) as raised:
+        watched.train_step()
+    assert str(raised.value).startswith(line.format(folder=watched.folder))
 
 
 @pytest.mark.slow

@@ -15,13 +15,17 @@ a profile. The other ranks wait for rank 0 where they need it.
 import gzip
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from engine.durable_files import writing
+from engine.errors import UserError
 from engine.trainer.profiling import timeline
 from engine.trainer.profiling.counts import OperatorCounter
 from engine.trainer.profiling.module_table import StepCosts
@@ -77,8 +81,9 @@ class StepProfile:
         with named_parts(self._trainer, counter.enter, counter.leave), counter:
             measures = self._trainer.train_step()
         if on_gpu:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         return measures
 
@@ -113,11 +118,9 @@ class StepProfile:
     def _write(self, profiler: profile) -> None:
         if self._step + 1 < NUM_STEPS_BEFORE + self._num_steps:
             return  # given up: stopping hands over what there is
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "trace.json.gz"
-        profiler.export_chrome_trace(str(file))
-        with gzip.open(file, "rt", encoding="utf-8") as text:
-            trace = json.load(text)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trace = _exported(profiler, self.folder / "trace.json.gz")
         device_type = self._device.type
         costs = StepCosts.of(
             timeline.times(trace, device_type),
@@ -128,9 +131,22 @@ class StepProfile:
             matmul_dtype=str(self._dtype).removeprefix("torch."),
             peak=timeline.peak(trace, device_type),
         )
-        (self.folder / "modules.md").write_text(costs.markdown(self._title), encoding="utf-8")
         document = json.dumps(costs.document(), indent=1)
-        (self.folder / "modules.json").write_text(document, encoding="utf-8")
+        with writing(self.folder):
+            (self.folder / "modules.md").write_text(costs.markdown(self._title), encoding="utf-8")
+            (self.folder / "modules.json").write_text(document, encoding="utf-8")
+
+
+def _exported(profiler: profile, file: Path) -> dict[str, Any]:
+    """The trace, which `file` keeps."""
+    profiler.export_chrome_trace(str(file))
+    with gzip.open(file, "rt", encoding="utf-8") as text:
+        try:
+            trace: dict[str, Any] = json.load(text)
+        except json.JSONDecodeError:  # it is written there first, and what fails is only logged
+            aside = tempfile.gettempdir()
+            raise UserError(f"cannot write {file}: it is cut short; is {aside} full?") from None
+    return trace
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
