@@ -39,8 +39,8 @@ def test_step(session: Session, benchmark: Any, ranks: Ranks) -> None:
         cost=None,
         check=partial(check_networks, trainer, config, reference),
         sides=lambda: {OURS: trainer.train_step, REFERENCE: step_of_references},
-        # Neighbouring CPU steps differ by a tenth on a machine of others: five rounds in a row
-        # said 1.06 and 1.20 of the same code.
+        # Neighbouring CPU steps differ by a tenth on a machine that is shared; five rounds do not
+        # settle a ratio to less.
         patience=60,
     )
     session.run(case, benchmark)

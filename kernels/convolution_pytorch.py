@@ -124,11 +124,11 @@ def _too_narrow(x: Tensor) -> bool:
 
 
 def sums_weight_over_frames(layout: Layout, x: Tensor) -> bool:
-    """Whether `gradients` beats PyTorch's own, which takes the weight's over whole volumes.
+    """Whether `gradients` takes a volume's weight gradient over single frames.
 
-    oneDNN does that of a strided volume by a copy of x for every tap, on one core of an AMD EPYC
-    2.5 to 3 times as slowly at the sample configuration's sizes and 1.0 to 1.5 at 32 to 192
-    channels; without a stride it is the faster one there.
+    oneDNN takes a strided volume's by a copy of x for every tap: on one core of an AMD EPYC 2.5 to
+    3 times as slowly at the sample configuration's sizes, 1.0 to 1.5 times at 32 to 192 channels.
+    Without a stride oneDNN is the faster at the latter.
     """
     return layout.volume and x.device.type == "cpu" and layout.pooling == (1, 2, 2)
 

@@ -151,6 +151,33 @@ def test_conv_pool_2d_and_3d_keep_every_frame(impl: str) -> None:
     torch.testing.assert_close(kernels.average_pool(x), naive_pool(x))
 
 
+class WholeVolumes(TorchDispatchMode):
+    """Notes the gradients that are asked of convolutions over three axes: of x, weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and args[2].ndim == 5:
+            self.asked.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+def test_conv_pool_3d_takes_its_weights_gradient_over_frames(num_frames: int) -> None:
+    """On a CPU; a bias's, asked for beside x's, would cost all of the weight's over the volume."""
+    leaves = randn(2, num_frames, 5, 4, 6), randn(7, 3, 3, 3, 5), randn(7)
+    found = []
+    for impl in ("reference", None):
+        x, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = kernels.conv_pool3d(x, weight, bias, impl=impl)
+        with WholeVolumes() as volumes:
+            found.append(torch.autograd.grad(y.square().sum(), (x, weight, bias)))
+    assert volumes.asked == [[True, False, False]]
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("num_frames", [1, 2, 5])  # shorter than, equal to and past the taps
 def test_separable_conv3d(num_frames: int) -> None:
     x = randn(2, num_frames, 5, 4, 6)
