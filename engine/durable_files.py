@@ -8,10 +8,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 
-# The RuntimeErrors with which torch.save hides what its file said, in its own format (two) and in
-# the older one, which DeepSpeed has it write. All its others are defects.
-_TORCH_SAVE = re.compile(r"inline_container\.cc|iostream error|write\(\): fd ")
-_TOLD = re.compile(r"failed with (?:strerror: )?(.+)")
+# In the older format, which DeepSpeed has it write, torch.save repeats what the system said.
+_OLDER_FORMAT = re.compile(r"write\(\): fd .* failed with (.+)")
 
 
 @contextmanager
@@ -26,9 +24,10 @@ def writing(path: Path, *also: type[Exception]) -> Iterator[None]:
     except expected as error:
         raise UserError(f"cannot write {path}: {_reason(error)}") from None
     except RuntimeError as error:
-        if not _TORCH_SAVE.search(str(error)):
+        reason = _hidden_reason(error)
+        if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {_hidden_reason(error)}") from None
+        raise UserError(f"cannot write {path}: {reason}") from None
 
 
 @contextmanager
@@ -60,9 +59,9 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _hidden_reason(error: RuntimeError) -> str:
-    """In its own format torch.save tells why it cannot open a file, not why it cannot write it."""
-    if isinstance(error.__context__, OSError):  # a file that Python wrote, as its name is not ASCII
+def _hidden_reason(error: RuntimeError) -> str | None:
+    """What the system said where torch.save raises its own error for it; None for any other."""
+    if isinstance(error.__context__, OSError) and "inline_container.cc" in str(error):
         return _reason(error.__context__)
-    told = _TOLD.search(str(error))
-    return told[1] if told else "the disk or a quota is full, or the disk is broken"
+    told = _OLDER_FORMAT.search(str(error))
+    return told[1] if told else None

@@ -217,11 +217,17 @@ def read_tensors(path: Path, *, known: Sequence[type] = (), map_location: Any = 
         raise UserError(f"{path} is not a file of tensors: {type(error).__name__}") from None
 
 
+def save_tensors(path: Path, value: Any) -> None:
+    """`torch.save`, in a file of ours: in its own it hides why it fails, or (2.11) that it does."""
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
 def write_tensors(path: Path, value: Any) -> None:
-    """`torch.save`, aside and renamed. Raises UserError when it cannot be written."""
+    """`save_tensors`, aside and renamed. Raises UserError when it cannot be written."""
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
-        torch.save(value, partial)
+        save_tensors(partial, value)
         put_in_place(partial, path)
 
 

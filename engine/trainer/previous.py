@@ -20,6 +20,7 @@ from engine.trainer.checkpoints import (
     Checkpoint,
     read_generators,
     read_tensors,
+    save_tensors,
     sha256,
 )
 from engine.trainer.fakes import LatentSource
@@ -98,7 +99,7 @@ def freeze_previous(
         ),
     )
     with writing(path):
-        torch.save(previous_contents(generators, cascade), path)
+        save_tensors(path, previous_contents(generators, cascade))
 
 
 def previous_contents(

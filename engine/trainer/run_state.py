@@ -8,7 +8,7 @@ import torch
 from engine.configuration import Training
 from engine.errors import UserError
 from engine.models.cascade import JointGenerator
-from engine.trainer.checkpoints import GENERATOR, Checkpoint, write_checkpoint
+from engine.trainer.checkpoints import GENERATOR, Checkpoint, save_tensors, write_checkpoint
 from engine.trainer.deepspeed_engines import whole_state
 from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
@@ -41,10 +41,10 @@ def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None
             for script in (path / name).glob("*.py"):
                 script.unlink()  # recovery scripts, which would unpickle without checks
     weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage, keep=ranks.is_main)
-    torch.save(_rank_state(trainer), path / rank_file(ranks.rank))
+    save_tensors(path / rank_file(ranks.rank), _rank_state(trainer))
     if ranks.is_main:
         average = trainer.average.state_dict() if trainer.average else None
-        torch.save(_generator_file(trainer, weights, average), path / GENERATOR)
+        save_tensors(path / GENERATOR, _generator_file(trainer, weights, average))
 
 
 def run_meta(builder: StageBuilder) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The files of a checkpoint: what rank 0's real saving code would write, and so the others'.
 
-`torch.save` is replaced by a note of what it was given; only empty folders are made, elsewhere.
+`torch.save` is replaced by a note of what it was given; files and folders that are made elsewhere
+stay empty.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -91,11 +92,12 @@ def _previous(builder: StageBuilder) -> File | None:
 
 @contextlib.contextmanager
 def _noted_saves(folder: Path) -> Iterator[dict[str, File]]:
-    """`torch.save` to a path below `folder`, noted under that path."""
+    """`torch.save` to a path below `folder` or to an open file there, noted under that path."""
     files: dict[str, File] = {}
 
-    def note(value: Any, path: str | Path, **options: Any) -> None:
-        files[str(Path(path).relative_to(folder))] = _file(value)
+    def note(value: Any, file: str | Path | IO[bytes], **options: Any) -> None:
+        path = Path(file if isinstance(file, str | Path) else file.name)
+        files[str(path.relative_to(folder))] = _file(value)
 
     with replaced(torch, "save", note):
         yield files
