@@ -4,7 +4,7 @@
 # make clean  remove the environment, the caches and what the demo made (other runs and data stay)
 #
 # Needs Python 3.11 or newer and a C++ compiler, nothing else. The environment is made in .venv
-# on first use and again when setup.py or constraints.txt changes.
+# on first use and again when setup.py, constraints.txt or csrc/ changes.
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadfile
@@ -40,7 +40,7 @@ clean:
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and the rest is built without isolation, because DeepSpeed's build imports it.
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py constraints.txt $(wildcard csrc/*)
 	@command -v "$(PYTHON)" > /dev/null || \
 	  { echo "$(PYTHON) was not found; install Python 3.11 or newer, or: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

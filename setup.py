@@ -5,12 +5,14 @@ DeepSpeed's own build imports torch, so torch must be there first and build isol
     pip install -c constraints.txt setuptools wheel torch
     pip install -c constraints.txt --no-build-isolation -e '.[test,dev]'
 
-csrc/ becomes kernels/_csrc.abi3.so where there is an nvcc (in CUDA_HOME or, without it, on the
-PATH, in a PyPI package or /usr/local/cuda); elsewhere, and where nvcc fails, the kernels run as
+csrc/ becomes two libraries in kernels/: _csrc_cpu.abi3.so where there is a C++ compiler ($CXX, or
+c++), and for GPUs _csrc.abi3.so where there is an nvcc (in CUDA_HOME or, without it, on the PATH,
+in a PyPI package or /usr/local/cuda). Elsewhere, and where a compiler fails, the kernels run as
 Triton or PyTorch.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -54,13 +56,16 @@ DEV = [
 
 # Machine code for the A100's generation and the H100's; later ones translate the PTX (compute_90).
 ARCHITECTURES = (("80", "sm_80"), ("90a", "sm_90a"), ("90", "compute_90"))
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's
 NVCC_FLAGS = (
     "-std=c++20",
     "-O3",
     "-Xcompiler=-fPIC,-Wall",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10's stable ABI
     *(f"-gencode=arch=compute_{compute},code={code}" for compute, code in ARCHITECTURES),
 )
+# Sums are to have the same bits on every CPU, so no fused multiply-add; and nothing reads the flags
+# of floating-point exceptions, without which a comparison could not be vectorised.
+CPU_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-Wall", "-ffp-contract=off", "-fno-trapping-math")
 
 
 def find_nvcc() -> str | None:
@@ -73,30 +78,52 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(map(str, search)))
 
 
-def cuda_extensions() -> list[Extension]:
-    """csrc/, if it can be built; otherwise nothing, said in one line."""
-    missing = "torch" if find_spec("torch") is None else "nvcc" if find_nvcc() is None else None
-    if missing is not None:
-        print(f"ssw-gan: no {missing} found, csrc/ is not built; kernels run as Triton or PyTorch")
+def find_cxx() -> list[str] | None:
+    """The C++ compiler, and what of a command $CXX has besides."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    return command if command and shutil.which(command[0]) else None
+
+
+def extensions() -> list[Extension]:
+    """What of csrc/ can be built; for what cannot, a line that says so."""
+    cpu = library("_csrc_cpu", ["csrc/frame_norm.cpp"], [])
+    cuda = library(
+        "_csrc", ["csrc/operators.cpp", "csrc/power_iteration.cu"], ["csrc/power_iteration.h"]
+    )
+    if find_spec("torch") is None:
+        print("ssw-gan: no torch found, csrc/ is not built; kernels run as Triton or PyTorch")
         return []
-    sources = ["csrc/operators.cpp", "csrc/power_iteration.cu"]
-    headers = ["csrc/power_iteration.h"]
-    # abi3: it holds no Python at all, so one file serves every version.
-    return [
-        Extension("kernels._csrc", sources, depends=headers, py_limited_api=True, optional=True)
-    ]
+    found = []
+    for extension, compiler, which, instead in (
+        (cpu, find_cxx(), "C++ compiler", "PyTorch runs on CPUs"),
+        (cuda, find_nvcc(), "nvcc", "Triton or PyTorch runs on GPUs"),
+    ):
+        if compiler is None:
+            print(f"ssw-gan: no {which} found, {extension.name} is not built; {instead}")
+        else:
+            found.append(extension)
+    return found
 
 
-class BuildWithNvcc(build_ext):
-    """Builds a library that torch loads, which is no Python module."""
+def library(name: str, sources: list[str], headers: list[str]) -> Extension:
+    """kernels/`name`.abi3.so: it holds no Python at all, so one file serves every version."""
+    return Extension(
+        f"kernels.{name}", sources, depends=headers, py_limited_api=True, optional=True
+    )
+
+
+class BuildForTorch(build_ext):
+    """Builds libraries that torch loads, which are no Python modules."""
 
     def build_extension(self, ext: Extension) -> None:
-        """One call of nvcc, against the headers and libraries of the torch that is installed."""
+        """One call of a compiler, against the headers and libraries of the torch that is there."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         torch = Path(next(iter(find_spec("torch").submodule_search_locations)))
         paths = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        command = [find_nvcc(), "-shared", *NVCC_FLAGS, *ext.sources, *paths, "-o", str(target)]
+        is_cuda = any(source.endswith(".cu") for source in ext.sources)
+        compiler = [find_nvcc(), *NVCC_FLAGS] if is_cuda else [*find_cxx(), *CPU_FLAGS]
+        command = [*compiler, "-shared", STABLE_ABI, *ext.sources, *paths, "-o", str(target)]
         print(*command)
         try:
             subprocess.run(command, check=True)
@@ -114,6 +141,6 @@ setup(
     packages=find_packages(include=["engine", "engine.*", "kernels", "kernels.*"]),
     install_requires=REQUIREMENTS,
     extras_require={"test": TEST, "dev": TEST + DEV},
-    ext_modules=cuda_extensions(),
-    cmdclass={"build_ext": BuildWithNvcc},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildForTorch},
 )

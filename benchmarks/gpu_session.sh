@@ -48,7 +48,7 @@ prepare() {
       --target /tmp/site .whl/*.whl
   fi
   export PYTHONPATH="/tmp/site:$PWD" PYTHONUNBUFFERED=1
-  if command -v nvcc > /dev/null && ! compgen -G 'kernels/_csrc*' > /dev/null; then
+  if command -v nvcc > /dev/null && [ ! -e kernels/_csrc.abi3.so ]; then
     run "$PYTHON" setup.py -q build_ext --inplace  # csrc/, for this machine's torch
   fi
 }

@@ -21,15 +21,16 @@ whatever x is: in bf16, x² would keep eight bits. Least bytes, of x: forward it
 statistics, read again and written (three times; 6 bytes per element in bf16); backward x and dy
 are read for the sums, read again and dx is written (five times; 10 bytes). 8 + 14 FLOPs.
 
-Implementations: "triton" (fp32, fp16, bf16), "pytorch" (the same passes in PyTorch operators, on
-any device), "reference". Derivatives of order two and higher are the reference's in all of them.
+Implementations: "triton" (fp32, fp16, bf16), "cpu" (C++, the same dtypes), "pytorch" (the same
+passes in PyTorch operators, on any device), "reference". Derivatives of order two and higher are
+the reference's in all of them.
 """
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from kernels import frame_norm_pytorch
+from kernels import frame_norm_cpu, frame_norm_pytorch
 from kernels.collectives import group_name, num_ranks, sum_over
 from kernels.frame_norm_operators import (
     Form,
@@ -55,6 +56,7 @@ EPSILON = 1e-4  # Decided: BigGAN's, whose networks the paper builds on; it give
 OPERATOR = Operator(
     "frame_norm",
     Implementation("triton", triton_obstacle, triton_reluctance),
+    Implementation("cpu", frame_norm_cpu.obstacle, frame_norm_cpu.reluctance),
     Implementation("pytorch", everywhere),
 )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import frame_norm_pytorch
+from kernels import frame_norm_cpu, frame_norm_pytorch
 from kernels.collectives import num_ranks, sum_over
 from kernels.frame_norm_pytorch import widened
 from kernels.registration import operator
@@ -46,6 +46,8 @@ def _passes(impl: str) -> ModuleType:
     """The module with the four passes; Triton is imported when first used."""
     if impl == "pytorch":
         return frame_norm_pytorch
+    if impl == "cpu":
+        return frame_norm_cpu
     from kernels import frame_norm_triton
 
     return frame_norm_triton
@@ -134,24 +136,47 @@ def _(dy_BTSC: Tensor, x_BTSC: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x_BTSC)
 
 
-# Where autograd does not look, the passes in PyTorch need not be operators of their own, each of
-# which costs some 50 µs of Python.
+# Where autograd does not look, passes on a CPU need not be operators of their own, each of which
+# costs 20 µs of Python and more. A compiler may see PyTorch's operators, but not the library's.
+
+
+def _unregistered(impl: str) -> ModuleType | None:
+    """The passes where they need not be operators; None where they must."""
+    if impl == "pytorch" or (impl == "cpu" and not torch.compiler.is_compiling()):
+        return _passes(impl)
+    return None
 
 
 def untracked_moments(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """`frame_moments` without a gradient."""
-    if impl == "pytorch":
-        return frame_norm_pytorch.moments(x_BTSC)
-    return frame_moments(x_BTSC, impl)
+    passes = _unregistered(impl)
+    return frame_moments(x_BTSC, impl) if passes is None else passes.moments(x_BTSC)
 
 
 def untracked_normalize(
     tensors: Sequence[Tensor], form: Form, residual_BTSC: Tensor | None = None
 ) -> Tensor:
     """`frame_normalize` without a gradient."""
-    if form.impl == "pytorch":
-        return differentiable(tensors, form, residual_BTSC)
-    return frame_normalize(*tensors, residual_BTSC, *form)
+    passes = _unregistered(form.impl)
+    if passes is None:
+        return frame_normalize(*tensors, residual_BTSC, *form)
+    return passes.normalize(*tensors, residual_BTSC, form.eps, form.relu)
+
+
+def _untracked_sums(arguments: Sequence[Tensor], form: Form) -> tuple[Tensor, Tensor]:
+    """`frame_norm_sums`."""
+    passes = _unregistered(form.impl)
+    if passes is None:
+        return frame_norm_sums(*arguments, form.eps, form.relu, form.impl)
+    return passes.sums(*arguments, form.eps, form.relu)
+
+
+def _untracked_dx(arguments: Sequence[Tensor], terms_2TC: Tensor | None, form: Form) -> Tensor:
+    """`frame_norm_dx`."""
+    passes = _unregistered(form.impl)
+    if passes is None:
+        return frame_norm_dx(*arguments, terms_2TC, form.eps, form.relu, form.impl)
+    return passes.dx(*arguments, terms_2TC, form.eps, form.relu)
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -206,7 +231,7 @@ def gradients(
         if shared:
             sums, weighted = shared.sums(gain)
         else:
-            sums, weighted = frame_norm_sums(*arguments, form.eps, form.relu, form.impl)
+            sums, weighted = _untracked_sums(arguments, form)
         grads["bias"], grads["gain"] = (
             total.sum_to_size(scale.shape).to(scale.dtype)
             for total, scale in zip(sums, (bias, gain), strict=True)
@@ -219,9 +244,7 @@ def gradients(
             grads["mean"], grads["var"] = -weighted[0] * rstd, -0.5 * weighted[1] * rstd.square()
     if wants_x:
         grads["x"] = (
-            shared.dx_(terms).to(x.dtype)
-            if shared
-            else frame_norm_dx(*arguments, terms, form.eps, form.relu, form.impl)
+            shared.dx_(terms).to(x.dtype) if shared else _untracked_dx(arguments, terms, form)
         )
     return [grads.get(name) for name in ("x", "gain", "bias", "mean", "var")]
 

@@ -1,31 +1,17 @@
-"""The CUDA C++ form of `kernels.power_iteration_`: csrc/, where it has been built.
+"""The CUDA C++ form of `kernels.power_iteration_`: csrc/, where it has been built."""
 
-The library needs nothing of Python and no particular torch: it is registered through libtorch's
-stable ABI. `setup.py` builds it into this folder where there is an nvcc.
-"""
-
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kernels import csrc_libraries
 from kernels.power_iteration_plan import COLUMN_TILE, ROW_TILE, addresses, cut
 
-LIBRARY = Path(__file__).parent / "_csrc.abi3.so"
 
-
-@functools.cache
 def unavailable() -> str | None:
     """Why the library is not there; None where it is, and then it is loaded."""
-    if not LIBRARY.exists():
-        return "csrc/ is not built (setup.py builds it where it finds nvcc)"
-    try:
-        torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"{LIBRARY.name} does not load: {error}"
-    return None
+    return csrc_libraries.unavailable(csrc_libraries.CUDA)
 
 
 def power_iteration(

@@ -1,16 +1,19 @@
-"""csrc/ builds with nvcc for both GPU generations without spills, and is done without elsewhere."""
+"""csrc/ builds: for a CPU, and with nvcc for both GPU generations without spills.
+
+Where there is no compiler it is done without.
+"""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import kernels
-from kernels import power_iteration_cuda
+from kernels import csrc_libraries
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("column_sums", "merge_columns", "row_sums", "finish")
@@ -33,11 +36,11 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The library, and what was said while it was built."""
     folder = tmp_path_factory.mktemp("csrc")
-    done = build(folder, NVCC_APPEND_FLAGS="-Xptxas=-v")
+    done = build(folder, NVCC_APPEND_FLAGS="-Xptxas=-v", CXX="")
     said = done.stdout + done.stderr
     if "no nvcc found" in said:
         pytest.skip("no nvcc")
-    return folder / "kernels" / power_iteration_cuda.LIBRARY.name, said
+    return folder / "kernels" / csrc_libraries.CUDA.name, said
 
 
 def test_no_kernel_spills_on_any_architecture(built: tuple[Path, str]) -> None:
@@ -65,10 +68,10 @@ import pytest
 import torch
 
 import kernels
-from kernels import power_iteration_cuda
+from kernels import csrc_libraries
 
-power_iteration_cuda.LIBRARY = Path(sys.argv[1])
-assert power_iteration_cuda.unavailable() is None
+csrc_libraries.CUDA = Path(sys.argv[1])
+assert csrc_libraries.unavailable(csrc_libraries.CUDA) is None
 assert kernels.implementations("cuda")["power_iteration_"].implementation == "cuda"
 with pytest.raises(kernels.ImplementationError, match="tensors are on cpu, not on CUDA"):
     kernels.power_iteration_([torch.randn(3, 4)], [torch.randn(3)], [torch.randn(4)], impl="cuda")
@@ -97,31 +100,45 @@ def test_the_library_loads_and_refuses_what_it_must(built: tuple[Path, str]) -> 
     assert (done.returncode, done.stdout) == (0, "as it must\n"), done.stderr
 
 
-def test_without_nvcc_one_line_says_so(tmp_path: Path) -> None:
-    done = build(tmp_path, CUDA_HOME=str(tmp_path))
-    lines = [line for line in done.stdout.splitlines() if "ssw-gan" in line]
-    assert lines == ["ssw-gan: no nvcc found, csrc/ is not built; kernels run as Triton or PyTorch"]
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_library_for_a_cpu_builds_without_a_warning(tmp_path: Path) -> None:
+    done = build(tmp_path, CUDA_HOME=str(tmp_path), CXX="c++ -Werror")
+    assert "warning" not in done.stdout + done.stderr
+    assert (tmp_path / "kernels" / csrc_libraries.CPU.name).exists()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_library_for_a_cpu_is_there() -> None:
+    """Else its tests would be left out, and nobody would know."""
+    assert csrc_libraries.unavailable(csrc_libraries.CPU) is None
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path: Path) -> None:
+    done = build(tmp_path, CUDA_HOME=str(tmp_path), CXX="no-such-compiler")
+    assert [line for line in done.stdout.splitlines() if "ssw-gan" in line] == [
+        "ssw-gan: no C++ compiler found, kernels._csrc_cpu is not built; PyTorch runs on CPUs",
+        "ssw-gan: no nvcc found, kernels._csrc is not built; Triton or PyTorch runs on GPUs",
+    ]
     assert not list(tmp_path.glob("**/*.so"))
 
 
 def test_a_compiler_that_fails_stops_no_installation(tmp_path: Path) -> None:
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
-    (home / "bin" / "nvcc").write_text("#!/bin/sh\nexit 3\n")
-    (home / "bin" / "nvcc").chmod(0o755)
-    done = build(tmp_path, CUDA_HOME=str(home))
-    assert "csrc/ is not built: " in done.stdout + done.stderr
+    compiler = home / "bin" / "nvcc"
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    compiler.chmod(0o755)
+    done = build(tmp_path, CUDA_HOME=str(home), CXX=str(compiler))
+    assert (done.stdout + done.stderr).count("csrc/ is not built: ") == 2
     assert "exit status 3" in done.stdout + done.stderr
     assert not list(tmp_path.glob("**/*.so"))
 
 
 @pytest.fixture
-def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     library = tmp_path / "_csrc.abi3.so"
-    monkeypatch.setattr(power_iteration_cuda, "LIBRARY", library)
-    power_iteration_cuda.unavailable.cache_clear()
-    yield library
-    power_iteration_cuda.unavailable.cache_clear()
+    monkeypatch.setattr(csrc_libraries, "CUDA", library)
+    return library
 
 
 def test_where_it_is_not_built_triton_runs(no_library: Path) -> None:

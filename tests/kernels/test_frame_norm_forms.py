@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from csrc_forms import CPU_FORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,7 @@ import kernels
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-FORMS = ("pytorch", "triton")
+FORMS = ("pytorch", "triton") if CUDA else ("pytorch", "triton", *CPU_FORMS)
 DTYPES = (torch.float32, torch.float16)
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 

@@ -93,8 +93,8 @@ def test_the_environment_sets_it_at_first() -> None:
 
 def test_every_operator_says_what_it_runs() -> None:
     choices = kernels.implementations("cpu")
-    assert choices["frame_norm"].implementation == "pytorch"
-    assert choices["frame_norm"].reason == "not triton: " + (
+    assert choices["conv_gru"].implementation == "pytorch"
+    assert choices["conv_gru"].reason == "not triton: " + (
         "tensors are on cpu, not on CUDA"
         if implementation.interpreting()
         else "tensors are on the CPU and TRITON_INTERPRET=1 is not set"

@@ -52,4 +52,4 @@ with warnings.catch_warnings():  # PyTorch warns of kernels that take another's 
     _LIBRARY.impl("convolution", _convolution, "CUDA")
     _LIBRARY.impl("convolution_backward", _gradients, "CUDA")
 torch.nn.init.orthogonal_ = lambda tensor, **_: tensor
-power_iteration_cuda.unavailable = lambda: "the GPU is pretended"  # type: ignore[assignment]
+power_iteration_cuda.unavailable = lambda: "the GPU is pretended"
