@@ -56,8 +56,9 @@ class PlainOperators:
         """Within this context models run on these; initialise networks outside it."""
         replaced: list[tuple[Any, str, Any]] = [
             *((kernels, name, getattr(self, name)) for name in INSTALLED),
-            # No network divides all its weights at once.
+            # No network divides all its weights at once, and windows are cut out of whole clips.
             *((module, "normalized_weights", _nothing) for module in (generator, discriminators)),
+            (generator.ClipGenerator, "can_leave_frames_out", False),
         ]
         originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
         try:

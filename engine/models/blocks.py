@@ -70,7 +70,7 @@ class GeneratorBlock2D(Block):
         kept = None if self.upsample else dtype
         first = kernels.upsample_conv_with_moments if self.upsample else kernels.conv2d_with_moments
         wanted = self.norm2.takes_moments  # and so will the norm that comes after the block
-        h = Features(*first(self.norm1(x, cond_BK), *self.conv1(kept), wanted=wanted))
+        h = Features(*first(self.norm1(x, cond_BK), *self.conv1(kept), wanted=wanted), x.frames_BT)
         y, moments = kernels.conv2d_with_moments(
             self.norm2(h, cond_BK),
             *self.conv2(dtype),
@@ -79,7 +79,7 @@ class GeneratorBlock2D(Block):
             only_graph=self.only_graph,
             wanted=wanted,
         )
-        return Features(y, moments)
+        return Features(y, moments, x.frames_BT)
 
     def _residual(self, x_BTCHW: Tensor) -> Tensor | kernels.UpsampledShortcut:
         if self.shortcut is None:
@@ -174,9 +174,16 @@ class GeneratorUnit(nn.Module):
             in_channels, channels, condition_size, upsample=upsample, inject=outer
         )
 
-    def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
-        """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
+    def forward(
+        self, x: Features, cond_BK: Tensor, low: Tensor | None, frames_BW: Tensor | None = None
+    ) -> Features:
+        """Returns [B, T, channels, H, W], or 2H x 2W when upsampling.
+
+        With `frames_BW` only these frames of each sample leave the temporal module.
+        """
         h: Features = run_block(self.temporal, x, cond_BK, low)
+        if frames_BW is not None:
+            h = h.only(frames_BW)
         h = run_block(self.block1, h, cond_BK, low)
         return run_block(self.block2, h, cond_BK, low)
 

@@ -27,10 +27,14 @@ def draw_window_starts(
 
 def take_windows(video_BTCHW: Tensor, starts_B: Tensor, window: int) -> Tensor:
     """`window` frames of each sample from its own start; differentiable, [B, window, C, H, W]."""
-    starts_B = to_device(starts_B, video_BTCHW.device)
-    frames_BW = starts_B[:, None] + torch.arange(window, device=video_BTCHW.device)
+    frames_BW = window_frames(starts_B, window, video_BTCHW.device)
     samples = torch.arange(len(video_BTCHW), device=video_BTCHW.device)[:, None]
     return video_BTCHW[samples, frames_BW]
+
+
+def window_frames(starts_B: Tensor, window: int, device: torch.device) -> Tensor:
+    """Numbers of the frames in windows of `window` that begin at `starts_B`; [B, window]."""
+    return to_device(starts_B, device)[:, None] + torch.arange(window, device=device)
 
 
 def _split(generators: Sequence[nn.Module]) -> tuple[ClipGenerator, list[UpsamplingGenerator]]:
@@ -93,18 +97,11 @@ class Cascade(nn.Module):
         video before, of the length that it is trained on. Decided: the paper does not say what a
         third stage is trained on. Returns [B, T, 3, h, w] of the last one.
         """
-        num_previous = stage_number - 1
-        if not 1 <= num_previous <= len(self.generators):
-            raise ValueError(
-                f"no input for stage {stage_number} from {len(self.generators)} stages"
-            )
-        self._check_latents(zs, num_previous)
-        first, upsamplers = _split(list(self.generators))
-        video = first(zs[0], labels_B, self.config.stages[1].num_frames)
-        for number in range(2, stage_number):
-            low = self.draw_windows(number, video, generator)
-            video = upsamplers[number - 2](zs[number - 1], labels_B, low)
-        return video
+        first, upsamplers = self._check_previous(stage_number, zs)
+        if stage_number == 2:
+            return first(zs[0], labels_B, self.config.stages[1].num_frames)
+        low = self.sample_window(stage_number - 1, zs[:-1], labels_B, generator)
+        return upsamplers[stage_number - 3](zs[-1], labels_B, low)
 
     def draw_windows(
         self, stage_number: int, video_BTCHW: Tensor, generator: torch.Generator | None = None
@@ -114,6 +111,7 @@ class Cascade(nn.Module):
         starts_B = draw_window_starts(len(video_BTCHW), video_BTCHW.shape[1], window, generator)
         return take_windows(video_BTCHW, starts_B, window)
 
+    @torch.no_grad()
     def sample_window(
         self,
         stage_number: int,
@@ -125,8 +123,28 @@ class Cascade(nn.Module):
 
         A random window of what `sample_previous` gives: [B, t, 3, h, w].
         """
-        video = self.sample_previous(stage_number, zs, labels_B, generator)
-        return self.draw_windows(stage_number, video, generator)
+        if stage_number > 2:
+            video = self.sample_previous(stage_number, zs, labels_B, generator)
+            return self.draw_windows(stage_number, video, generator)
+        # Stage 1 is told the window: behind its last ConvGRU it need not make the other frames.
+        first, _ = self._check_previous(stage_number, zs)
+        num_frames = self.config.stages[1].num_frames
+        window = self.config.upsampling(2).num_frames
+        starts_B = draw_window_starts(len(zs[0]), num_frames, window, generator)
+        frames_BW = window_frames(starts_B, window, zs[0].device)
+        return first(zs[0], labels_B, num_frames, frames_BW)
+
+    def _check_previous(
+        self, stage_number: int, zs: Sequence[Tensor]
+    ) -> tuple[ClipGenerator, list[UpsamplingGenerator]]:
+        """The generators that make stage `stage_number`'s input. Raises ValueError without them."""
+        num_previous = stage_number - 1
+        if not 1 <= num_previous <= len(self.generators):
+            raise ValueError(
+                f"no input for stage {stage_number} from {len(self.generators)} stages"
+            )
+        self._check_latents(zs, num_previous)
+        return _split(list(self.generators))
 
     def _check_latents(self, zs: Sequence[Tensor], num_stages: int) -> None:
         if len(zs) != num_stages:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from engine.models.blocks import GeneratorUnit, Temporal
+from engine.models.blocks import GeneratorUnit, RecurrentBlock, Temporal
 from engine.models.layers import Convolution, Embedding, Linear, normalized_weights
-from engine.models.norms import Features, FrameNorm
+from engine.models.norms import Features, FrameNorm, frame_norms
 
 BASE_RESOLUTION = 4
 
@@ -84,22 +84,36 @@ class GeneratorTrunk(nn.Module):
         return z_BZ if self.embedding is None else torch.cat([z_BZ, self.embedding(labels_B)], 1)
 
     def synthesize(
-        self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int, low: Tensor | None
+        self,
+        z_BZ: Tensor,
+        labels_B: Tensor | None,
+        num_frames: int,
+        low: Tensor | None,
+        frames_BW: Tensor | None = None,
     ) -> Tensor:
-        """The whole network; `low` is x_l or None. Returns [B, num_frames, 3, H, W], fp32."""
+        """The whole network; `low` is x_l or None. Returns [B, num_frames, 3, H, W], fp32.
+
+        With `frames_BW` [B, W, 3, H, W], and from the last temporal module on nothing else.
+        """
         with normalized_weights(self, self.compute_dtype):
-            return self._synthesize(z_BZ, labels_B, num_frames, low)
+            return self._synthesize(z_BZ, labels_B, num_frames, low, frames_BW)
 
     def _synthesize(
-        self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int, low: Tensor | None
+        self,
+        z_BZ: Tensor,
+        labels_B: Tensor | None,
+        num_frames: int,
+        low: Tensor | None,
+        frames_BW: Tensor | None,
     ) -> Tensor:
         cond_BK = self.condition(z_BZ, labels_B)
         base = self.base(cond_BK.to(self.compute_dtype))
         base_BHWC = base.unflatten(1, (BASE_RESOLUTION, BASE_RESOLUTION, self.base_channels))
         # A stride of 0 over T tells the first ConvGRU that its input does not change in time.
         h = Features(base_BHWC.permute(0, 3, 1, 2)[:, None].expand(-1, num_frames, -1, -1, -1))
-        for unit in self.units:
+        for unit in self.units[:-1]:
             h = unit(h, cond_BK, low)
+        h = self.units[-1](h, cond_BK, low, frames_BW)
         rgb = kernels.conv2d(self.norm(h, cond_BK), *self.to_rgb(h.video.dtype))
         return torch.tanh(rgb.float())
 
@@ -107,6 +121,29 @@ class GeneratorTrunk(nn.Module):
 class ClipGenerator(GeneratorTrunk):
     """Makes a clip of any length from noise: stage 1 of SSW-GAN, and DVD-GAN's only stage."""
 
-    def forward(self, z_BZ: Tensor, labels_B: Tensor | None, num_frames: int) -> Tensor:
-        """Returns [B, num_frames, 3, resolution, resolution] in [-1, 1], fp32."""
-        return self.synthesize(z_BZ, labels_B, num_frames, low=None)
+    def forward(
+        self,
+        z_BZ: Tensor,
+        labels_B: Tensor | None,
+        num_frames: int,
+        frames_BW: Tensor | None = None,
+    ) -> Tensor:
+        """Returns [B, num_frames, 3, resolution, resolution] in [-1, 1], fp32.
+
+        With `frames_BW` only these frames of each sample's clip, [B, W, 3, ...].
+        """
+        if frames_BW is None or self.can_leave_frames_out:
+            return self.synthesize(z_BZ, labels_B, num_frames, None, frames_BW)
+        video = Features(self.synthesize(z_BZ, labels_B, num_frames, None))
+        return video.only(frames_BW).video
+
+    @property
+    def can_leave_frames_out(self) -> bool:
+        """Whether no frame depends on another behind the last unit's temporal module.
+
+        Those of a batch do where norms take its statistics, or where 3D convolutions stand there.
+        """
+        last = self.units[-1]
+        norms = (*frame_norms(last).values(), self.norm)
+        recurrent = isinstance(last.temporal, RecurrentBlock)
+        return recurrent and all(norm.mean is not None for norm in norms)

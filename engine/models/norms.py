@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import kernels
 from engine.errors import UserError
 from engine.models.layers import Linear
+from kernels.frame_norm import EPSILON
 
 
 class Features(NamedTuple):
@@ -23,6 +24,15 @@ class Features(NamedTuple):
     """[B, T, C, H, W]."""
     moments: kernels.Moments | None = None
     """Of the video, where whoever made it knows them: a norm need not take them again."""
+    frames_BT: Tensor | None = None
+    """Which of its clip's frames each sample's are; None: all of them."""
+
+    def only(self, frames_BW: Tensor) -> "Features":
+        """These frames of each sample's whole clip."""
+        samples_B1 = torch.arange(len(frames_BW), device=frames_BW.device)[:, None]
+        # Channels last, as the blocks have it: indexing lays out its result anew.
+        video = self.video.permute(0, 1, 3, 4, 2)[samples_B1, frames_BW].permute(0, 1, 4, 2, 3)
+        return Features(video, None, frames_BW)
 
 
 class FrameNorm(nn.Module):
@@ -52,9 +62,12 @@ class FrameNorm(nn.Module):
 
         Raises UserError at a length other than the fixed.
         """
-        x_BTCHW, moments = x
+        x_BTCHW, moments, frames_BT = x
+        gain, bias = 1 + self.gain(condition_BK), self.bias(condition_BK)
         statistics: tuple[Tensor, Tensor] | None = None
-        if self.mean is not None and self.var is not None:
+        if frames_BT is not None:
+            gain, bias, statistics = self._of_frames(gain, bias, frames_BT)
+        elif self.mean is not None and self.var is not None:
             if len(self.mean) != x_BTCHW.shape[1]:
                 raise UserError(
                     f"norm statistics are fixed for {len(self.mean)} frames, but the video has "
@@ -64,12 +77,22 @@ class FrameNorm(nn.Module):
         elif self._accumulated is not None:
             statistics = kernels.frame_statistics(x_BTCHW)
             self._accumulated.add(*statistics)
-        gain_BC = 1 + self.gain(condition_BK)
-        bias_BC = self.bias(condition_BK)
         group = self.group if statistics is None else None
         return kernels.Normalized(
-            x_BTCHW, gain_BC, bias_BC, statistics, group, moments, self.keeps_result
+            x_BTCHW, gain, bias, statistics, group, moments, self.keeps_result
         )
+
+    def _of_frames(
+        self, gain_BC: Tensor, bias_BC: Tensor, frames_BT: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Gain and bias, each [B, T, C], that contain the frames' fixed statistics, and statistics
+        that change nothing: an operator takes one mean and variance for all samples."""
+        if self.mean is None or self.var is None:
+            raise ValueError("frames of a clip have no statistics of their own; fix the clip's")
+        scale_BTC = gain_BC[:, None] * torch.rsqrt(self.var + EPSILON)[frames_BT]
+        shift_BTC = bias_BC[:, None] - self.mean[frames_BT] * scale_BTC
+        none_TC = torch.zeros_like(scale_BTC[0])
+        return scale_BTC, shift_BTC, (none_TC, none_TC + (1 - EPSILON))
 
     @property
     def takes_moments(self) -> bool:

@@ -4,15 +4,18 @@ Counted for one sample on the meta device; two per multiply-add. `meta_step` cou
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.flop_formulas  # noqa: F401 — our own operators, for the counter
 from engine.configuration import Config, num_generations
 from engine.models import build_discriminators, build_generator, draw_frame_indices
+from engine.models.cascade import Cascade
+from engine.models.norms import frame_norms
 
 
 class Forward(NamedTuple):
@@ -57,15 +60,32 @@ def count_forward(config: Config, stage_number: int) -> Forward:
 def count_frozen(config: Config, stage_number: int) -> float:
     """TFLOP per sample and step that the frozen stages before this one add to its own.
 
-    Without a bank they make a video for each window that G upsamples. A bank's videos are all
-    replaced once in `refresh_every` steps.
+    Without a bank they make each window that G upsamples, and no more of a video than that takes.
+    A bank's videos are whole, and all replaced once in `refresh_every` steps.
     """
     training = config.stages[stage_number].training
-    gigaflops = sum(_generator_gigaflops(config, number) for number in range(1, stage_number))
     bank = training.sample_bank
+    with torch.device("meta"):
+        cascade = frozen_stages(config, stage_number)
+        sizes = [config.stages[n].generator.latent_size for n in range(1, stage_number)]
+        zs = [torch.empty(1, size) for size in sizes]
+        labels = torch.empty(1, dtype=torch.long) if config.data.num_classes else None
+    sample = cascade.sample_window if bank is None else cascade.sample_previous
+    teraflops = _gigaflops(sample, stage_number, zs, labels, torch.Generator()) / 1e3
     if bank is None:
-        return num_generations(training) * gigaflops / 1e3
-    return bank.num_videos / bank.refresh_every / training.global_batch * gigaflops / 1e3
+        return num_generations(training) * teraflops
+    return bank.num_videos / bank.refresh_every / training.global_batch * teraflops
+
+
+def frozen_stages(config: Config, stage_number: int) -> Cascade:
+    """The stages before this one as its training has them, their statistics fixed to anything."""
+    generators = [build_generator(config, n) for n in range(1, stage_number)]
+    for n, generator in enumerate(generators, start=1):
+        num_frames = config.stages[n].num_frames
+        for norm in frame_norms(generator).values():
+            channels = norm.gain.normalized.u.numel()
+            norm.fix((torch.zeros(num_frames, channels), torch.ones(num_frames, channels)))
+    return Cascade(generators, config).freeze()
 
 
 def generator_inputs(
@@ -80,17 +100,9 @@ def generator_inputs(
     return z, labels, torch.empty(batch, window.num_frames, 3, *2 * (window.resolution,))
 
 
-def _generator_gigaflops(config: Config, stage_number: int) -> float:
-    with torch.device("meta"):
-        generator = build_generator(config, stage_number)
-        return _gigaflops(
-            generator, *generator_inputs(config, stage_number, 1, generator.latent_size)
-        )
-
-
-def _gigaflops(network: nn.Module, *args: Any) -> float:
+def _gigaflops(network: Callable[..., Tensor], *args: Any) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        result: Tensor = network(*args)
+        result = network(*args)
     assert result.is_meta
     assert math.prod(result.shape) > 0
     return counter.get_total_flops() / 1e9

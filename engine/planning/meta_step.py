@@ -23,7 +23,6 @@ from engine.models.construction import (
     build_generator,
     build_joint_generator,
 )
-from engine.models.norms import frame_norms
 from engine.planning.counters import (
     BACKWARD,
     FROZEN,
@@ -33,6 +32,7 @@ from engine.planning.counters import (
     UpdateBytes,
     WorkByPhase,
 )
+from engine.planning.forward_flops import frozen_stages
 from engine.planning.live_bytes import CUDA_BLOCK_BYTES, PARAMETERS
 from engine.trainer.fakes import (
     ClipFakes,
@@ -133,6 +133,18 @@ class FrozenWindows:
             return self._source(batch_size)
 
 
+class WindowsOfWholeVideos(GeneratedWindows):
+    """Windows for which the frozen stages make what a bank keeps, as they do to fill one."""
+
+    @torch.no_grad()
+    def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
+        """As `GeneratedWindows`."""
+        source = self._source
+        zs, labels_B = source.latents(batch_size, self._number - 1), source.labels(batch_size)
+        video = self._cascade.sample_previous(self._number, zs, labels_B, source.random)
+        return labels_B, self._cascade.draw_windows(self._number, video, source.random)
+
+
 class MetaStep:
     """One stage's networks, and the step over them."""
 
@@ -152,7 +164,9 @@ class MetaStep:
         if stage.joint:
             fakes = JointFakes(config, number, latents)
         elif frozen is not None:
-            windows = FrozenWindows(GeneratedWindows(frozen, number, latents), self._phases)
+            banked = stage.training.sample_bank is not None
+            source = (WindowsOfWholeVideos if banked else GeneratedWindows)(frozen, number, latents)
+            windows = FrozenWindows(source, self._phases)
             fakes = WindowFakes(number, latents, windows)
         elif number > 1:
             fakes = WindowFakes(number, latents, RealWindows(reals))
@@ -206,13 +220,7 @@ class MetaStep:
         stage = self._config.stages[self._number]
         if self._number == 1 or stage.joint or stage.training.condition_on != "generated":
             return None
-        generators = [build_generator(self._config, n) for n in range(1, self._number)]
-        for n, generator in enumerate(generators, start=1):
-            num_frames = self._config.stages[n].num_frames
-            for norm in frame_norms(generator).values():
-                channels = norm.gain.normalized.u.numel()
-                norm.fix((torch.zeros(num_frames, channels), torch.ones(num_frames, channels)))
-        return Cascade(generators, self._config).freeze()
+        return frozen_stages(self._config, self._number)
 
 
 def run_step(

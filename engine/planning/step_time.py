@@ -30,7 +30,10 @@ class Work:
 
 
 def work_of(step: Step, training: Training) -> Work:
-    """Counted in `step`, where frozen stages make every window anew, unless there is a bank."""
+    """Counted in `step`, where frozen stages make something for every window.
+
+    With a bank that is a whole video, of which it makes fewer.
+    """
     times = {"D": training.discriminator_steps, "G": 1}
 
     def per_sample(count: Callable[[Update], int]) -> float:

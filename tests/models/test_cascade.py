@@ -153,6 +153,28 @@ def test_windows_of_stage_2_are_cut_from_stage_1_clips() -> None:
     assert any(a != b for a, b in starts)  # each sample its own
 
 
+@pytest.mark.parametrize("temporal", ["conv_gru", "separable_conv"])
+def test_windows_are_those_of_whole_clips_where_statistics_are_fixed(temporal: str) -> None:
+    """Stage 1 then leaves out frames behind its last recurrence, which changes no other."""
+    raw = tree()
+    raw["stages"][1]["generator"]["temporal"] = temporal
+    settings = config_from_tree(raw, "test")
+    torch.manual_seed(0)
+    stages, zs = Cascade([build_generator(settings, 1)], settings), latents(1)
+    collect_statistics(stages, lambda i: stages.generate(zs, LABELS, 5), 1)
+    with torch.no_grad():
+        whole = stages.generators[0](zs[0], LABELS, 5)
+    num_frames: list[int] = []
+    last_norm = stages.generators[0].get_submodule("norm")
+    last_norm.register_forward_pre_hook(
+        lambda norm, inputs: num_frames.append(inputs[0].video.shape[1])
+    )
+    window = stages.sample_window(2, zs, LABELS, torch.Generator().manual_seed(5))
+    starts = draw_window_starts(2, 5, 3, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(window, take_windows(whole, starts, 3), rtol=0, atol=1e-5)
+    assert num_frames == [3 if temporal == "conv_gru" else 5]
+
+
 def test_windows_of_stage_3_come_through_stage_2() -> None:
     stages, zs = cascade(2), latents(2)
     window = stages.sample_window(3, zs, LABELS, torch.Generator().manual_seed(5))

@@ -113,7 +113,8 @@ def test_every_injection_adds_the_projected_x_l(temporal: Temporal) -> None:
         part.register_forward_hook(lambda _, args, y: records.append((*args, y)))
     generator(z, None, low)
     assert len(records) == len(places) == 5
-    for part, (x, cond, _, (y, _)) in zip(places, tuple(records), strict=True):
+    for part, (x, cond, _, result) in zip(places, tuple(records), strict=True):
+        y = result.video
         injection, part.injection = part.injection, None
         without = part(x, cond, None).video
         weight, bias = injection.projection(torch.float32)
@@ -140,7 +141,7 @@ def test_2d_block_is_what_the_paper_draws() -> None:
             shortcut = kernels.conv2d(shortcut, *block.shortcut(torch.float32))
         else:
             assert block.shortcut is None
-        y, _ = block(Features(x), cond, None)
+        y = block(Features(x), cond, None).video
         torch.testing.assert_close(y, h + shortcut, check_stride=False)
 
 

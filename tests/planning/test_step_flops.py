@@ -46,16 +46,24 @@ def test_step(stage_number: int, time_pooled: bool) -> None:
 
 
 def test_frozen_stages() -> None:
-    """Three videos of the frozen stages per sample and step, or a bank's share of a video."""
+    """Three windows of the frozen stages per sample and step, or a bank's share of a video."""
+    # Stage 1's clip of 25 frames; behind its last ConvGRU, at 32x32 pixels, six are wanted.
+    kernels_of_frame = 9 * (2 * 512**2 + 512 * 256 + 256**2 + 256 * 3) + 512 * 256
+    clip, frame = 2.7343, 2 * 32**2 * kernels_of_frame / 1e12
+    bank = "stages.{}.training.sample_bank={{num_videos: 65_536, refresh_every: 1000}}".format
+    share = 65_536 / 1000 / 512
+    kinetics = load_config(CONFIGS / "kinetics600.yaml")
+    assert count_frozen(kinetics, 2) == pytest.approx(3 * (clip - 19 * frame), rel=1e-4)
+    banked = load_config(CONFIGS / "kinetics600.yaml", [bank(2)])
+    assert count_frozen(banked, 2) == pytest.approx(share * clip, rel=1e-4)
+    # Stage 3's windows are of a video that stage 2 makes of a window.
+    video = clip - 19 * frame + 0.3777
     config = load_config(CONFIGS / "bdd100k.yaml")
-    # Stage 1's clip, as Kinetics', and stage 2's window of it.
-    video = 2.7343 + 0.3777
     assert count_frozen(config, 3) == pytest.approx(3 * video, rel=1e-4)
     reused = load_config(CONFIGS / "bdd100k.yaml", ["training.reuse_fakes=true"])
     assert count_frozen(reused, 3) == pytest.approx(2 * video, rel=1e-4)
-    bank = "stages.3.training.sample_bank={num_videos: 65_536, refresh_every: 1000}"
-    banked = load_config(CONFIGS / "bdd100k.yaml", [bank])
-    assert count_frozen(banked, 3) == pytest.approx(65_536 / 1000 / 512 * video, rel=1e-4)
+    banked = load_config(CONFIGS / "bdd100k.yaml", [bank(3)])
+    assert count_frozen(banked, 3) == pytest.approx(share * video, rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage_number", "teraflops"), [(1, 19.25), (2, 10.79)])

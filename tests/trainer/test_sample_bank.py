@@ -242,7 +242,9 @@ def test_frozen_stages_run_for_the_bank_only(tiny: Tiny, ranks: Ranks) -> None:
     assert from_bank == [2, 0, 1]
     with FlopCounterMode(display=False) as counter:
         stage.videos(0)
-    assert flops_anew - flops_from_bank == 3 * counter.get_total_flops() > 0
+    # A whole video, of which a window is made with fewer.
+    assert 2 * counter.get_total_flops() < flops_anew - flops_from_bank
+    assert flops_anew - flops_from_bank < 3 * counter.get_total_flops()
 
 
 def test_unconditional(tiny: Tiny, ranks: Ranks) -> None:
