@@ -103,15 +103,24 @@ INLINE void merge(float* __restrict mean, float* __restrict squares,
   }
 }
 
-// partial: [B, T, 2, C], a frame's mean and sum of squared deviations.
+// Sums are of x less the first pixel's value in the time step's first frame: where |mean| is large
+// against std, means of blocks would be rounded by more than they differ.
+template <class T>
+INLINE const T* origin(const T* all, const Shape& shape, int64_t t) {
+  return all + t * shape.frame();
+}
+
+// partial: [B, T, 2, C], a frame's mean, less the origin, and sum of squared deviations.
 template <class T>
 INLINE void frames_moments(const T* all, const Shape& shape, int64_t begin, int64_t end,
                            float* partial) {
   const int64_t C = shape.C;
-  std::vector<float> block(2 * C);
+  std::vector<float> block(3 * C);
   float *__restrict mean = block.data(), *__restrict squares = mean + C;
+  float* __restrict from = squares + C;
   for (int64_t frame = begin; frame < end; ++frame) {
-    const T* x = all + frame * shape.frame();
+    const T *x = all + frame * shape.frame(), *first_pixel = origin(all, shape, frame % shape.T);
+    for (int64_t c = 0; c < C; ++c) from[c] = static_cast<float>(first_pixel[c]);
     float* own = partial + frame * 2 * C;
     std::fill_n(own, 2 * C, 0.0f);
     for (int64_t first = 0; first < shape.S; first += kBlockRows) {
@@ -121,7 +130,8 @@ INLINE void frames_moments(const T* all, const Shape& shape, int64_t begin, int6
       by_fours(count, [&](int64_t s, auto number) INLINE_LAMBDA {
         for (int64_t c = 0; c < C; ++c) {
           float sum = 0;
-          for (int r = 0; r < number; ++r) sum += static_cast<float>(rows[(s + r) * C + c]);
+          for (int r = 0; r < number; ++r)
+            sum += static_cast<float>(rows[(s + r) * C + c]) - from[c];
           mean[c] += sum;
         }
       });
@@ -130,7 +140,7 @@ INLINE void frames_moments(const T* all, const Shape& shape, int64_t begin, int6
         for (int64_t c = 0; c < C; ++c) {
           float sum = 0;
           for (int r = 0; r < number; ++r) {
-            const float centred = static_cast<float>(rows[(s + r) * C + c]) - mean[c];
+            const float centred = static_cast<float>(rows[(s + r) * C + c]) - from[c] - mean[c];
             sum += centred * centred;
           }
           squares[c] += sum;
@@ -351,14 +361,18 @@ void over_frames(const Shape& shape, const Work& work) {
 
 void moments_op(Tensor x, Tensor mean, Tensor var) {
   const Shape shape = shape_of(x);
+  STD_TORCH_CHECK(x.numel() > 0, "an empty video has no statistics");
   const int64_t num_statistics = shape.T * shape.C;
   float *means = result(mean, num_statistics), *vars = result(var, num_statistics);
-  std::vector<float> partial(shape.B * num_statistics * 2);
+  std::vector<float> partial(shape.B * num_statistics * 2), origins(num_statistics);
   with_type_of(x, [&](auto like) {
     const auto* values = as_x<decltype(like)>(x, "x", x);
     over_frames(shape, [&](int64_t begin, int64_t end) {
       moments(values, shape, begin, end, partial.data());
     });
+    for (int64_t t = 0; t < shape.T; ++t)
+      for (int64_t c = 0; c < shape.C; ++c)
+        origins[t * shape.C + c] = static_cast<float>(origin(values, shape, t)[c]);
   });
   for (int64_t t = 0; t < shape.T; ++t) {
     float *own_mean = means + t * shape.C, *own_var = vars + t * shape.C;
@@ -368,7 +382,10 @@ void moments_op(Tensor x, Tensor mean, Tensor var) {
       const float* frame = partial.data() + (b * shape.T + t) * 2 * shape.C;
       merge(own_mean, own_var, frame, frame + shape.C, b * shape.S, shape.S, shape.C);
     }
-    for (int64_t c = 0; c < shape.C; ++c) own_var[c] /= static_cast<float>(shape.B * shape.S);
+    for (int64_t c = 0; c < shape.C; ++c) {
+      own_mean[c] += origins[t * shape.C + c];
+      own_var[c] /= static_cast<float>(shape.B * shape.S);
+    }
   }
 }
 

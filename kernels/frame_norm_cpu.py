@@ -29,9 +29,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why "auto" does not run it where it can."""
-    if device.type != "cpu":
-        return f"tensors are on {device.type}, not on the CPU"
-    return "torch.compile fuses PyTorch's passes" if torch.compiler.is_compiling() else None
+    return None if device.type == "cpu" else f"tensors are on {device.type}, not on the CPU"
 
 
 def moments(x_BTSC: Tensor) -> tuple[Tensor, Tensor]:
