@@ -1,8 +1,8 @@
 """The passes of `kernels.frame_norm` in C++ for a CPU: csrc/, where it has been built.
 
 Names, arguments and results are those of `frame_norm_pytorch`; x is fp32, fp16 or bf16. Every pass
-reads x once: forward and backward together twice and, in what a convolution keeps, three times,
-where PyTorch's operators read and write values of x's size some twenty times.
+reads x once. Of values of x's size, forward and backward read and write eight; the operators of
+`frame_norm_pytorch` 32.
 """
 
 from typing import Any

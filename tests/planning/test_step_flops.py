@@ -6,6 +6,7 @@ import pytest
 
 import kernels
 from engine.configuration import load_config
+from engine.planning.counters import FROZEN
 from engine.planning.forward_flops import count_forward, count_frozen
 from engine.planning.meta_step import MetaStep
 
@@ -64,6 +65,15 @@ def test_frozen_stages() -> None:
     assert count_frozen(reused, 3) == pytest.approx(2 * video, rel=1e-4)
     banked = load_config(CONFIGS / "bdd100k.yaml", [bank(3)])
     assert count_frozen(banked, 3) == pytest.approx(share * video, rel=1e-4)
+
+
+@pytest.mark.parametrize("bank", ["null", "{num_videos: 64, refresh_every: 8}"])
+def test_a_step_counts_whole_videos_for_a_bank_only(bank: str) -> None:
+    config = load_config(CONFIGS / "sample.yaml", [f"stages.2.training.sample_bank={bank}"])
+    update = MetaStep(config, 2).run().updates["D"]
+    counted = update.flops[FROZEN] / config.stages[2].training.micro_batch / 1e12
+    videos = 3.0 if bank == "null" else 64 / 8 / config.stages[2].training.global_batch
+    assert counted == pytest.approx(count_frozen(config, 2) / videos, rel=1e-6)
 
 
 @pytest.mark.parametrize(("stage_number", "teraflops"), [(1, 19.25), (2, 10.79)])
