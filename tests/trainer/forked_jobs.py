@@ -17,17 +17,20 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 from shared_batch import frames_shared, make_sharing
 from small_runs import free_port
+from torch import Tensor
 
 from engine.configuration import load_config
 from engine.models.layers import divided_one_by_one
 from engine.train import main
-from engine.trainer import stage_run  # noqa: F401 — imports DeepSpeed before the ranks fork
+from engine.trainer import adam, stage_run  # noqa: F401 — imports DeepSpeed before the ranks fork
 from engine.trainer.deepspeed_engines import whole_state
 from engine.trainer.ranks import Ranks
+from engine.trainer.step import Trainer
 
 
 def train(*runs: list[str]) -> None:
@@ -40,30 +43,38 @@ def train(*runs: list[str]) -> None:
 
 
 def share(config_file: str, *runs: dict[str, Any]) -> None:
-    """Two steps of ranks that share one global batch; their measures and weights in a file.
+    """Two steps of ranks that share one global batch; measures and weights, also before, in a file.
 
     A run has a `stage`, `overrides` of the configuration and the `file`; and whether every layer
     divides its own weight, `one_by_one`, as ZeRO-3 has it always.
+
+    Adam's ε is 1, so that a weight moves by about lr times its gradient. With a small one it moves
+    by lr however small the gradient is, also where that is nothing but rounding.
     """
     ranks = Ranks.from_environment()
     ranks.connect()
     for run in runs:
         config = load_config(config_file, run["overrides"])
         training = config.stages[run["stage"]].training
-        trainer = make_sharing(ranks, config, run["stage"])
+        with mock.patch.object(adam, "EPSILON", 1.0):
+            trainer = make_sharing(ranks, config, run["stage"])
         division = divided_one_by_one() if run["one_by_one"] else contextlib.nullcontext()
+        before = whole_weights(trainer, training.zero_stage, keep=ranks.is_main)
         with frames_shared(ranks, training.micro_batch), division:
             measures = [trainer.train_step() for _ in range(2)]
-        weights = {
-            name: whole_state(network, zero_stage=training.zero_stage, keep=ranks.is_main)
-            for name, network in (
-                ("G", trainer.g_engine.module),
-                ("D", trainer.d_engine.module),
-            )
-        }
+        weights = whole_weights(trainer, training.zero_stage, keep=ranks.is_main)
         if ranks.is_main:
-            torch.save({"measures": measures, "weights": weights}, run["file"])
+            found = {"measures": measures, "before": before, "weights": weights}
+            torch.save(found, run["file"])
     ranks.disconnect()
+
+
+def whole_weights(trainer: Trainer, zero_stage: int, *, keep: bool) -> dict[str, dict[str, Tensor]]:
+    """Copies of both networks' states on the ranks that keep them; all ranks call this."""
+    return {
+        name: whole_state(engine.module, zero_stage=zero_stage, keep=keep)
+        for name, engine in (("G", trainer.g_engine), ("D", trainer.d_engine))
+    }
 
 
 JOBS: dict[str, Callable[..., None]] = {"train": train, "share": share}
