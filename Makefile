@@ -4,7 +4,7 @@
 # make clean  remove the environment, the caches and what the demo made (other runs and data stay)
 #
 # Needs Python 3.11 or newer and a C++ compiler, nothing else. The environment is made in .venv
-# on first use and again when setup.py, constraints.txt or csrc/ changes.
+# on first use and again when setup.py or constraints.txt changes; csrc/ is built when it changes.
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadfile
@@ -13,20 +13,21 @@ DEMO_ARGS ?=
 # Paths are relative throughout: the checkout may lie in a folder with spaces in its name.
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
+BUILT := .venv/.built
 INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint clean help
 .DELETE_ON_ERROR:
 
-demo: $(INSTALLED)
+demo: $(BUILT)
 	@$(RUN) -m engine.demo $(DEMO_ARGS)
 
 # One torch thread per worker: more only make the workers wait for each other. A file's tests go to
 # one worker, so that fixtures which take minutes are made once.
-test: $(INSTALLED)
+test: $(BUILT)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests $(PYTEST_ARGS)
 
-lint: $(INSTALLED)
+lint: $(BUILT)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
@@ -39,8 +40,13 @@ clean:
 	rm -rf kernels/_csrc*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# An installation, if it is what changed, has built csrc/ too.
+$(BUILT): $(INSTALLED) $(wildcard csrc/*)
+	@$(if $(filter $(INSTALLED),$?),,echo "Building csrc/" && $(RUN) setup.py -q build_ext --inplace)
+	@touch $@
+
 # torch comes first and the rest is built without isolation, because DeepSpeed's build imports it.
-$(INSTALLED): setup.py constraints.txt $(wildcard csrc/*)
+$(INSTALLED): setup.py constraints.txt
 	@command -v "$(PYTHON)" > /dev/null || \
 	  { echo "$(PYTHON) was not found; install Python 3.11 or newer, or: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -84,27 +84,6 @@ def find_cxx() -> list[str] | None:
     return command if command and shutil.which(command[0]) else None
 
 
-def extensions() -> list[Extension]:
-    """What of csrc/ can be built; for what cannot, a line that says so."""
-    cpu = library("_csrc_cpu", ["csrc/frame_norm.cpp"], [])
-    cuda = library(
-        "_csrc", ["csrc/operators.cpp", "csrc/power_iteration.cu"], ["csrc/power_iteration.h"]
-    )
-    if find_spec("torch") is None:
-        print("ssw-gan: no torch found, csrc/ is not built; kernels run as Triton or PyTorch")
-        return []
-    found = []
-    for extension, compiler, which, instead in (
-        (cpu, find_cxx(), "C++ compiler", "PyTorch runs on CPUs"),
-        (cuda, find_nvcc(), "nvcc", "Triton or PyTorch runs on GPUs"),
-    ):
-        if compiler is None:
-            print(f"ssw-gan: no {which} found, {extension.name} is not built; {instead}")
-        else:
-            found.append(extension)
-    return found
-
-
 def library(name: str, sources: list[str], headers: list[str]) -> Extension:
     """kernels/`name`.abi3.so: it holds no Python at all, so one file serves every version."""
     return Extension(
@@ -112,13 +91,47 @@ def library(name: str, sources: list[str], headers: list[str]) -> Extension:
     )
 
 
+LIBRARIES = {
+    "cpu": library("_csrc_cpu", ["csrc/frame_norm.cpp"], []),
+    "cuda": library(
+        "_csrc", ["csrc/operators.cpp", "csrc/power_iteration.cu"], ["csrc/power_iteration.h"]
+    ),
+}
+
+
+def what_can_be_built() -> list[Extension]:
+    """Among `LIBRARIES`; for what cannot be, a line that says so."""
+    if find_spec("torch") is None:
+        print("ssw-gan: no torch found, csrc/ is not built; kernels run as Triton or PyTorch")
+        return []
+    found = []
+    for device, compiler, which, instead in (
+        ("cpu", find_cxx(), "C++ compiler", "PyTorch runs on CPUs"),
+        ("cuda", find_nvcc(), "nvcc", "Triton or PyTorch runs on GPUs"),
+    ):
+        if compiler is None:
+            name = LIBRARIES[device].name
+            print(f"ssw-gan: no {which} found, {name} is not built; {instead}")
+        else:
+            found.append(LIBRARIES[device])
+    return found
+
+
 class BuildForTorch(build_ext):
     """Builds libraries that torch loads, which are no Python modules."""
+
+    def run(self) -> None:
+        """What cannot be built is not there: an older library would go on running unnoticed."""
+        for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        self.extensions = what_can_be_built()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         """One call of a compiler, against the headers and libraries of the torch that is there."""
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         torch = Path(next(iter(find_spec("torch").submodule_search_locations)))
         paths = [f"-I{torch / 'include'}", f"-L{torch / 'lib'}", "-ltorch_cpu"]
         is_cuda = any(source.endswith(".cu") for source in ext.sources)
@@ -141,6 +154,6 @@ setup(
     packages=find_packages(include=["engine", "engine.*", "kernels", "kernels.*"]),
     install_requires=REQUIREMENTS,
     extras_require={"test": TEST, "dev": TEST + DEV},
-    ext_modules=extensions(),
+    ext_modules=list(LIBRARIES.values()),
     cmdclass={"build_ext": BuildForTorch},
 )

@@ -1,10 +1,11 @@
 // kernels.frame_norm on a CPU: every pass reads x once.
 // Equations, names and shapes are those of kernels/frame_norm.py: rows [B, T, S, C], contiguous, in
-// fp32, bf16 or fp16; statistics [T, C], gain and bias [B, t, C], in fp32; arithmetic in fp32.
+// fp32, bf16 or fp16; statistics [T, C], gain and bias [B, t, C], in fp32; arithmetic in fp32, and
+// in fp64 where blocks of rows come together.
 //
 // A frame, [S, C], is one thread's work, and every channel's sums are taken in one order: the bits
 // do not depend on the number of threads, and are the same with SSE2 and with AVX2 (checked by hand;
-// AVX-512 has not been run). Memory is the caller's.
+// AVX-512 has not been run). Results are the caller's to allocate.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -37,8 +38,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows whose values are summed plainly: errors grow with them, and with how many such sums there
-// are, but not with the product.
+// Rows whose values are summed in fp32: with them errors grow, and not with the number of blocks,
+// which are summed in fp64.
 constexpr int64_t kBlockRows = 64;
 // As ATen: fewer values are not worth a thread.
 constexpr int64_t kGrain = 32768;
@@ -91,42 +92,39 @@ INLINE void by_fours(int64_t count, const Add& add) {
   for (; s < count; ++s) add(s, std::integral_constant<int, 1>{});
 }
 
-// Mean and sum of squared deviations of the rows so far, and of `count` more (Chan et al. 1983).
-INLINE void merge(float* __restrict mean, float* __restrict squares,
-                  const float* __restrict more_mean, const float* __restrict more_squares,
+// Means and sums of squared deviations of the rows so far, each [C], and of `count` more (Chan et
+// al. 1983). In fp64: where |mean| is large against std, fp32 would round means by more than they
+// differ, and a running mean would stand still where blocks move it by less than a rounding.
+INLINE void merge(double* __restrict mean, double* __restrict squares,
+                  const double* __restrict more_mean, const double* __restrict more_squares,
                   int64_t seen, int64_t count, int64_t C) {
-  const float share = static_cast<float>(count) / static_cast<float>(seen + count);
-  const float weight = static_cast<float>(seen) * share;
+  const double share = static_cast<double>(count) / static_cast<double>(seen + count);
+  const double weight = static_cast<double>(seen) * share;
   for (int64_t c = 0; c < C; ++c) {
-    const float delta = more_mean[c] - mean[c];
+    const double delta = more_mean[c] - mean[c];
     mean[c] += delta * share;
     squares[c] += more_squares[c] + delta * delta * weight;
   }
 }
 
-// Sums are of x less the first pixel's value in the time step's first frame: where |mean| is large
-// against std, means of blocks would be rounded by more than they differ.
-template <class T>
-INLINE const T* origin(const T* all, const Shape& shape, int64_t t) {
-  return all + t * shape.frame();
-}
-
-// partial: [B, T, 2, C], a frame's mean, less the origin, and sum of squared deviations.
+// partial: [B, T, 2, C], a frame's mean and sum of squared deviations.
 template <class T>
 INLINE void frames_moments(const T* all, const Shape& shape, int64_t begin, int64_t end,
-                           float* partial) {
+                           double* partial) {
   const int64_t C = shape.C;
-  std::vector<float> block(3 * C);
-  float *__restrict mean = block.data(), *__restrict squares = mean + C;
+  std::vector<float> sums(3 * C);
+  float *__restrict mean = sums.data(), *__restrict squares = mean + C;
   float* __restrict from = squares + C;
+  std::vector<double> block(2 * C);
   for (int64_t frame = begin; frame < end; ++frame) {
-    const T *x = all + frame * shape.frame(), *first_pixel = origin(all, shape, frame % shape.T);
-    for (int64_t c = 0; c < C; ++c) from[c] = static_cast<float>(first_pixel[c]);
-    float* own = partial + frame * 2 * C;
-    std::fill_n(own, 2 * C, 0.0f);
+    const T* x = all + frame * shape.frame();
+    double* own = partial + frame * 2 * C;
+    std::fill_n(own, 2 * C, 0.0);
     for (int64_t first = 0; first < shape.S; first += kBlockRows) {
       const int64_t count = std::min(kBlockRows, shape.S - first);
       const T* __restrict rows = x + first * C;
+      // Sums are of x less the block's first row: the rest is small where |mean| is not.
+      for (int64_t c = 0; c < C; ++c) from[c] = static_cast<float>(rows[c]);
       std::fill_n(mean, 2 * C, 0.0f);
       by_fours(count, [&](int64_t s, auto number) INLINE_LAMBDA {
         for (int64_t c = 0; c < C; ++c) {
@@ -147,7 +145,11 @@ INLINE void frames_moments(const T* all, const Shape& shape, int64_t begin, int6
           squares[c] += sum;
         }
       });
-      merge(own, own + C, mean, squares, first, count, C);
+      for (int64_t c = 0; c < C; ++c) {
+        block[c] = static_cast<double>(from[c]) + static_cast<double>(mean[c]);
+        block[C + c] = static_cast<double>(squares[c]);
+      }
+      merge(own, own + C, block.data(), block.data() + C, first, count, C);
     }
   }
 }
@@ -199,13 +201,13 @@ INLINE void frames_sums(const T* all_dy, const T* all, const Scaling& by, bool r
   Coefficients of(C);
   std::vector<float> block(2 * C);
   float *__restrict first_sum = block.data(), *__restrict second_sum = first_sum + C;
+  std::vector<double> total(2 * C);
   for (int64_t frame = begin; frame < end; ++frame) {
     of.set(by, shape, frame);
     const float *__restrict mean = of.mean, *__restrict bias = of.bias;
     const float* __restrict scale = of.scale.data();
     float *s1 = sums + frame * C, *s2 = s1 + shape.B * shape.T * C;
-    std::fill_n(s1, C, 0.0f);
-    std::fill_n(s2, C, 0.0f);
+    std::fill(total.begin(), total.end(), 0.0);
     for (int64_t first = 0; first < shape.S; first += kBlockRows) {
       const int64_t count = std::min(kBlockRows, shape.S - first);
       const int64_t offset = frame * shape.frame() + first * C;
@@ -225,10 +227,12 @@ INLINE void frames_sums(const T* all_dy, const T* all, const Scaling& by, bool r
           second_sum[c] += product_sum;
         }
       });
-      for (int64_t c = 0; c < C; ++c) s1[c] += first_sum[c];
-      for (int64_t c = 0; c < C; ++c) s2[c] += second_sum[c];
+      for (int64_t i = 0; i < 2 * C; ++i) total[i] += static_cast<double>(block[i]);
     }
-    for (int64_t c = 0; c < C; ++c) s2[c] *= of.rstd[c];
+    for (int64_t c = 0; c < C; ++c) {
+      s1[c] = static_cast<float>(total[c]);
+      s2[c] = static_cast<float>(total[C + c] * of.rstd[c]);
+    }
   }
 }
 
@@ -243,24 +247,33 @@ INLINE void frames_dx(const T* all_dy, const T* all, const Scaling& by, const fl
   float *__restrict offset = shared.data(), *__restrict slope = offset + C;
   for (int64_t frame = begin; frame < end; ++frame) {
     of.set(by, shape, frame);
-    if (terms != nullptr) {
-      const float *first = terms + frame % shape.T * C, *second = first + shape.T * C;
-      for (int64_t c = 0; c < C; ++c) {
-        offset[c] = first[c] * of.rstd[c];
-        slope[c] = second[c] * of.rstd[c] * of.rstd[c];
-      }
-    }
     const float *__restrict mean = of.mean, *__restrict bias = of.bias;
     const float* __restrict scale = of.scale.data();
     const T* __restrict x = all + frame * shape.frame();
     const T* __restrict dy = all_dy + frame * shape.frame();
     T* __restrict dx = results + frame * shape.frame();
+    const auto scaled = [&](int64_t i, int64_t c, float centred) INLINE_LAMBDA {
+      return passed(dy[i], centred, scale[c], bias[c], closed) * scale[c];
+    };
+    if (terms == nullptr) {
+      for (int64_t first = 0; first < shape.frame(); first += C)
+        for (int64_t c = 0; c < C; ++c) {
+          const int64_t i = first + c;
+          dx[i] = static_cast<T>(scaled(i, c, static_cast<float>(x[i]) - mean[c]));
+        }
+      continue;
+    }
+    const float* first_term = terms + frame % shape.T * C;
+    const float* second_term = first_term + shape.T * C;
+    for (int64_t c = 0; c < C; ++c) {
+      offset[c] = first_term[c] * of.rstd[c];
+      slope[c] = second_term[c] * of.rstd[c] * of.rstd[c];
+    }
     for (int64_t first = 0; first < shape.frame(); first += C)
       for (int64_t c = 0; c < C; ++c) {
         const int64_t i = first + c;
         const float centred = static_cast<float>(x[i]) - mean[c];
-        const float g = passed(dy[i], centred, scale[c], bias[c], closed);
-        dx[i] = static_cast<T>(g * scale[c] - (centred * slope[c] + offset[c]));
+        dx[i] = static_cast<T>(scaled(i, c, centred) - (centred * slope[c] + offset[c]));
       }
   }
 }
@@ -268,7 +281,7 @@ INLINE void frames_dx(const T* all_dy, const T* all, const Scaling& by, const fl
 // The passes in the forms that are compiled for every CPU, which a template cannot be.
 #define PASSES(T)                                                                                  \
   FOR_EVERY_CPU void moments(const T* x, const Shape& shape, int64_t begin, int64_t end,           \
-                             float* partial) {                                                     \
+                             double* partial) {                                                    \
     frames_moments(x, shape, begin, end, partial);                                                 \
   }                                                                                                \
   FOR_EVERY_CPU void normalize(const T* x, const Scaling& by, const T* residual, bool relu,        \
@@ -365,27 +378,24 @@ void moments_op(Tensor x, Tensor mean, Tensor var) {
   STD_TORCH_CHECK(x.numel() > 0, "an empty video has no statistics");
   const int64_t num_statistics = shape.T * shape.C;
   float *means = result(mean, num_statistics), *vars = result(var, num_statistics);
-  std::vector<float> partial(shape.B * num_statistics * 2), origins(num_statistics);
+  std::vector<double> partial(shape.B * num_statistics * 2);
   with_type_of(x, [&](auto like) {
     const auto* values = as_x<decltype(like)>(x, "x", x);
     over_frames(shape, [&](int64_t begin, int64_t end) {
       moments(values, shape, begin, end, partial.data());
     });
-    for (int64_t t = 0; t < shape.T; ++t)
-      for (int64_t c = 0; c < shape.C; ++c)
-        origins[t * shape.C + c] = static_cast<float>(origin(values, shape, t)[c]);
   });
+  std::vector<double> all(2 * shape.C);
+  double *mean_C = all.data(), *squares_C = mean_C + shape.C;
   for (int64_t t = 0; t < shape.T; ++t) {
-    float *own_mean = means + t * shape.C, *own_var = vars + t * shape.C;
-    std::fill_n(own_mean, shape.C, 0.0f);
-    std::fill_n(own_var, shape.C, 0.0f);
+    std::fill_n(mean_C, 2 * shape.C, 0.0);
     for (int64_t b = 0; b < shape.B; ++b) {
-      const float* frame = partial.data() + (b * shape.T + t) * 2 * shape.C;
-      merge(own_mean, own_var, frame, frame + shape.C, b * shape.S, shape.S, shape.C);
+      const double* frame = partial.data() + (b * shape.T + t) * 2 * shape.C;
+      merge(mean_C, squares_C, frame, frame + shape.C, b * shape.S, shape.S, shape.C);
     }
     for (int64_t c = 0; c < shape.C; ++c) {
-      own_mean[c] += origins[t * shape.C + c];
-      own_var[c] /= static_cast<float>(shape.B * shape.S);
+      means[t * shape.C + c] = static_cast<float>(mean_C[c]);
+      vars[t * shape.C + c] = static_cast<float>(squares_C[c] / (shape.B * shape.S));
     }
   }
 }

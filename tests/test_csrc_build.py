@@ -114,6 +114,9 @@ def test_the_library_for_a_cpu_is_there() -> None:
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path: Path) -> None:
+    older = tmp_path / "kernels" / csrc_libraries.CPU.name
+    older.parent.mkdir()
+    older.touch()
     done = build(tmp_path, CUDA_HOME=str(tmp_path), CXX="no-such-compiler")
     assert [line for line in done.stdout.splitlines() if "ssw-gan" in line] == [
         "ssw-gan: no C++ compiler found, kernels._csrc_cpu is not built; PyTorch runs on CPUs",
@@ -128,9 +131,14 @@ def test_a_compiler_that_fails_stops_no_installation(tmp_path: Path) -> None:
     compiler = home / "bin" / "nvcc"
     compiler.write_text("#!/bin/sh\nexit 3\n")
     compiler.chmod(0o755)
+    for library in (csrc_libraries.CPU, csrc_libraries.CUDA):
+        older = tmp_path / "kernels" / library.name
+        older.parent.mkdir(exist_ok=True)
+        older.touch()
     done = build(tmp_path, CUDA_HOME=str(home), CXX=str(compiler))
     assert (done.stdout + done.stderr).count("csrc/ is not built: ") == 2
     assert "exit status 3" in done.stdout + done.stderr
+    # Nor is an older one left, which would go on running instead of what csrc/ now says.
     assert not list(tmp_path.glob("**/*.so"))
 
 

@@ -130,8 +130,10 @@ class ClipGenerator(GeneratorTrunk):
     ) -> Tensor:
         """Returns [B, num_frames, 3, resolution, resolution] in [-1, 1], fp32.
 
-        With `frames_BW` only these frames of each sample's clip, [B, W, 3, ...].
+        With `frames_BW` only these frames of each sample's clip, [B, W, 3, ...]. Raises UserError
+        where norm statistics are fixed for another number of frames.
         """
+        self.norm.check_length(num_frames)  # a norm that sees some frames only cannot
         if frames_BW is None or self.can_leave_frames_out:
             return self.synthesize(z_BZ, labels_B, num_frames, None, frames_BW)
         video = Features(self.synthesize(z_BZ, labels_B, num_frames, None))

@@ -68,11 +68,7 @@ class FrameNorm(nn.Module):
         if frames_BT is not None:
             gain, bias, statistics = self._of_frames(gain, bias, frames_BT)
         elif self.mean is not None and self.var is not None:
-            if len(self.mean) != x_BTCHW.shape[1]:
-                raise UserError(
-                    f"norm statistics are fixed for {len(self.mean)} frames, but the video has "
-                    f"{x_BTCHW.shape[1]}; collect them again at that length"
-                )
+            self.check_length(x_BTCHW.shape[1])
             statistics = self.mean, self.var
         elif self._accumulated is not None:
             statistics = kernels.frame_statistics(x_BTCHW)
@@ -93,6 +89,14 @@ class FrameNorm(nn.Module):
         shift_BTC = bias_BC[:, None] - self.mean[frames_BT] * scale_BTC
         none_TC = torch.zeros_like(scale_BTC[0])
         return scale_BTC, shift_BTC, (none_TC, none_TC + (1 - EPSILON))
+
+    def check_length(self, num_frames: int) -> None:
+        """Raises UserError where statistics are fixed for videos of another length."""
+        if self.mean is not None and len(self.mean) != num_frames:
+            raise UserError(
+                f"norm statistics are fixed for {len(self.mean)} frames, but the video has "
+                f"{num_frames}; collect them again at that length"
+            )
 
     @property
     def takes_moments(self) -> bool:

@@ -1,7 +1,7 @@
 """A bank of the frozen stages' samples: later stages take windows of videos drawn ahead.
 
 Frozen stages generate the same distribution all along, so a video may serve many windows. Without
-a bank every update makes them generate anew: for stage 2 of Kinetics three times 2.7 TFLOP per
+a bank every update makes them generate anew: for stage 2 of Kinetics three times 2.5 TFLOP per
 sample and iteration, beside 9.6 for the rest of the step.
 
 Decided, where the paper has no bank:

@@ -20,6 +20,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FORMS = ("pytorch", "triton") if CUDA else ("pytorch", "triton", *CPU_FORMS)
 DTYPES = (torch.float32, torch.float16)
+TYPED_FORMS = [
+    *((form, dtype) for form in FORMS for dtype in DTYPES),
+    *((form, torch.bfloat16) for form in FORMS if CUDA or form != "triton"),
+]
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
 # [B, T, C, H, W]; tiles are 2048 values, 64 pixels of 32 channels or 16 of 128.
@@ -143,9 +147,8 @@ def assert_as_good_as_reference(case: Case, impl: str) -> None:
         assert error <= 2 * usual + allowed[name], f"{name}: {error} against {usual}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize(("impl", "dtype"), TYPED_FORMS, ids=str)
 def test_sizes(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_good_as_reference(draw(shape, dtype), impl)
 
@@ -154,22 +157,22 @@ OPTIONS = ("gain_per_frame", "bias_per_frame", "residual", "given_statistics", "
 
 
 @pytest.mark.parametrize("options", [dict.fromkeys([o], o != "relu") for o in OPTIONS], ids=str)
-@pytest.mark.parametrize("impl", FORMS)
-def test_each_option(impl: str, options: dict[str, bool]) -> None:
-    assert_as_good_as_reference(draw((2, 3, 5, 3, 4), torch.float32, **options), impl)
+@pytest.mark.parametrize(("impl", "dtype"), TYPED_FORMS, ids=str)
+def test_each_option(impl: str, dtype: torch.dtype, options: dict[str, bool]) -> None:
+    assert_as_good_as_reference(draw((2, 3, 5, 3, 4), dtype, **options), impl)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 3, 70, 9, 9))),
-    dtype=st.sampled_from(DTYPES),
-    impl=st.sampled_from(FORMS),
+    form=st.sampled_from(TYPED_FORMS),
     options=st.fixed_dictionaries(dict.fromkeys(OPTIONS, st.booleans())),
     seed=st.integers(0, 1000),
 )
 def test_drawn(
-    shape: tuple[int, ...], dtype: torch.dtype, impl: str, options: dict[str, bool], seed: int
+    shape: tuple[int, ...], form: tuple[str, torch.dtype], options: dict[str, bool], seed: int
 ) -> None:
+    impl, dtype = form
     assert_as_good_as_reference(draw(shape, dtype, seed=seed, **options), impl)
 
 
@@ -187,6 +190,23 @@ def test_statistics(impl: str) -> None:
     # 100 is rounded to 2⁻¹⁸: means and centred values err by that, the variance by twice it.
     for got, exact in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=2**-17, atol=2**-17)
+
+
+@pytest.mark.parametrize("first", [0.0, 10.0, 1000.0])
+@pytest.mark.parametrize("impl", FORMS)
+def test_statistics_of_frames_whose_first_pixel_is_not_typical(impl: str, first: float) -> None:
+    """Zero padding makes corners that are not; sums must not be of what is far from the others.
+
+    Eight roundings of the largest of the values that are added, each as part of their sum.
+    """
+    x = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x[..., 0, 0] = first
+    exact = x.double()
+    mean, var = kernels.frame_statistics(x, impl=impl)
+    std = exact.var((0, 3, 4), correction=0).sqrt()
+    rounding = 8 * 2**-24
+    assert ((mean - exact.mean((0, 3, 4))) / std).abs().max() <= rounding
+    assert (var / std.square() - 1).abs().max() <= rounding
 
 
 @pytest.mark.parametrize("impl", FORMS)
@@ -232,6 +252,16 @@ def test_nan_is_not_hidden_by_the_relu(impl: str) -> None:
     for name in ("y", "dx"):
         assert got[name][:, :, 1].isnan().all()
         assert got[name][:, :, [0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("impl", FORMS)
+def test_given_statistics_take_no_gradient_from_the_value(impl: str, value: float) -> None:
+    """dx is scale·dy, whatever x is."""
+    case = draw((2, 1, 4, 3, 3), torch.float32, given_statistics=True, relu=False)
+    x = case.x.clone()
+    x[0, 0, 1, 2, 2] = value
+    assert torch.equal(run(replace(case, x=x), impl)["dx"], run(case, impl)["dx"])
 
 
 def test_an_empty_video() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.configuration import Config, config_from_tree
+from engine.errors import UserError
 from engine.models import (
     Cascade,
     ClipGenerator,
@@ -173,6 +174,17 @@ def test_windows_are_those_of_whole_clips_where_statistics_are_fixed(temporal: s
     starts = draw_window_starts(2, 5, 3, torch.Generator().manual_seed(5))
     torch.testing.assert_close(window, take_windows(whole, starts, 3), rtol=0, atol=1e-5)
     assert num_frames == [3 if temporal == "conv_gru" else 5]
+
+
+def test_windows_of_one_unit_refuse_statistics_of_another_length() -> None:
+    """No norm of it sees the whole clip."""
+    raw = tree()
+    raw["stages"][1]["generator"]["multipliers"] = [2]
+    settings = config_from_tree(raw, "test")
+    stages, zs = Cascade([build_generator(settings, 1)], settings), latents(1)
+    collect_statistics(stages, lambda i: stages.generate(zs, LABELS, 9), 1)
+    with pytest.raises(UserError, match="fixed for 9 frames, but the video has 5"):
+        stages.sample_window(2, zs, LABELS)
 
 
 def test_windows_of_stage_3_come_through_stage_2() -> None:
