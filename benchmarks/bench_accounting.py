@@ -20,14 +20,16 @@ def leave_out_stage_1_if_quick(session: Session, stage_number: int) -> None:
 
 
 @pytest.mark.parametrize("stage_number", [1, 2])
-def test_executed_flops(session: Session, stage_number: int) -> None:
-    """Two D updates and one G update of one sample."""
+@pytest.mark.parametrize("time_pooled", [False, True], ids=["time kept", "time pooled"])
+def test_executed_flops(session: Session, stage_number: int, time_pooled: bool) -> None:
+    """Two D updates and one G update of one sample; either reading of D's volumetric pooling."""
     leave_out_stage_1_if_quick(session, stage_number)
-    config = kinetics(reduced=False)
+    key = f"stages.{stage_number}.discriminators.pool_time={str(time_pooled).lower()}"
+    config = load_config(KINETICS, [key])
     ours = count_forward(config, stage_number).step
     with kernels.use("reference"):
         plain = count_forward(config, stage_number).step
-    name = f"Kinetics-600 stage {stage_number}"
+    name = f"Kinetics-600 stage {stage_number}" + ", pool_time" * time_pooled
     session.count("executed per step and sample", name, plain=plain, ours=ours, unit="TFLOP")
 
 

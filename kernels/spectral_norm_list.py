@@ -15,7 +15,9 @@ since the network lies between; the form for single weights (6·N and 10·N if W
 cache) pays with two launches for each. FLOPs 4·N and 6·N.
 
 Implementations: "triton" (two launches forward and two backward, for fp32 weights), "pytorch" (the
-closed form in few calls), "reference".
+closed form in few calls), "reference". Decided: unlike the power iteration it is not in CUDA C++
+too. It is elementwise but for one sum per weight, in as few launches either way; a GPU's timing
+may say otherwise.
 """
 
 from collections.abc import Sequence

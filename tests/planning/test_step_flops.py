@@ -33,7 +33,8 @@ FOLDED = {
 def test_step(stage_number: int, time_pooled: bool) -> None:
     """Both readings of the paper's "average pooling" in volumetric blocks.
 
-    Stage 1 also gains what its ConvGRU leaves out: 55 of the 306 GFLOP in G.
+    Stage 1 also gains what its ConvGRU leaves out: 55 of the 306 GFLOP in G. The limits are for the
+    networks whose plain counts, 17.2 and 11.3, they were set beside: those that pool time.
     """
     key = f"stages.{stage_number}.discriminators.pool_time={str(time_pooled).lower()}"
     config = load_config(CONFIGS / "kinetics600.yaml", [key])
@@ -44,6 +45,8 @@ def test_step(stage_number: int, time_pooled: bool) -> None:
         step, networks = table[stage_number, time_pooled]
         assert round(counted.step, 2) == step
         assert tuple(round(gigaflops, 1) for gigaflops in counted) == networks
+    if time_pooled:
+        assert folded.step <= {1: 15.5, 2: 8.75}[stage_number]
 
 
 def test_frozen_stages() -> None:
