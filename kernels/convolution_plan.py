@@ -97,11 +97,6 @@ def configurations() -> Iterator[tuple[str, Config, bool]]:
             yield "fp32", config, masked
 
 
-def transposed(weight_OthwI: Tensor) -> Tensor:
-    """The weight [I, kt, kh, kw, O] whose convolution is the gradient of x: taps reversed."""
-    return weight_OthwI.flip(1, 2, 3).permute(4, 1, 2, 3, 0).contiguous()
-
-
 def check_convolution(x_BTHWI: Tensor, weight_OthwI: Tensor) -> None:
     """Raises ValueError for what `convolve` cannot take."""
     _expect(x_BTHWI.ndim == 5, "x", x_BTHWI, "[B, T, H, W, I]")

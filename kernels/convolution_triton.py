@@ -10,9 +10,9 @@ as it is stored, per time step and channel, the mean and biased variance that th
 
 `convolve` is an implicit matrix product of rows (the pixels of one time step), columns (output
 channels) and kt·kh·kw·I products, so 3x1x1, 1x3x3, 1x1x1 and 3x3x3 are one kernel; taps that lie in
-the time before the first or after the last frame are left out, not multiplied by zero. With
-`transposed` weights it is also the gradient of x. `add_terms` does for a convolution computed
-elsewhere what `convolve` does before it stores: one pass that reads y and the residual.
+the time before the first or after the last frame are left out, not multiplied by zero. `add_terms`
+does for a convolution computed elsewhere what `convolve` does before it stores: one pass that reads
+y and the residual.
 
 Sums are fp32, and a value is rounded once, when it is stored. Moments go through memory and are
 merged in a fixed order, as in `kernels.frame_norm_triton`: the same inputs give the same bits.
@@ -37,7 +37,6 @@ from kernels.convolution_plan import (
     check_terms,
     configuration,
     configurations,
-    transposed,
 )
 from kernels.frame_norm_triton import (
     OPTIONS,
@@ -51,7 +50,7 @@ from kernels.frame_norm_triton import (
 from kernels.resources import Variant
 from kernels.tiling import ceil_div
 
-__all__ = ["add_terms", "convolve", "transposed", "variants"]
+__all__ = ["add_terms", "convolve", "variants"]
 
 Moments = tuple[Tensor, Tensor]
 """Mean and biased variance, each [T, O] fp32."""

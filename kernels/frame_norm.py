@@ -91,8 +91,8 @@ def frame_norm(
     and dtype of x, is added after the ReLU. `statistics` = (mean_TC, var_TC) replaces the batch's
     own: gradients reach them if they require some, and pass through them to x only if they were
     computed from x. With `group` the batch's own are those of all its ranks together, which must
-    hold batches of one size: an all-reduce of [T, C, 2] forward and one backward. `impl` as in
-    `kernels.implementation`.
+    hold batches of one size: an all-reduce of [2, T, C] forward, in fp64, and one backward. `impl`
+    as in `kernels.implementation`.
 
     Raises ValueError for shapes that do not fit, an empty video without `statistics`, and
     `statistics` together with `group`; ImplementationError for an implementation that cannot run.

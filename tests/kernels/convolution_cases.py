@@ -1,7 +1,7 @@
 """Convolutions with a norm before and terms after them, by name, for the tests of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,30 @@ IN, OUT = 5, 6
 Tensors = dict[str, Tensor]
 
 
+class Size(NamedTuple):
+    """Of x [B, T, I, H, W] and O output channels."""
+
+    B: int = B
+    T: int = T
+    I: int = IN  # noqa: E741
+    O: int = OUT  # noqa: E741
+    H: int = H
+    W: int = W
+    low: tuple[int, int, int] = (2, 2, 1)
+    """Frames of x per frame of x_l, rows and columns of x_l per row and column of x."""
+
+
 def draw(
     names: list[str],
     taps: tuple[int, ...],
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     pooling: tuple[int, int, int] = (1, 1, 1),
+    size: Size = Size(),  # noqa: B008
 ) -> Tensors:
     """Everything that `names` asks for besides x, the weights and the bias."""
     random = torch.Generator().manual_seed(seed)
+    B, T, IN, OUT, H, W, (frames, rows, columns) = size
     shapes: dict[str, tuple[int, ...]] = {
         "x": (B, T, IN, H, W),
         "weight": (OUT, *taps, IN),
@@ -38,7 +53,7 @@ def draw(
         "shortcut": (B, T, IN, H // 2, W // 2),
         "projection": (OUT, 1, 1, IN),
         "projection_bias": (OUT,),
-        "low": (B, T // 2, 3, 2 * H, W),
+        "low": (B, T // frames, 3, rows * H, columns * W),
         "low_weight": (OUT, 1, 1, 3),
         "low_bias": (OUT,),
     }
@@ -54,8 +69,9 @@ def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
     if "gain" in tensors:
         statistics = (tensors["mean"], tensors["var"]) if "mean" in tensors else None
         x = kernels.Normalized(x, tensors["gain"], tensors["shift"], statistics)
+    bias = tensors.get("bias")
     if kind == "upsample":
-        return kernels.upsample_conv(x, tensors["weight"], tensors["bias"], impl=impl)
+        return kernels.upsample_conv(x, tensors["weight"], bias, impl=impl)
     if kind in POOLINGS:
         return pooled(kind, tensors, impl)
     skip = None
@@ -67,17 +83,17 @@ def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
     terms: dict[str, Any] = {"residual_BTOHW": residual, "skip": skip}
     if kind == "separable":
         weights = tensors["weight"], tensors["spatial"]
-        return kernels.separable_conv3d(x, *weights, tensors["bias"], **terms, impl=impl)
+        return kernels.separable_conv3d(x, *weights, bias, **terms, impl=impl)
     terms |= {"relu": "relu" in kind, "impl": impl}
     if "3x3x3" in kind:
         del terms["skip"]
-        return kernels.conv3d(x, tensors["weight"], tensors["bias"], **terms)
-    return kernels.conv2d(x, tensors["weight"], tensors["bias"], **terms)
+        return kernels.conv3d(x, tensors["weight"], bias, **terms)
+    return kernels.conv2d(x, tensors["weight"], bias, **terms)
 
 
 def pooled(kind: str, tensors: Tensors, impl: str | None) -> Tensor:
     """By the public function, or by the form of the convolution that is named."""
-    operands = tensors["x"], tensors["weight"], tensors["bias"]
+    operands = tensors["x"], tensors["weight"], tensors.get("bias")
     terms: dict[str, Any] = {"residual_BTOHW": tensors.get("residual"), "impl": impl}
     public = impl in (None, "reference")
     if kind == "pool 2d":
@@ -134,15 +150,21 @@ def case(kind: str, more: list[str], **options: Any) -> Tensors:
     return draw(["x", "weight", *spatial, "bias", *more], KINDS[kind], **options)
 
 
-def gradients(function: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensors:
-    """y, and the gradient of everything from a random upstream."""
+def gradients(
+    function: Callable[[Tensors], Tensor], tensors: Tensors, *, whole: bool = False
+) -> Tensors:
+    """y, and the gradient of everything from a random upstream, of `whole` numbers if wanted."""
     leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
     y = function(leaves)
-    upstream = torch.randn(
-        y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    ).to(y)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = (in_whole_numbers(upstream) if whole else upstream).to(y)
     grads = torch.autograd.grad(y, list(leaves.values()), upstream)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def in_whole_numbers(values: Tensor) -> Tensor:
+    """Normal ones as a few small whole numbers: sums of their products are exact in any order."""
+    return (2 * values).round()
 
 
 def plain(kind: str, tensors: Tensors) -> Tensor:

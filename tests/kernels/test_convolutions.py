@@ -44,7 +44,7 @@ def naive_pool(x: Tensor) -> Tensor:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill what `empty` returns with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 

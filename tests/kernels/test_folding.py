@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from large_gpu import needs_gpu_memory
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -213,3 +214,50 @@ def test_time_is_pooled_in_pairs(impl: str) -> None:
         x, weight, bias, residual_BTOHW=residual, pooling=(2, 2, 2), impl=impl
     )
     torch.testing.assert_close(got, expected + residual, check_stride=False)
+
+
+def whole_numbers(*shape: int) -> tuple[Tensor, Tensor]:
+    """x in bf16 on a GPU, every sample and frame as the first, and the identity as a 3x3 weight.
+
+    So few bits that what is made of them below is exact, whichever way cuDNN sums it.
+    """
+    one = torch.randint(-8, 9, (1, 1, *shape[2:]), device="cuda").bfloat16()
+    one = one.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    weight = torch.zeros(shape[2], 3, 3, shape[2], device="cuda")
+    weight[:, 1, 1] = torch.eye(shape[2], device="cuda")
+    x = one.repeat(shape[0], shape[1], 1, 1, 1)
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3).requires_grad_(), weight
+
+
+@pytest.mark.gpu
+@needs_gpu_memory(32)  # y, its gradient and, shuffled, both in phases: 4.3 GB each
+@pytest.mark.parametrize("form", UPSAMPLING)
+def test_upsampling_to_more_than_2_to_the_31_values(form: str) -> None:
+    x, weight = whole_numbers(1, 129, 64, 256, 256)
+    y = UPSAMPLING[form](x, weight, torch.ones(64, device="cuda"))
+    assert y.numel() > 2**31
+    [dx] = torch.autograd.grad(y, x, y.detach())
+    for t in (0, 64, 128):
+        for quarter in (y[:, t, :, i::2, j::2] for i in (0, 1) for j in (0, 1)):
+            assert torch.equal(quarter, x[:, t] + 1)
+        assert torch.equal(dx[:, t], 4 * (x[:, t] + 1))
+
+
+@pytest.mark.gpu
+@needs_gpu_memory(32)  # x and its gradient: 4.3 GB each, and as much where cuDNN takes parts
+@pytest.mark.parametrize("pooling", [None, (1, 2, 2), (2, 2, 2)], ids=str)
+def test_pooling_more_than_2_to_the_31_values(pooling: kernels.Pooling | None) -> None:
+    """In two frames, because cuDNN takes a volume of so many values by parts of the batch."""
+    x, flat = whole_numbers(66, 2, 64, 512, 512)
+    assert x.numel() > 2**31
+    if pooling is None:
+        y = kernels.conv_pool2d(x, flat)
+    else:
+        deep = torch.stack([torch.zeros_like(flat), flat, torch.zeros_like(flat)], 1)
+        y = kernels.conv_pool3d(x, deep, pooling=pooling)
+    box = pooling or (1, 2, 2)
+    [dx] = torch.autograd.grad(y, x, y.detach())
+    for b in (0, 32, 65):
+        assert torch.equal(y[b, -1], F.avg_pool2d(x[b, -1].float(), 2).bfloat16())
+        for pixel in (dx[b, -1, :, i::2, j::2] for i in (0, 1) for j in (0, 1)):
+            assert torch.equal(pixel, y[b, -1] / (4 * box[0]))

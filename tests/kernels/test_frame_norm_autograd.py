@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -175,8 +176,23 @@ def second_derivatives(y: Tensor, leaves: list[Tensor], dy: Tensor) -> list[Tens
     return list(torch.autograd.grad(total, leaves, allow_unused=False))
 
 
+class AllReduces(TorchDispatchMode):
+    """Notes the shape and dtype of whatever is summed over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.__name__:
+            assert func is torch.ops._c10d_functional.all_reduce.default
+            self.seen.append((tuple(args[0].shape), args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
 def _compare_ranks(rank: int, store: Path) -> None:
-    """Each of two ranks holds half a batch; together they must equal the whole."""
+    """Each of two ranks holds half a batch; together they must equal the whole, by one all-reduce
+    of two numbers per frame and channel forward and one backward."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -194,6 +210,17 @@ def _compare_ranks(rank: int, store: Path) -> None:
         got += second_derivatives(y, half, dy[mine])
         for value, full in zip(got, expected, strict=True):
             torch.testing.assert_close(value, full[mine], rtol=1e-4, atol=1e-4)
+
+    one_frame = x[mine, :1]
+    for impl in FORMS:
+        half = [v.detach().requires_grad_() for v in (one_frame, gain[mine], bias[mine])]
+        with AllReduces() as forward:
+            y = kernels.frame_norm(*half, group=dist.group.WORLD, impl=impl)
+        with AllReduces() as backward:
+            torch.autograd.grad(y, half, dy[mine, :1])
+        # Mean and second moment, in fp64 because they cancel; and the gain's S1 and S2.
+        assert forward.seen == [((2, 1, 3), torch.float64)], impl
+        assert backward.seen == [((2, 1, 3), torch.float32)], impl
 
     compiled = torch.compile(kernels.frame_norm, fullgraph=True, backend="aot_eager")
     half = [v[mine].detach().requires_grad_() for v in (x, gain, bias)]

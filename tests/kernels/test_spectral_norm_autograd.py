@@ -41,6 +41,20 @@ def test_the_power_iteration_is_registered_right() -> None:
     torch.library.opcheck(OPS.power_iteration_.default, (*lists, 1, "triton"))
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_power_iteration_compiled_equals_eager(impl: str) -> None:
+    """In one graph, which writes u and v in place as eager does."""
+    (w1, u1, v1), (w2, u2, v2) = draw(5, 3, 2), draw(4, 6)
+    compiled = torch.compile(kernels.power_iteration_, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (kernels.power_iteration_, compiled):
+        us, vs = [u1.clone(), u2.clone()], [v1.clone(), v2.clone()]
+        sigma = function([w1, w2], us, vs, 2, impl=impl)
+        results.append([sigma, *us, *vs])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(us + vs, (u1, u2, v1, v2), strict=True))
+
+
 @pytest.mark.parametrize("impl", ["reference", "pytorch"])
 def test_first_and_second_derivatives(impl: str) -> None:
     """In fp64, by finite differences, u and v constant and no singular vectors at all."""
