@@ -13,7 +13,7 @@ program owns a tile of pixels by channels of one sample's frame and touches ever
 All arithmetic is fp32; offsets of samples are int64, within one frame int32 (checked).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import triton
 import triton.language as tl
@@ -234,18 +234,27 @@ def _plan(h_BHWC: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[s
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel at the tiles for many and for few channels, for `kernels.resources`."""
-    for dtype, block_c in (("bf16", 128), ("bf16", 32), ("fp32", 128)):
+    """Every kernel, at the first, a middle and the last frame, at the tiles for many and for few
+    channels, for `kernels.resources`."""
+    for dtype, block_c in (("bf16", 128), ("bf16", 64), ("bf16", 32), ("fp32", 128), ("fp32", 64)):
         tile = {"BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
         label = f"{dtype} {tile['BLOCK_S']}x{block_c}"
-        later = {"FIRST": False}
         yield _variant(reset_update_kernel, label, dtype, tile)
-        yield _variant(candidate_kernel, label, dtype, tile | later | {"KEEP": True})
-        yield _variant(candidate_grad_kernel, label, dtype, tile | later | {"LAST": False})
+        for first, keep in ((False, False), (False, True), (True, False), (True, True)):
+            flags = tile | {"FIRST": first, "KEEP": keep}
+            absent = ["candidate_h_ptr"] * first + ["c_ptr"] * (not keep)
+            at = label + " first" * first + " kept" * keep
+            yield _variant(candidate_kernel, at, dtype, flags, absent)
+        for first, last in ((False, False), (True, False), (False, True)):
+            flags = tile | {"FIRST": first, "LAST": last}
+            absent = ["h_ptr"] * first + ["dh_ptr"] * last
+            at = label + " first" * first + " last" * last
+            yield _variant(candidate_grad_kernel, at, dtype, flags, absent)
         yield _variant(reset_grad_kernel, label, dtype, tile)
 
 
-def _variant(kernel, label: str, dtype: str, constants: dict[str, int]) -> Variant:
+def _variant(kernel, label: str, dtype: str, constants, absent: Sequence[str] = ()) -> Variant:
+    constants = constants | dict.fromkeys(absent)
     types = {
         name: f"*{dtype}" if name.endswith("_ptr") else "i32"
         for name in kernel.arg_names

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.resources import Variant
+from kernels.resources import CHANNEL_TILES, Variant
 from kernels.tiling import ceil_div, next_power_of_2
 
 # A tile is TILE elements: with four warps 16 per thread, two 16-byte loads in bf16.
@@ -408,20 +408,27 @@ def dx(
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel at every tile, for `kernels.resources`."""
-    for dtype, block_c in (("bf16", 128), ("bf16", 64), ("bf16", 32), ("fp32", 128)):
+    """Every kernel at every tile, with ReLU, for `kernels.resources`."""
+    for dtype, block_c, aligned in CHANNEL_TILES:
         tile = {"BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
-        label = f"{dtype} {tile['BLOCK_S']}x{block_c}"
-        yield _variant(moments_kernel, label, dtype, tile)
-        yield _variant(normalize_kernel, label, dtype, tile | {"RELU": True, "RESIDUAL": True})
-        yield _variant(sums_kernel, label, dtype, tile | {"RELU": True})
-        yield _variant(dx_kernel, label, dtype, tile | {"RELU": True, "TERMS": True})
-    yield _variant(merge_moments_kernel, "fp32", "bf16", MERGE_TILE)
-    yield _variant(merge_sums_kernel, "bf16 gain", "bf16", MERGE_TILE)
+        label = f"{dtype} {tile['BLOCK_S']}x{block_c}" + " unaligned" * (not aligned)
+        relu = tile | {"RELU": True}
+        plain = relu | {"RESIDUAL": False, "residual_ptr": None}
+        yield _variant(moments_kernel, label, dtype, tile, aligned)
+        yield _variant(normalize_kernel, label, dtype, plain, aligned)
+        residual = relu | {"RESIDUAL": True}
+        yield _variant(normalize_kernel, label + " residual", dtype, residual, aligned)
+        yield _variant(sums_kernel, label, dtype, relu, aligned)
+        yield _variant(dx_kernel, label, dtype, relu | {"TERMS": True}, aligned)
+    for aligned in (True, False):
+        label = "fp32" + " unaligned" * (not aligned)
+        yield _variant(merge_moments_kernel, label, "fp32", MERGE_TILE, aligned)
+        yield _variant(merge_sums_kernel, label, "fp32", MERGE_TILE, aligned)
 
 
-def _variant(kernel, label: str, dtype: str, constants: dict[str, int]) -> Variant:
-    videos = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "residual_ptr", "gain_ptr", "bias_ptr")
+def _variant(kernel, label: str, dtype: str, constants, aligned: bool) -> Variant:
+    # Gain and bias are the models', which are fp32.
+    videos = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "residual_ptr")
 
     def type_of(name: str) -> str:
         if name.endswith("_ptr"):
@@ -429,4 +436,5 @@ def _variant(kernel, label: str, dtype: str, constants: dict[str, int]) -> Varia
         return "fp32" if name in ("eps", "total") else "i32"
 
     types = {name: type_of(name) for name in kernel.arg_names if name not in constants}
-    return Variant(kernel, label, types, constants, OPTIONS, divisible=frozenset({"C"}))
+    divisible = frozenset({"C"} if aligned else ())
+    return Variant(kernel, label, types, constants, OPTIONS, divisible=divisible)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,8 +40,46 @@ def run(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_the_table_is_true(arch: str, tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "kernels.resources", "--check", "--arch", arch)
+    """Thinned: all of it takes some minutes more. Every kernel is compiled for one architecture,
+    those with matrix products, whose instructions and tiles differ between them, for every one."""
+    done = run(tmp_path, "-m", "kernels.resources", "--check", "--thin", "--arch", arch)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def named(variant: Variant) -> str:
+    """Its kernel; interpreted, only the function in it knows its module."""
+    return f"{variant.kernel.fn.__module__}.{variant.kernel.fn.__name__}"
+
+
+def matching(launch: Any, listed: list[Variant]) -> list[Variant]:
+    """The variants that Triton would compile for a launch."""
+    # Of numbers that are multiples of 16, those count of which variants say anything.
+    told = frozenset[str]().union(*(variant.divisible for variant in listed))
+    return [
+        variant
+        for variant in listed
+        if named(variant) == launch["kernel"]
+        and {**variant.types, **variant.constants} == launch["arguments"]
+        and variant.options == launch["options"]
+        and variant.divisible == told.intersection(launch["divisible"])
+    ]
+
+
+@pytest.mark.slow
+def test_all_that_shipped_configurations_launch_is_listed(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = run(tmp_path, str(Path(__file__).with_name("shipped_launches.py")))
+    assert done.returncode == 0, done.stderr
+    launches, listed = json.loads(done.stdout.splitlines()[-1]), list(resources.variants())
+    assert [launch for launch in launches if not matching(launch, listed)] == []
+    # Each has one variant: had that been left out, it would have been found.
+    assert all(len(matching(launch, listed)) == 1 for launch in launches)
+    rest = [variant for variant in listed if variant.label != "bf16 512x4 unaligned"]
+    to_rgb = [launch for launch in launches if not matching(launch, rest)]
+    assert to_rgb
+    for launch in to_rgb:
+        assert launch["kernel"] == "kernels.convolution_triton.add_terms_kernel"
+        assert launch["arguments"]["y_ptr"] == "*bf16"
 
 
 def test_every_shipped_number_is_within_limits() -> None:
@@ -109,6 +148,29 @@ def test_differences_from_the_table_are_told(monkeypatch: pytest.MonkeyPatch) ->
     assert differs.startswith("op.kernel a on sm_80: the table says {'registers': 65")
     other = table | {"triton": "0.0"}
     assert resources.check(other, ["sm_80"]) == [missing, gone]
+
+
+def test_a_thin_check_compiles_each_for_one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    listed = [Variant(kernel, label, {}, {}) for label in "abcd"]
+    listed.append(Variant(kernel, "product", {}, {}, multiplies_matrices=True))
+    monkeypatch.setattr(resources, "variants", lambda: iter(listed))
+    compiled = []
+
+    def measure(variant: Variant, arch: str) -> resources.Resources:
+        compiled.append((variant.label, arch))
+        return GOOD
+
+    monkeypatch.setattr(resources, "measure", measure)
+    table: dict[str, Any] = {"triton": "", "kernels": {v.name: {} for v in listed}}
+    for arch in SHARED_LIMIT:
+        assert resources.check(table, [arch], thin=True) == []
+    first, second, third = SHARED_LIMIT
+    each = [("a", first), ("b", second), ("c", third), ("d", first)]
+    assert sorted(compiled) == each + [("product", arch) for arch in sorted(SHARED_LIMIT)]
+    compiled.clear()
+    assert resources.check(table, [*SHARED_LIMIT]) == []
+    assert len(compiled) == 15
 
 
 def test_what_cannot_compile_is_one_line(
