@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import kernels
+from benchmarks import bench_spectral_norm
 from benchmarks.bench_spectral_norm import check_weights, draw
 from benchmarks.calls import CONFIGS, kinetics, network_calls
 from benchmarks.correctness import Refused, check, check_call
-from benchmarks.launches import LaunchCounter, count_spectral_launches
+from benchmarks.launches import LaunchCounter, count_spectral_launches, parametrized_weight
 from benchmarks.network_check import check_networks
 from benchmarks.operators import Case, side_functions
 from benchmarks.session import Session
@@ -22,6 +23,18 @@ from engine.models.layers import Linear
 from engine.trainer.ranks import Ranks
 
 CPU = torch.device("cpu")
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is a twentieth too large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> Tensor:
+        return 1.05 * dy[0]
 
 
 def upsampling() -> Any:
@@ -106,20 +119,21 @@ def test_spectral_norm_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         return [by * weight for weight in true(*arguments)]
 
     monkeypatch.setattr(kernels, "spectral_normalize_all", wrong)
-    with pytest.raises(Refused, match="weight errs"):
+    with pytest.raises(Refused, match="ours: weight errs"):
         check_weights(weights)
 
 
-class ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is a twentieth too large."""
+@pytest.mark.parametrize("wrong", ["weight", "dweight"])
+def test_torchs_spectral_norm_is_checked(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = draw([torch.Size((6, 3, 4)), torch.Size((5, 7))], torch.float32, CPU)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def scaled(module: torch.nn.Module) -> Tensor:
+        weight = parametrized_weight(module)
+        return 1.001 * weight if wrong == "weight" else ScaledGradient.apply(weight)
 
-    @staticmethod
-    def backward(ctx: Any, *dy: Tensor) -> Tensor:
-        return 1.05 * dy[0]
+    monkeypatch.setattr(bench_spectral_norm, "parametrized_weight", scaled)
+    with pytest.raises(Refused, match=f"^parametrizations: {wrong} errs"):
+        check_weights(weights)
 
 
 @pytest.mark.parametrize(("operator", "whose"), [("conv2d", "G"), ("conv_pool3d", "D")])
