@@ -1,9 +1,11 @@
 """Spectral norm of all weights of stage 2's generator, beside torch's own parametrization."""
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,16 +13,18 @@ from torch import Tensor
 
 import kernels
 from benchmarks.calls import kinetics
-from benchmarks.correctness import check
+from benchmarks.correctness import Results, check
 from benchmarks.floors import spectral_cost
 from benchmarks.launches import parametrized, parametrized_weight
-from benchmarks.operators import OURS, REFERENCE, Case
+from benchmarks.operators import COMPILED, OURS, REFERENCE, Case
 from benchmarks.session import Session
+from benchmarks.timing import cache_bytes, num_copies
 from engine.models import build_generator
 from engine.models.construction import compute_dtype
 from engine.models.layers import spectral_weights
 
 PARAMETRIZATION = "parametrizations"
+DIRECTIONS = ("iteration", "iteration_forward", "iteration_forward_backward")
 
 
 @dataclass
@@ -33,14 +37,13 @@ class Weights:
     upstream: list[Tensor]
 
     def copy(self, dtype: torch.dtype | None = None) -> "Weights":
-        """Sharing nothing; weights and vectors in `dtype` if that is given."""
+        """Sharing nothing; in `dtype` if that is given."""
 
         def cast(tensors: list[Tensor]) -> list[Tensor]:
             return [t.detach().to(dtype or t.dtype, copy=True) for t in tensors]
 
         weights = [weight.requires_grad_() for weight in cast(self.weights)]
-        upstream = self.upstream if dtype is None else cast(self.upstream)
-        return Weights(weights, cast(self.us), cast(self.vs), upstream)
+        return Weights(weights, cast(self.us), cast(self.vs), cast(self.upstream))
 
 
 def draw(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> Weights:
@@ -73,63 +76,138 @@ def normalize(weights: Weights) -> list[Tensor]:
     return kernels.spectral_normalize_all(weights.weights, weights.us, weights.vs, dtypes, unfolded)
 
 
-def gradients(weights: Weights) -> Sequence[Tensor]:
-    """Ŵ, then dW of every weight."""
-    return torch.autograd.grad(normalize(weights), weights.weights, weights.upstream)
+class Form(NamedTuple):
+    """How a side's two operators run."""
+
+    setting: str
+    iterate: Callable[[Weights], list[Tensor]] = iterate
+    normalize: Callable[[Weights], list[Tensor]] = normalize
+
+    def run(self, weights: Weights, direction: str) -> None:
+        """What is timed."""
+        with kernels.use(self.setting):
+            self.iterate(weights)
+            if direction == "iteration_forward":
+                with torch.no_grad():
+                    self.normalize(weights)
+            elif direction == "iteration_forward_backward":
+                torch.autograd.grad(self.normalize(weights), weights.weights, weights.upstream)
+
+    def results(self, weights: Weights) -> Results:
+        """σ, u, v, Ŵ and dW of all weights."""
+        with kernels.use(self.setting):
+            named = {"sigma": self.iterate(weights), "u": weights.us, "v": weights.vs}
+            normalized = self.normalize(weights)
+            dweights = torch.autograd.grad(normalized, weights.weights, weights.upstream)
+        return _flat(named | {"weight": normalized, "dweight": list(dweights)})
 
 
-def results(weights: Weights, setting: str) -> dict[str, Tensor]:
-    """σ, u, v, Ŵ and dW of all weights, each quantity flattened into one tensor."""
-    with kernels.use(setting):
-        named = {"sigma": iterate(weights), "u": weights.us, "v": weights.vs}
-        named |= {"weight": normalize(weights), "dweight": list(gradients(weights))}
+def forms(*, compiled: bool) -> dict[str, Form]:
+    """The sides that run this project's operators."""
+    found = {OURS: Form("auto"), REFERENCE: Form("reference")}
+    return found | {COMPILED: _compiled()} if compiled else found
+
+
+@functools.cache
+def _compiled() -> Form:
+    """Once for all cases: a graph of so many weights compiles for minutes."""
+    both = (torch.compile(function, dynamic=False) for function in (iterate, normalize))
+    return Form("reference", *both)
+
+
+class Parametrized:
+    """torch.nn.utils' spectral norm of copies of weights, read as fp32 matrices."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.modules = [parametrized(weight) for weight in weights.weights]
+        self.weights = [next(module.parameters()) for module in self.modules]
+        parametrizations: list[Any] = [module.parametrizations for module in self.modules]
+        self.norms = [each.weight[0] for each in parametrizations]
+        for norm, u, v in zip(self.norms, weights.us, weights.vs, strict=True):
+            norm._u.copy_(u)
+            norm._v.copy_(v)
+        self.upstream = [upstream.flatten(1).float() for upstream in weights.upstream]
+
+    def normalize(self) -> list[Tensor]:
+        """One power iteration and Ŵ of every weight: it always does both."""
+        return [parametrized_weight(module) for module in self.modules]
+
+    def run(self, direction: str) -> None:
+        """What is timed."""
+        if direction == "iteration_forward":
+            with torch.no_grad():
+                self.normalize()
+        else:
+            torch.autograd.grad(self.normalize(), self.weights, self.upstream)
+
+    def results(self) -> Results:
+        """u, v, Ŵ and dW of all weights."""
+        normalized = self.normalize()
+        dweights = torch.autograd.grad(normalized, self.weights, self.upstream)
+        us, vs = [norm._u for norm in self.norms], [norm._v for norm in self.norms]
+        return _flat({"u": us, "v": vs, "weight": normalized, "dweight": list(dweights)})
+
+
+def _flat(named: dict[str, list[Tensor]]) -> Results:
+    """Each quantity in one tensor."""
     return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in named.items()}
 
 
-def check_weights(weights: Weights) -> None:
-    """Ours against the reference in fp64. Raises Refused."""
-    truth = results(weights.copy(torch.float64), "reference")
-    usual, got = (results(weights.copy(), setting) for setting in ("reference", "auto"))
+def check_weights(weights: Weights, *, compiled: bool = False) -> None:
+    """Every side against the reference in fp64. Raises Refused."""
     num_terms = max(w.numel() for w in weights.weights)  # of ⟨dŴ, W⟩
-    check(OURS, got, usual, truth, num_terms)
+    reference = Form("reference")
+    truth = reference.results(weights.copy(torch.float64))
+    usual = reference.results(weights.copy())
+    for name, form in forms(compiled=compiled).items():
+        if name != REFERENCE:
+            check(name, form.results(weights.copy()), usual, truth, num_terms)
+    # torch takes u from v before v from u: as ours of Wᵀ, whose u is v.
+    truth, usual = (_of_transposed(weights.copy(dtype)) for dtype in (torch.float64, torch.float32))
+    check(PARAMETRIZATION, Parametrized(weights).results(), usual, truth, num_terms)
 
 
-STEPS: dict[str, tuple[Callable[[Weights], object], ...]] = {
-    "iteration": (iterate,),
-    "iteration_forward": (iterate, normalize),
-    "iteration_forward_backward": (iterate, gradients),
-}
+def _of_transposed(weights: Weights) -> Results:
+    """What the reference makes of matrices Wᵀ, turned back."""
+
+    def turned(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.detach().flatten(1).T.contiguous() for t in tensors]
+
+    matrices = [weight.requires_grad_() for weight in turned(weights.weights)]
+    upstream = turned(weights.upstream)
+    transposed = Weights(matrices, weights.vs, weights.us, upstream)
+    with kernels.use(REFERENCE):
+        iterate(transposed)
+        normalized = normalize(transposed)
+        dweights = torch.autograd.grad(normalized, matrices, upstream)
+    us, vs = transposed.vs, transposed.us
+    named = {"u": us, "v": vs, "weight": turned(normalized), "dweight": turned(list(dweights))}
+    return _flat(named)
 
 
-def make_sides(weights: Weights, direction: str) -> dict[str, Callable[[], object]]:
-    """Ours, the reference, and torch's, which always iterates and normalises together."""
+def make_sides(
+    weights: Weights, direction: str, *, compiled: bool = False
+) -> dict[str, Callable[[], object]]:
+    """Every call of a side takes the next of its copies, of which no cache holds all."""
+    tensors = weights.weights + weights.us + weights.vs + weights.upstream
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
+    copies = num_copies(num_bytes, cache_bytes(tensors[0].device))
 
-    def run(setting: str, own: Weights) -> None:
-        with kernels.use(setting):
-            for step in STEPS[direction]:
-                step(own)
+    def rotating(calls: list[Callable[[], object]]) -> Callable[[], object]:
+        turn = itertools.cycle(calls)
+        return lambda: next(turn)()
 
-    sides: dict[str, Callable[[], object]] = {
-        OURS: partial(run, "auto", weights.copy()),
-        REFERENCE: partial(run, "reference", weights.copy()),
+    sides = {
+        name: rotating([partial(form.run, weights.copy(), direction) for _ in range(copies)])
+        for name, form in forms(compiled=compiled).items()
     }
-    if direction == "iteration":
-        return sides
-    modules = [parametrized(weight) for weight in weights.weights]
-    upstream = [up.flatten(1).float() for up in weights.upstream]
-
-    def parametrizations() -> object:
-        if direction == "iteration_forward":
-            with torch.no_grad():
-                return [parametrized_weight(module) for module in modules]
-        originals = [next(module.parameters()) for module in modules]
-        normalized = [parametrized_weight(module) for module in modules]
-        return torch.autograd.grad(normalized, originals, upstream)
-
-    return sides | {PARAMETRIZATION: parametrizations}
+    if direction != "iteration":
+        torchs = [partial(Parametrized(weights).run, direction) for _ in range(copies)]
+        sides[PARAMETRIZATION] = rotating([*torchs])
+    return sides
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", DIRECTIONS)
 def test_spectral_norm(session: Session, benchmark: Any, steps: str) -> None:
     """Once per optimiser step; Ŵ once per forward pass. Kept apart they cost their difference."""
     if session.quick and steps != "iteration_forward_backward":
@@ -151,7 +229,7 @@ def test_spectral_norm(session: Session, benchmark: Any, steps: str) -> None:
             normalize=steps != "iteration",
             backward=steps.endswith("backward"),
         ),
-        check=partial(check_weights, weights),
-        sides=partial(make_sides, weights, steps),
+        check=partial(check_weights, weights, compiled=session.compiled),
+        sides=partial(make_sides, weights, steps, compiled=session.compiled),
     )
     session.run(case, benchmark)

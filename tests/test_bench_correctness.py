@@ -1,6 +1,7 @@
 """What is wrong is not timed; what is counted is what is there."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,15 +9,32 @@ import torch
 from torch import Tensor
 
 import kernels
+from benchmarks import bench_spectral_norm
 from benchmarks.bench_spectral_norm import check_weights, draw
-from benchmarks.calls import kinetics, network_calls
+from benchmarks.calls import CONFIGS, kinetics, network_calls
 from benchmarks.correctness import Refused, check, check_call
-from benchmarks.launches import LaunchCounter, count_spectral_launches
+from benchmarks.launches import LaunchCounter, count_spectral_launches, parametrized_weight
+from benchmarks.network_check import check_networks
 from benchmarks.operators import Case, side_functions
 from benchmarks.session import Session
+from benchmarks.trainers import make_trainer
+from engine.configuration import load_config
 from engine.models.layers import Linear
+from engine.trainer.ranks import Ranks
 
 CPU = torch.device("cpu")
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is a twentieth too large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor) -> Tensor:
+        return 1.05 * dy[0]
 
 
 def upsampling() -> Any:
@@ -101,8 +119,51 @@ def test_spectral_norm_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         return [by * weight for weight in true(*arguments)]
 
     monkeypatch.setattr(kernels, "spectral_normalize_all", wrong)
-    with pytest.raises(Refused, match="weight errs"):
+    with pytest.raises(Refused, match="ours: weight errs"):
         check_weights(weights)
+
+
+@pytest.mark.parametrize("wrong", ["weight", "dweight"])
+def test_torchs_spectral_norm_is_checked(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = draw([torch.Size((6, 3, 4)), torch.Size((5, 7))], torch.float32, CPU)
+
+    def scaled(module: torch.nn.Module) -> Tensor:
+        weight = parametrized_weight(module)
+        return 1.001 * weight if wrong == "weight" else ScaledGradient.apply(weight)
+
+    monkeypatch.setattr(bench_spectral_norm, "parametrized_weight", scaled)
+    with pytest.raises(Refused, match=f"^parametrizations: {wrong} errs"):
+        check_weights(weights)
+
+
+@pytest.mark.parametrize(("operator", "whose"), [("conv2d", "G"), ("conv_pool3d", "D")])
+def test_a_step_with_a_wrong_gradient_is_not_timed(
+    operator: str, whose: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one operator's weights; every value is right."""
+    config = load_config(
+        CONFIGS / "sample.yaml", ["training.micro_batch=2", "training.global_batch=2"]
+    )
+    torch.manual_seed(0)
+    trainer = make_trainer(config, 1, ranks)
+    check_step = partial(check_networks, trainer, config, partial(kernels.use, "reference"))
+    before = {name: value.clone() for name, value in trainer.d_engine.module.state_dict().items()}
+    check_step()
+    after = trainer.d_engine.module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    true = getattr(kernels, operator)
+
+    def wrong(x: Tensor, weight: Tensor, *others: Any, **named: Any) -> Tensor:
+        if kernels.implementation._setting != "reference" and torch.is_grad_enabled():
+            weight = ScaledGradient.apply(weight)
+        result: Tensor = true(x, weight, *others, **named)
+        return result
+
+    monkeypatch.setattr(kernels, operator, wrong)
+    session, calls = Session(CPU), list[str]()
+    with pytest.raises(Refused, match=f"^{whose}'s gradients of .* differ by"):
+        session.run(case(check_step, calls), Pedantic())
+    assert calls == []
 
 
 class Pedantic:
