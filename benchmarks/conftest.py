@@ -72,7 +72,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--compile",
         action="store_true",
         dest="compile_references",
-        help="torch.compile also on a CPU, where it takes half a minute per size",
+        help="torch.compile also on a CPU, half a minute per size, and of the spectral norm's list"
+        " of weights, many minutes",
     )
     group.addoption(
         "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where the file goes"
@@ -100,6 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
         device=torch.device("cuda", 0) if CUDA else torch.device("cpu"),
         quick=quick,
         compiled=(CUDA and not quick) or config.getoption("compile_references"),
+        compile_asked=config.getoption("compile_references"),
         budget_seconds=config.getoption("budget"),
         seconds_per_case=0.3 if quick or CUDA else 1.0,
         least_rounds=3 if quick else 5,

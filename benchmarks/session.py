@@ -23,6 +23,8 @@ class Session:
     quick: bool = False
     compiled: bool = False
     """Whether torch.compile of the references is a side."""
+    compile_asked: bool = False
+    """Whether it is also where compilation takes longer than all other cases together."""
     budget_seconds: float | None = None
     """When to stop starting cases; None never."""
     seconds_per_case: float = 1.0
