@@ -78,7 +78,7 @@ def test_sums_over_a_long_frame_lose_no_digits(mean: float) -> None:
 
     That is √64 where values have mean 0, and 64 for x less one of its values, whose mean is not 0.
     Errors of blocks have either sign. Means and variances, whose blocks come together in fp64, are
-    rounded once more; one fp32 sum over all errs by hundreds of times as much. The gradient's sums
+    rounded once more; one fp32 sum over all errs by tens of times as much. The gradient's sums
     are rounded at every block, half a unit of √S.
     """
     random = torch.Generator().manual_seed(0)
