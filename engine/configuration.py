@@ -66,6 +66,9 @@ class Generator(Section):
     multipliers: Multipliers
     latent_size: PositiveInt = 128
     class_embedding_size: PositiveInt = 128
+    low_frames: Literal["repeat", "interpolate"] = "repeat"
+    """How x_l's frames become as many as the output's: repeated (paper), or interpolated linearly
+    in time, which is ours, and makes motion even where training is short. Stage 1 has no x_l."""
 
 
 class Discriminators(Section):
@@ -80,6 +83,9 @@ class Discriminators(Section):
     """False is the ablation of Table 2; stage 1 has none in any case."""
     pool_time: bool = False
     """True: the 3x3x3 blocks of the temporal and matching ones halve time as well as space."""
+    batch_statistics: bool = False
+    """True: they also see how far samples of one class differ within a rank's micro-batch. Ours,
+    against a generator that makes every clip of a class alike; classes must meet in a batch."""
 
 
 class SampleBank(Section):
@@ -244,6 +250,11 @@ class Config(Section):
                     f"{number} spans {stage.num_source_frames} frames"
                 )
             self._time_can_be_pooled(number)
+            if stage.discriminators.batch_statistics and stage.training.micro_batch == 1:
+                raise ValueError(
+                    f"stage {number}: discriminators.batch_statistics needs samples to compare; "
+                    f"set stages.{number}.training.micro_batch to 2 or more"
+                )
             self._bank_has_a_source(number)
         if self.data.procedural is not None and self.data.path is None:
             raise ValueError("data.procedural needs data.path, the folder to make videos in")

@@ -47,7 +47,10 @@ def build_generator(config: Config, stage_number: int) -> ClipGenerator | Upsamp
     else:
         low = config.upsampling(stage_number)
         generator = UpsamplingGenerator(
-            low_resolution=low.resolution, frame_step=low.frame_step, **common
+            low_resolution=low.resolution,
+            frame_step=low.frame_step,
+            low_frames=sizes.low_frames,
+            **common,
         )
     set_checkpointing(generator, stage.training.checkpointing)
     return generator
@@ -71,6 +74,7 @@ def build_discriminators(config: Config, stage_number: int) -> Discriminators:
         "channels": sizes.channels,
         "multipliers": sizes.multipliers,
         "num_classes": config.data.num_classes,
+        "batch_statistics": sizes.batch_statistics,
         "compute_dtype": compute_dtype(stage),
     }
     spatial = SpatialDiscriminator(resolution=stage.resolution, **common)

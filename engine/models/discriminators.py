@@ -21,6 +21,7 @@ from engine.views import nearest_view
 
 NUM_VOLUMETRIC_BLOCKS = 2
 SMALLEST_RESOLUTION = 4
+_SMALLEST_VARIANCE = 1e-6
 
 
 class Scores(NamedTuple):
@@ -51,6 +52,9 @@ class ResidualTower(nn.Module):
     the input 3x3x3, the rest work on each time step by itself. Decided: the volumetric blocks
     pool space only, so that windows of three frames reach the scores; with `pool_time` they halve
     time as well.
+
+    With `batch_statistics` each score also has a linear term in how far the features of its class
+    are spread over the batch, see `spread_within_classes`: ours.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class ResidualTower(nn.Module):
         multipliers: Sequence[int],
         num_volumetric: int,
         pool_time: bool = False,
+        batch_statistics: bool = False,
         num_classes: int | None,
         compute_dtype: torch.dtype,
     ) -> None:
@@ -86,9 +91,13 @@ class ResidualTower(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.score = Linear(width, 1, kept_dtype=True)
         self.embedding = Embedding(num_classes, width) if num_classes else None
+        self.spread = Linear(width, 1, bias=False, kept_dtype=True) if batch_statistics else None
 
-    def forward(self, x_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:
-        """Scores of every time step, [B, T] (pooled, T // 4), fp32."""
+    def forward(self, x_BTCHW: Tensor, labels_B: Tensor | None, num_batches: int = 1) -> Tensor:
+        """Scores of every time step, [B, T] (pooled, T // 4), fp32.
+
+        `num_batches` as in `Discriminators`.
+        """
         if (labels_B is None) != (self.embedding is None):
             raise ValueError(
                 "a class-conditional discriminator needs labels"
@@ -98,11 +107,38 @@ class ResidualTower(nn.Module):
         h = x_BTCHW.to(self.compute_dtype)
         for block in self.blocks:
             h = run_block(cast(Block, block), h)
-        h_BTF = F.relu(h).float().sum(dim=(3, 4))
+        h_BTFHW = F.relu(h).float()
+        h_BTF = h_BTFHW.sum(dim=(3, 4))
         scores_BT: Tensor = self.score(h_BTF).squeeze(2)
-        if self.embedding is None:
-            return scores_BT
-        return scores_BT + torch.einsum("btf,bf->bt", h_BTF, self.embedding(labels_B))
+        if self.embedding is not None:
+            scores_BT = scores_BT + torch.einsum("btf,bf->bt", h_BTF, self.embedding(labels_B))
+        if self.spread is not None:
+            spread_BTFHW = spread_within_classes(h_BTFHW, labels_B, num_batches)
+            scores_BT = scores_BT + self.spread(spread_BTFHW.sum(dim=(3, 4))).squeeze(2)
+        return scores_BT
+
+
+def spread_within_classes(h_BTFHW: Tensor, labels_B: Tensor | None, num_batches: int = 1) -> Tensor:
+    """The standard deviation of each feature over the batch's samples of the same class.
+
+    Minibatch standard deviation (Karras et al. 2018), but within classes, and neither averaged
+    over places nor over features: it tells whether a class's samples differ in where and when
+    something is, which a discriminator that judges each sample alone cannot see. It is that of
+    the class for each of its samples, with Bessel's correction; for a sample without another of
+    its class it is 0. `num_batches` as in `Discriminators`. Returns [B, T, F, H, W].
+    """
+    h_BN = h_BTFHW.flatten(1)
+    batch = torch.arange(len(h_BN), device=h_BN.device) * num_batches // len(h_BN)
+    same_BB = batch[:, None] == batch
+    if labels_B is not None:
+        same_BB = same_BB & (labels_B[:, None] == labels_B)
+    weight_BB = same_BB.to(h_BN.dtype)
+    count_B1 = weight_BB.sum(1, keepdim=True)
+    centred_BN = h_BN - weight_BB @ h_BN / count_B1
+    variance_BN = weight_BB @ centred_BN.square() / (count_B1 - 1).clamp_min(1)
+    # The square root has no derivative at 0, where samples are equal or alone.
+    deviation_BN = (variance_BN + _SMALLEST_VARIANCE).sqrt() - _SMALLEST_VARIANCE**0.5
+    return deviation_BN.view_as(h_BTFHW)
 
 
 class SpatialDiscriminator(nn.Module):
@@ -115,6 +151,7 @@ class SpatialDiscriminator(nn.Module):
         channels: int,
         multipliers: Sequence[int],
         num_classes: int | None = None,
+        batch_statistics: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -124,17 +161,22 @@ class SpatialDiscriminator(nn.Module):
             channels=channels,
             multipliers=multipliers,
             num_volumetric=0,
+            batch_statistics=batch_statistics,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )
 
     def forward(
-        self, video_BTCHW: Tensor, labels_B: Tensor | None, frame_indices_BK: Tensor
+        self,
+        video_BTCHW: Tensor,
+        labels_B: Tensor | None,
+        frame_indices_BK: Tensor,
+        num_batches: int = 1,
     ) -> Tensor:
         """Scores of the chosen frames, [B, K]; see `draw_frame_indices`."""
         samples = torch.arange(len(video_BTCHW), device=video_BTCHW.device)[:, None]
         frames_BKCHW = video_BTCHW[samples, frame_indices_BK.to(video_BTCHW.device)]
-        scores_BK: Tensor = self.tower(frames_BKCHW, labels_B)
+        scores_BK: Tensor = self.tower(frames_BKCHW, labels_B, num_batches)
         return scores_BK
 
 
@@ -149,6 +191,7 @@ class TemporalDiscriminator(nn.Module):
         multipliers: Sequence[int],
         num_classes: int | None = None,
         pool_time: bool = False,
+        batch_statistics: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -159,13 +202,14 @@ class TemporalDiscriminator(nn.Module):
             multipliers=multipliers,
             num_volumetric=NUM_VOLUMETRIC_BLOCKS,
             pool_time=pool_time,
+            batch_statistics=batch_statistics,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )
 
-    def forward(self, video_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:
+    def forward(self, video_BTCHW: Tensor, labels_B: Tensor | None, num_batches: int = 1) -> Tensor:
         """Scores of every time step, [B, T]."""
-        scores_BT: Tensor = self.tower(kernels.average_pool(video_BTCHW), labels_B)
+        scores_BT: Tensor = self.tower(kernels.average_pool(video_BTCHW), labels_B, num_batches)
         return scores_BT
 
 
@@ -181,6 +225,7 @@ class MatchingDiscriminator(nn.Module):
         multipliers: Sequence[int],
         num_classes: int | None = None,
         pool_time: bool = False,
+        batch_statistics: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -192,14 +237,22 @@ class MatchingDiscriminator(nn.Module):
             multipliers=multipliers,
             num_volumetric=NUM_VOLUMETRIC_BLOCKS,
             pool_time=pool_time,
+            batch_statistics=batch_statistics,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )
 
-    def forward(self, video_BTCHW: Tensor, labels_B: Tensor | None, low_BtChw: Tensor) -> Tensor:
+    def forward(
+        self,
+        video_BTCHW: Tensor,
+        labels_B: Tensor | None,
+        low_BtChw: Tensor,
+        num_batches: int = 1,
+    ) -> Tensor:
         """Scores of x_l's time steps, [B, t]."""
         view = nearest_view(video_BTCHW, resolution=self.low_resolution, frame_step=self.frame_step)
-        scores_Bt: Tensor = self.tower(torch.cat([view, low_BtChw.to(view.dtype)], 2), labels_B)
+        pair = torch.cat([view, low_BtChw.to(view.dtype)], 2)
+        scores_Bt: Tensor = self.tower(pair, labels_B, num_batches)
         return scores_Bt
 
 
@@ -221,18 +274,23 @@ class Discriminators(nn.Module):
         labels_B: Tensor | None,
         low_BtChw: Tensor | None,
         frame_indices_BK: Tensor,
+        num_batches: int = 1,
     ) -> Scores:
-        """Judge videos; `low` is x_l, ignored by a stage that has no matching discriminator."""
+        """Judge videos; `low` is x_l, ignored by a stage that has no matching discriminator.
+
+        What is given may be several batches of equal size, one after the other, such as reals and
+        fakes; `num_batches` tells how many, for what looks at a batch as a whole.
+        """
         # All of a stage's discriminators compute in one dtype.
         with normalized_weights(self, self.spatial.tower.compute_dtype):
             matching = None
             if self.matching is not None:
                 if low_BtChw is None:
                     raise ValueError("the matching discriminator needs the low-resolution video")
-                matching = self.matching(video_BTCHW, labels_B, low_BtChw)
+                matching = self.matching(video_BTCHW, labels_B, low_BtChw, num_batches)
             return Scores(
-                self.spatial(video_BTCHW, labels_B, frame_indices_BK),
-                self.temporal(video_BTCHW, labels_B),
+                self.spatial(video_BTCHW, labels_B, frame_indices_BK, num_batches),
+                self.temporal(video_BTCHW, labels_B, num_batches),
                 matching,
             )
 

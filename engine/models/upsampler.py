@@ -1,6 +1,7 @@
 """The upsampling generator: stage 2 and later of SSW-GAN."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,12 +9,18 @@ from torch import Tensor
 from engine.models.blocks import LOW_CHANNELS, Temporal
 from engine.models.generator import GeneratorTrunk
 
+LowFrames = Literal["repeat", "interpolate"]
+
 
 class UpsamplingGenerator(GeneratorTrunk):
     """Upsamples x_l, the previous stage's video, in space and time, guided by noise and label.
 
     Trained on short windows and convolutional in time, so that it runs over clips of any length.
     Output frames come `frame_step` to each input frame; see `GeneratorTrunk` for the rest.
+
+    `low_frames` says how x_l's frames become as many as the output's before they are injected:
+    repeated (paper), or interpolated linearly between neighbours (ours). Repeated frames stand
+    still and then jump, and a generator that trains for little learns to do the same.
     """
 
     def __init__(
@@ -25,6 +32,7 @@ class UpsamplingGenerator(GeneratorTrunk):
         temporal: Temporal,
         low_resolution: int,
         frame_step: int,
+        low_frames: LowFrames = "repeat",
         num_classes: int | None = None,
         latent_size: int = 128,
         class_embedding_size: int = 128,
@@ -47,6 +55,7 @@ class UpsamplingGenerator(GeneratorTrunk):
             compute_dtype=compute_dtype,
         )
         self.low_resolution, self.frame_step = low_resolution, frame_step
+        self.low_frames = low_frames
 
     def forward(self, z_BZ: Tensor, labels_B: Tensor | None, low_BTCHW: Tensor) -> Tensor:
         """x_l [B, t, 3, h, w] → [B, t * frame_step, 3, resolution, resolution], fp32."""
@@ -54,5 +63,19 @@ class UpsamplingGenerator(GeneratorTrunk):
         if low_BTCHW.ndim != 5 or low_BTCHW.shape[2:] != expected:
             raise ValueError(f"x_l must be [B, t, {expected}], not {tuple(low_BTCHW.shape)}")
         num_frames = low_BTCHW.shape[1] * self.frame_step
+        if self.low_frames == "interpolate":
+            low_BTCHW = interpolate_frames(low_BTCHW, self.frame_step)
         low = low_BTCHW.to(self.compute_dtype)
         return self.synthesize(z_BZ, labels_B, num_frames, low)
+
+
+def interpolate_frames(video_BtCHW: Tensor, frame_step: int) -> Tensor:
+    """`frame_step` frames for each: itself, then steps of equal size on the way to the next one.
+
+    Behind the last frame nothing is known, so that one is repeated. Linear in the video, and
+    differentiable. Returns [B, t * frame_step, C, H, W].
+    """
+    video_BtHWC = video_BtCHW.permute(0, 1, 3, 4, 2)  # as it lies in memory
+    next_BtHWC = torch.cat([video_BtHWC[:, 1:], video_BtHWC[:, -1:]], 1)
+    steps = [video_BtHWC.lerp(next_BtHWC, step / frame_step) for step in range(frame_step)]
+    return torch.stack(steps, 2).flatten(1, 2).permute(0, 1, 4, 2, 3)

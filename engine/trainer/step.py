@@ -102,7 +102,7 @@ class Trainer:
                 with torch.no_grad():
                     fake = self._fakes.run(self.g_engine.module, self._draw())
             # One pass over both halves: D has no batch norm, so it is exact, and launches once.
-            scores = self.d_engine(*self._judged(_joined(real, fake)))
+            scores = self.d_engine(*self._judged(_joined(real, fake)), num_batches=2)
             real_scores, fake_scores = _halves(scores)
             loss = discriminator_hinge(real_scores.all, fake_scores.all)
             self.d_engine.backward(loss)

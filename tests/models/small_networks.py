@@ -59,6 +59,7 @@ def discriminators(
     *,
     num_classes: int | None = None,
     matching: bool = True,
+    batch_statistics: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Discriminators:
     """All three, for the upsampling generator above."""
@@ -66,6 +67,7 @@ def discriminators(
         "channels": 4,
         "multipliers": (1, 2, 4),
         "num_classes": num_classes,
+        "batch_statistics": batch_statistics,
         "compute_dtype": compute_dtype,
     }
     return Discriminators(

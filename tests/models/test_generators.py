@@ -12,7 +12,7 @@ from engine.models import blocks
 from engine.models.blocks import GeneratorBlock2D, GeneratorBlock3D, Temporal
 from engine.models.generator import ClipGenerator, GeneratorTrunk
 from engine.models.norms import Features
-from engine.models.upsampler import UpsamplingGenerator
+from engine.models.upsampler import UpsamplingGenerator, interpolate_frames
 
 BOTH = pytest.mark.parametrize("temporal", ["conv_gru", "separable_conv"])
 
@@ -121,6 +121,31 @@ def test_every_injection_adds_the_projected_x_l(temporal: Temporal) -> None:
         small = low[..., :: 8 // y.shape[-1], :: 8 // y.shape[-1]].repeat_interleave(2, dim=1)
         added = torch.einsum("btihw,oi->btohw", small, weight[:, 0, 0])
         torch.testing.assert_close(y, without + added + bias[:, None, None], check_stride=False)
+
+
+def test_frames_between_two_of_x_l_lie_on_the_way() -> None:
+    """A ramp 0, 3, 6 by three: every step is 1, and behind the last frame nothing is known."""
+    ramp = torch.tensor([0.0, 3.0, 6.0]).reshape(1, 3, 1, 1, 1).expand(2, 3, 3, 2, 2)
+    frames = interpolate_frames(ramp, 3)
+    assert frames.shape == (2, 9, 3, 2, 2)
+    expected = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 6, 6]).reshape(1, 9, 1, 1, 1)
+    torch.testing.assert_close(frames, expected.expand_as(frames))
+    assert torch.equal(interpolate_frames(ramp, 1), ramp)
+
+
+def test_interpolated_x_l_is_what_would_be_injected_at_the_output_s_frames() -> None:
+    """A generator that interpolates makes of x_l what one without a step makes of the frames."""
+    torch.manual_seed(0)
+    generator = upsampling_generator()
+    z, _, low = inputs()
+    repeated = generator(z, None, low)
+    generator.low_frames = "interpolate"
+    interpolated = generator(z, None, low)
+    assert not torch.allclose(interpolated, repeated)
+    generator.frame_step = 1
+    torch.testing.assert_close(generator(z, None, interpolate_frames(low, 2)), interpolated)
+    generator.low_frames = "repeat"
+    torch.testing.assert_close(generator(z, None, low.repeat_interleave(2, 1)), repeated)
 
 
 def test_2d_block_is_what_the_paper_draws() -> None:
