@@ -10,6 +10,7 @@ from engine.command_line import ArgumentParser, run
 from engine.models.construction import forbid_tf32
 from engine.sampling import (
     SamplePlan,
+    beyond_training,
     choose_labels,
     fix_statistics,
     generate,
@@ -87,6 +88,8 @@ def main(arguments: list[str]) -> None:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
+    for note in beyond_training(config, stage_number, plan.num_frames):
+        print(f"note: {note}")
     make_writable(options.out, plan)
     forbid_tf32()
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.configuration import Config
 from engine.durable_files import writing
 from engine.errors import UserError
 from engine.models.cascade import Cascade
@@ -67,6 +68,24 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
         labels = [_class_number(text.strip(), num_classes, names) for text in wanted.split(",")]
     num = num or min(len(labels), 16)
     return [labels[i % len(labels)] for i in range(num)]
+
+
+def beyond_training(config: Config, stage_number: int, num_frames: int) -> list[str]:
+    """A line for each recurrent stage that generates more frames than it was trained on.
+
+    Convolutions in time run over any length as they were trained to; a ConvGRU's state was never
+    trained for what comes after its last frame.
+    """
+    made_by_first = -(-num_frames // config.unrolling(stage_number))
+    notes = []
+    for number in range(1, stage_number + 1):
+        stage, made = config.stages[number], made_by_first * config.unrolling(number)
+        if stage.generator.temporal == "conv_gru" and made > stage.num_frames:
+            notes.append(
+                f"stage {number} is recurrent and was trained on {stage.num_frames} frames; "
+                f"it generates {made}, and motion may fade after the {stage.num_frames}th"
+            )
+    return notes
 
 
 def make_writable(out: Path, plan: SamplePlan) -> None:

@@ -82,6 +82,18 @@ def test_default_length_is_the_unrolled_training_clip(cascade_run: Path, tmp_pat
     assert num_frames(tmp_path / "grid.mp4") == 6
 
 
+def test_beyond_a_recurrent_stage_s_training_is_said(cascade_run: Path, tmp_path: Path) -> None:
+    """Stage 1, a ConvGRU, trains on 3 frames, which unroll to 6."""
+    for frames, notes in (("6", []), ("7", ["stage 1 is recurrent and was trained on 3 frames"])):
+        out = tmp_path / frames
+        finished = sample(
+            "--checkpoint", cascade_run, "--out", out, "--frames", frames, "--num", "1"
+        )
+        assert finished.code == 0
+        said = [line for line in finished.out.splitlines() if line.startswith("note: ")]
+        assert [line.removeprefix("note: ").partition(";")[0] for line in said] == notes
+
+
 def test_statistics_are_kept_and_used_again(cascade_run: Path, tmp_path: Path) -> None:
     first = sampled(cascade_run, tmp_path)
     file = tmp_path / "norm-statistics.pt"
