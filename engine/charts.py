@@ -1,8 +1,9 @@
 """The training curves of a run's stages as one picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,19 +14,24 @@ from engine.errors import UserError
 
 LOSSES = {"loss_D": "D", "loss_G": "G"}
 ACCURACIES = {"accuracy_D_real": "real", "accuracy_D_fake": "generated"}
-COLOURS = ("tab:blue", "tab:orange")
+# engine/trainer/window_figures.py; not every stage has all of them, and old logs have none.
+WINDOWS = {"window/motion_ratio": "motion", "window/variety": "variety", "window/judder": "judder"}
+COLOURS = ("tab:blue", "tab:orange", "tab:green")
 CHANCE = 0.5
+AS_REAL = 1.0
 
 Series = dict[str, list[float]]
+Curve = tuple[list[float], list[float]]
+"""Steps and values."""
 
 
 def loss_curves(logs: Mapping[str, Path], path: Path) -> None:
     """Draw each stage's log (name → JSON lines) into one PNG at `path`.
 
-    One row per stage: hinge losses of D and G on the left, on the right the share of scores
-    whose sign is right. Raises UserError for a log that is missing, empty or damaged; only a last
-    line without its end, left by a run that was cut off, is passed over. UserError as well when the
-    PNG cannot be written.
+    One row per stage: hinge losses of D and G on the left, beside them the share of scores whose
+    sign is right and, where they were logged, figures of the training windows. Raises UserError for
+    a log that is missing, empty or damaged; only a last line without its end, left by a run that
+    was cut off, is passed over. UserError as well when the PNG cannot be written.
     """
     figure = loss_figure(logs)
     with writing(path):
@@ -36,10 +42,12 @@ def loss_figure(logs: Mapping[str, Path]) -> Figure:
     """The picture that `loss_curves` writes."""
     if not logs:
         raise ValueError("no logs to draw")
+    windows = {name: read_windows(log) for name, log in logs.items()}
+    num_columns = 3 if any(windows.values()) else 2
     # A Figure by itself: pyplot would keep it in global state and look for a display.
-    figure = Figure(figsize=(10, 3 * len(logs)), layout="constrained")
-    rows = figure.subplots(len(logs), 2, squeeze=False)
-    for (name, log), (losses, accuracies) in zip(logs.items(), rows, strict=True):
+    figure = Figure(figsize=(5 * num_columns, 3 * len(logs)), layout="constrained")
+    rows = figure.subplots(len(logs), num_columns, squeeze=False)
+    for (name, log), (losses, accuracies, *others) in zip(logs.items(), rows, strict=True):
         series = read_log(log)
         _draw(losses, series, LOSSES, f"{name}: losses")
         _draw(accuracies, series, ACCURACIES, f"{name}: D accuracy")
@@ -47,6 +55,8 @@ def loss_figure(logs: Mapping[str, Path]) -> Figure:
         accuracies.set_ylim(-0.03, 1.03)
         for axes in (losses, accuracies):
             axes.legend(loc="best", frameon=False)
+        for axes in others:
+            _draw_windows(axes, windows[name], f"{name}: training windows, batch statistics")
     for axes in rows[-1]:
         axes.set_xlabel("generator updates")
     return figure
@@ -57,26 +67,50 @@ def read_log(path: Path) -> Series:
 
     Raises UserError as `loss_curves` does.
     """
+    series: Series = {key: [] for key in ("step", *LOSSES, *ACCURACIES)}
+    for number, entry in _entries(path):
+        for key, values in series.items():
+            values.append(_number(entry, key, path, number))
+    return series
+
+
+def read_windows(path: Path) -> dict[str, Curve]:
+    """The figures of training windows in a stage's log, by key; those that it has.
+
+    Raises UserError as `loss_curves` does.
+    """
+    curves: dict[str, Curve] = {}
+    for number, entry in _entries(path):
+        for key in WINDOWS:
+            if isinstance(entry, dict) and key in entry:
+                steps, values = curves.setdefault(key, ([], []))
+                steps.append(_number(entry, "step", path, number))
+                values.append(_number(entry, key, path, number))
+    return curves
+
+
+def _entries(path: Path) -> Iterator[tuple[int, Any]]:
+    """The log's lines, numbered from 1; UserError where there are none, or damaged ones."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read log {path}: {error.strerror}") from None
     lines = text.split("\n")
     lines.pop()  # empty after the last newline; otherwise the line that a crash cut short
-    series: Series = {key: [] for key in ("step", *LOSSES, *ACCURACIES)}
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: damaged, not a JSON object") from None
-        for key, values in series.items():
-            value = entry.get(key) if isinstance(entry, dict) else None
-            if not isinstance(value, int | float):
-                raise UserError(f"{path}, line {number}: no number {key!r}")
-            values.append(value)
     if not lines:
         raise UserError(f"log {path} has no entries yet")
-    return series
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield number, json.loads(line)
+        except ValueError:
+            raise UserError(f"{path}, line {number}: damaged, not a JSON object") from None
+
+
+def _number(entry: Any, key: str, path: Path, number: int) -> float:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, int | float):
+        raise UserError(f"{path}, line {number}: no number {key!r}")
+    return value
 
 
 def moving_average(values: Sequence[float], width: int) -> np.ndarray:
@@ -90,12 +124,27 @@ def _draw(axes: Axes, series: Series, labels: Mapping[str, str], title: str) -> 
     """Each series twice: faint as it was logged, and averaged so that its course shows."""
     steps = series["step"]
     width = len(steps) // 20 * 2 + 1  # a tenth of the run
-    for (key, label), colour in zip(labels.items(), COLOURS, strict=True):
+    for (key, label), colour in zip(labels.items(), COLOURS, strict=False):
         axes.plot(steps, series[key], color=colour, alpha=0.3, linewidth=1)
         smooth = moving_average(series[key], width)
         # A single logged step makes no line.
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, smooth, color=colour, linewidth=1.8, marker=marker, label=label)
+    _finish(axes, title)
+
+
+def _draw_windows(axes: Axes, curves: Mapping[str, Curve], title: str) -> None:
+    """Few points, so drawn as they are; 1 is what real windows have."""
+    for (key, label), colour in zip(WINDOWS.items(), COLOURS, strict=True):
+        if key in curves:
+            axes.plot(*curves[key], color=colour, linewidth=1.8, marker="o", label=label)
+    axes.axhline(AS_REAL, color="grey", linestyle=":", linewidth=1, label="real")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best", frameon=False)
+    _finish(axes, title)
+
+
+def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)

@@ -69,6 +69,9 @@ class Generator(Section):
     low_frames: Literal["repeat", "interpolate"] = "repeat"
     """How x_l's frames become as many as the output's: repeated (paper), or interpolated linearly
     in time, which is ours, and makes motion even where training is short. Stage 1 has no x_l."""
+    edge_frames: Annotated[int, Field(ge=0)] = 0
+    """By how many repetitions of its first and last frame x_l is continued at both ends when a
+    whole video is unrolled; what they become is cut off. Ours: the paper pads with zeros (0)."""
 
 
 class Discriminators(Section):

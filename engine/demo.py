@@ -22,7 +22,7 @@ NUM_FRAMES = 64
 
 
 def main(arguments: list[str]) -> None:
-    """Train, sample, draw the curves, compare with the data."""
+    """Train, sample, measure, draw the curves."""
     parser = ArgumentParser(__doc__ or "")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"(default: {OUT})")
     parser.add_argument(
@@ -40,26 +40,29 @@ def main(arguments: list[str]) -> None:
     quick = ("--max-steps", "6", "--set", "training.norm_statistics_passes=2")
     for number in range(1, NUM_STAGES + 1):
         _train(number, out, quick if options.quick else ())
-    samples = out / "samples"
+    samples, figures = out / "samples", out / "figures.json"
     _call(
         _here("engine/sample.py"),
         *("--checkpoint", str(out), "--out", str(samples), "--frames", str(NUM_FRAMES)),
         *("--sigma", "0.5"),  # the paper's for pictures
         *("--passes", "2" if options.quick else "12", "--batch", "4"),
     )
-    # Imported late: they bring DeepSpeed and DALI.
-    from engine.charts import loss_curves
-    from engine.trainer.learning_report import learning_report
+    _call(
+        _here("engine/measure.py"),
+        *("--checkpoint", str(out), "--out", str(figures)),
+        *(("--num", "2", "--passes", "2") if options.quick else ()),
+    )
+    from engine.charts import loss_curves  # imported late: matplotlib is slow
 
     curves = out / "loss-curves.png"
     stages = range(1, NUM_STAGES + 1)
     loss_curves({f"stage {n}": out / f"stage{n}" / "log.jsonl" for n in stages}, curves)
-    print(f"\n{learning_report(out, NUM_STAGES)}")
     print(
         f"\nThe demo took {time.monotonic() - began:.0f} s. Look at:\n"
         f"  {samples / 'grid.mp4'}  (and clip-*.mp4 beside it)\n"
         f"  {samples / 'contact-sheet.png'}\n"
         f"  {curves}\n"
+        f"  {figures}  (the table above, and more)\n"
         f"  tensorboard --logdir {out}"
     )
 

@@ -100,12 +100,7 @@ def make_writable(out: Path, plan: SamplePlan) -> None:
 
 
 def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
-    """Fix the norms at the plan's length and keep the statistics in `out`, for the next time.
-
-    Decided: the passes draw z with the σ that is sampled with, as BigGAN does for truncation;
-    statistics of σ = 1 do not fit activations of σ = 0.5. Decided: they draw classes as often as
-    the data has them, as training does; embeddings that were never trained shall not count.
-    """
+    """Fix the norms as `run_passes` does and keep the statistics in `out`, for the next time."""
     path = out / STATISTICS
     key = {
         "generator": plan.checkpoint.meta["files"][GENERATOR][1],
@@ -124,9 +119,41 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
             for generator, statistics in zip(cascade.generators, kept["stages"], strict=True):
                 fix_norm_statistics(generator, statistics)
             return
-    _run_passes(cascade, plan)
+    run_passes(cascade, plan)
     statistics = [norm_statistics(generator) for generator in cascade.generators]
     write_tensors(path, {"key": key, "stages": statistics})
+
+
+def run_passes(cascade: Cascade, plan: SamplePlan) -> None:
+    """Fix the norms at the plan's length, by dummy passes.
+
+    Decided: the passes draw z with the σ that is sampled with, as BigGAN does for truncation;
+    statistics of σ = 1 do not fit activations of σ = 0.5. Decided: they draw classes as often as
+    the data has them, as training does; embeddings that were never trained shall not count.
+    """
+    config, stages = cascade.config, list(cascade.generators)
+    clip_frames = -(-plan.num_frames // config.unrolling(len(stages)))
+    latents = LatentSource(
+        config,
+        plan.checkpoint.class_counts,
+        derived_seed(_PASSES, plan.seed),
+        next(cascade.parameters()).device,
+        sigma=plan.sigma,
+    )
+
+    def run_stage(number: int, zs: list[Tensor], labels_B: Tensor | None) -> None:
+        to_it = Cascade(stages[:number], config)
+        to_it.generate(zs, labels_B, clip_frames * config.unrolling(number))
+
+    with tqdm(total=plan.num_passes * len(stages), desc="norm statistics", unit="pass") as bar:
+        fix_standing_statistics(
+            cascade,
+            latents=latents,
+            batch_size=plan.batch_size,
+            num_passes=plan.num_passes,
+            run_stage=run_stage,
+            on_pass=bar.update,
+        )
 
 
 def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
@@ -227,33 +254,6 @@ def _listed_clips(out: Path) -> set[str]:
         return set()
     # Never beyond what `write` could have made.
     return {file for file in files if fnmatch(str(file), "clip-*.mp4") and "/" not in file}
-
-
-def _run_passes(cascade: Cascade, plan: SamplePlan) -> None:
-    config, stages = cascade.config, list(cascade.generators)
-    clip_frames = -(-plan.num_frames // config.unrolling(len(stages)))
-    latents = LatentSource(
-        config,
-        plan.checkpoint.class_counts,
-        derived_seed(_PASSES, plan.seed),
-        next(cascade.parameters()).device,
-        sigma=plan.sigma,
-    )
-
-    def low_of(number: int, zs: list[Tensor], labels_B: Tensor | None) -> Tensor:
-        before = Cascade(stages[: number - 1], config)
-        return before.generate(zs, labels_B, clip_frames * config.unrolling(number - 1))
-
-    with tqdm(total=plan.num_passes * len(stages), desc="norm statistics", unit="pass") as bar:
-        fix_standing_statistics(
-            cascade,
-            latents=latents,
-            batch_size=plan.batch_size,
-            num_passes=plan.num_passes,
-            clip_frames=clip_frames,
-            low_of=low_of,
-            on_pass=bar.update,
-        )
 
 
 def _class_number(text: str, num_classes: int, names: list[str]) -> int:

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from engine.charts import loss_curves, loss_figure, moving_average, read_log
+from engine.charts import loss_curves, loss_figure, moving_average, read_log, read_windows
 from engine.errors import UserError
 
 
@@ -83,6 +83,40 @@ def test_picture_shows_both_curves_in_both_columns(tmp_path: Path, log: Path) ->
                 distance = np.abs(half - np.round(np.array(to_rgb(colour)) * 255)).max(axis=2)
                 # A curve across a panel some 400 pixels wide; its legend entry alone has under 100.
                 assert (distance < 8).any(axis=0).sum() > 300
+
+
+def windows(motion: float, **others: float) -> dict[str, float]:
+    return {"window/motion_ratio": motion} | {f"window/{k}": v for k, v in others.items()}
+
+
+def test_training_windows_are_a_third_column(tmp_path: Path, log: Path) -> None:
+    """Drawn at the steps that have them; a stage without them has an empty panel."""
+    text = entry(1) + entry(5, **windows(0.25)) + entry(7) + entry(10, **windows(0.5, judder=3.0))
+    other = tmp_path / "other.jsonl"
+    other.write_text(text)
+    assert read_windows(other) == {
+        "window/motion_ratio": ([5, 10], [0.25, 0.5]),
+        "window/judder": ([10], [3.0]),
+    }
+    assert read_log(other)["step"] == [1, 5, 7, 10]
+    figure = loss_figure({"stage 1": log, "stage 2": other})
+    axes_1, axes_2 = figure.axes[2], figure.axes[5]
+    assert axes_2.get_title(loc="left") == "stage 2: training windows, batch statistics"
+    motion, judder, real = axes_2.get_lines()
+    assert [line.get_label() for line in (motion, judder, real)] == ["motion", "judder", "real"]
+    np.testing.assert_array_equal(motion.get_xdata(), [5, 10])
+    np.testing.assert_array_equal(drawn(motion), [0.25, 0.5])
+    np.testing.assert_array_equal(drawn(judder), [3.0])
+    np.testing.assert_array_equal(drawn(real), [1, 1])
+    assert axes_2.get_ylim()[0] == 0
+    assert [line.get_label() for line in axes_1.get_lines()] == ["real"]
+
+
+def test_a_damaged_figure_of_windows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(entry(1) + entry(2, **{"window/judder": "3"}))
+    with pytest.raises(UserError, match="line 2: no number 'window/judder'"):
+        loss_figure({"stage 1": path})
 
 
 def test_moving_average() -> None:

@@ -342,6 +342,8 @@ MISTAKES_IN_A_KEY = {
         "stages.1.generator.multipliers.1 should be a valid integer (found 'x')",
     "stages.2.generator.low_frames=linear":
         "stages.2.generator.low_frames should be 'repeat' or 'interpolate' (found 'linear')",
+    "stages.2.generator.edge_frames=-1":
+        "stages.2.generator.edge_frames should be greater than or equal to 0 (found -1)",
     "stages.2.discriminators.batch_statistics=1":
         "stages.2.discriminators.batch_statistics should be a valid boolean (found 1)",
     "stages.2.training.sample_bank={}": "missing key stages.2.training.sample_bank.num_videos",

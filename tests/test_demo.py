@@ -12,12 +12,12 @@ from engine import demo
 
 @pytest.fixture
 def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The demo's commands, from a working directory elsewhere; the fourth, sample.py, fails."""
+    """The demo's commands, from a working directory elsewhere; the fifth, measure.py, fails."""
     calls: list[list[str]] = []
 
     def note(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
-        return subprocess.CompletedProcess(command, returncode=3 * (len(calls) == 4))
+        return subprocess.CompletedProcess(command, returncode=3 * (len(calls) == 5))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", note)
@@ -30,7 +30,8 @@ def test_its_files_are_found_from_elsewhere(called: list[list[str]]) -> None:
     ours = (".py", ".yaml")
     files = [[Path(word).resolve() for word in c if word.endswith(ours)] for c in called]
     trained = [REPOSITORY / "engine/train.py", REPOSITORY / "configs/sample.yaml"]
-    assert files == [trained, trained, trained, [REPOSITORY / "engine/sample.py"]]
+    last = [[REPOSITORY / "engine" / name] for name in ("sample.py", "measure.py")]
+    assert files == [trained, trained, trained, *last]
 
 
 def test_quick_starts_anew_in_a_folder_of_its_own(called: list[list[str]]) -> None:
@@ -48,7 +49,9 @@ def test_quick_starts_anew_in_a_folder_of_its_own(called: list[list[str]]) -> No
         assert call(demo.main, *options).code == 2
         for command in called[:3]:
             assert command[command.index("--out") + 1] == str(folder)
-        assert called[3][called[3].index("--checkpoint") + 1] == str(folder)
+        for command in called[3:]:
+            assert command[command.index("--checkpoint") + 1] == str(folder)
+        assert called[4][called[4].index("--out") + 1] == str(folder / "figures.json")
     assert (full.exists(), quick.exists(), mine.exists()) == (True, False, True)
 
 

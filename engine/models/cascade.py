@@ -80,7 +80,7 @@ class Cascade(nn.Module):
             total_step *= upsampler.frame_step
         video = first(zs[0], labels_B, -(-num_frames // total_step))
         for upsampler, z in zip(upsamplers, zs[1:], strict=True):
-            video = upsampler(z, labels_B, video)
+            video = upsampler.unroll(z, labels_B, video)
         return video[:, :num_frames]
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ def build_generator(config: Config, stage_number: int) -> ClipGenerator | Upsamp
             low_resolution=low.resolution,
             frame_step=low.frame_step,
             low_frames=sizes.low_frames,
+            edge_frames=sizes.edge_frames,
             **common,
         )
     set_checkpointing(generator, stage.training.checkpointing)

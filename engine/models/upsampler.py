@@ -21,6 +21,9 @@ class UpsamplingGenerator(GeneratorTrunk):
     `low_frames` says how x_l's frames become as many as the output's before they are injected:
     repeated (paper), or interpolated linearly between neighbours (ours). Repeated frames stand
     still and then jump, and a generator that trains for little learns to do the same.
+
+    `edge_frames` says by how many frames x_l is continued at both ends when a whole video is
+    unrolled (ours; the paper pads with zeros inside the network).
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class UpsamplingGenerator(GeneratorTrunk):
         low_resolution: int,
         frame_step: int,
         low_frames: LowFrames = "repeat",
+        edge_frames: int = 0,
         num_classes: int | None = None,
         latent_size: int = 128,
         class_embedding_size: int = 128,
@@ -55,7 +59,7 @@ class UpsamplingGenerator(GeneratorTrunk):
             compute_dtype=compute_dtype,
         )
         self.low_resolution, self.frame_step = low_resolution, frame_step
-        self.low_frames = low_frames
+        self.low_frames, self.edge_frames = low_frames, edge_frames
 
     def forward(self, z_BZ: Tensor, labels_B: Tensor | None, low_BTCHW: Tensor) -> Tensor:
         """x_l [B, t, 3, h, w] → [B, t * frame_step, 3, resolution, resolution], fp32."""
@@ -68,6 +72,17 @@ class UpsamplingGenerator(GeneratorTrunk):
         low = low_BTCHW.to(self.compute_dtype)
         return self.synthesize(z_BZ, labels_B, num_frames, low)
 
+    def unroll(self, z_BZ: Tensor, labels_B: Tensor | None, low_BTCHW: Tensor) -> Tensor:
+        """As `forward`, for a whole video: its first and last frame stand for what is beyond them.
+
+        x_l is continued by `edge_frames` repetitions at both ends, and what they become is cut
+        off. So the zeros that convolutions pad a video with lie that much farther from its ends.
+        """
+        low_BTCHW = repeat_ends(low_BTCHW, self.edge_frames)
+        video_BTCHW: Tensor = self(z_BZ, labels_B, low_BTCHW)
+        beyond = self.edge_frames * self.frame_step
+        return video_BTCHW[:, beyond : video_BTCHW.shape[1] - beyond]
+
 
 def interpolate_frames(video_BtCHW: Tensor, frame_step: int) -> Tensor:
     """`frame_step` frames for each: itself, then steps of equal size on the way to the next one.
@@ -79,3 +94,14 @@ def interpolate_frames(video_BtCHW: Tensor, frame_step: int) -> Tensor:
     next_BtHWC = torch.cat([video_BtHWC[:, 1:], video_BtHWC[:, -1:]], 1)
     steps = [video_BtHWC.lerp(next_BtHWC, step / frame_step) for step in range(frame_step)]
     return torch.stack(steps, 2).flatten(1, 2).permute(0, 1, 4, 2, 3)
+
+
+def repeat_ends(video_BTCHW: Tensor, num_frames: int) -> Tensor:
+    """The video with its first frame `num_frames` times before it, and its last as often after."""
+    if not num_frames:
+        return video_BTCHW
+    video_BTHWC = video_BTCHW.permute(0, 1, 3, 4, 2)  # as it lies in memory
+    first, last = (video_BTHWC[:, t].unsqueeze(1) for t in (0, -1))
+    sizes = (-1, num_frames, -1, -1, -1)
+    continued = torch.cat([first.expand(sizes), video_BTHWC, last.expand(sizes)], 1)
+    return continued.permute(0, 1, 4, 2, 3)

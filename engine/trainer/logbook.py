@@ -19,7 +19,8 @@ from engine.trainer.recorded_passes import recorded_bytes
 class Logbook:
     """The log of one stage's run, written by rank 0; with what rank 0's GPU says, if it has one.
 
-    `log.jsonl` has an object per logged step. On resuming at step N the lines after N, which a
+    `log.jsonl` has an object per logged step; those with samples hold `window_figures.py`'s too. On
+    resuming at step N the lines after N, which a
     run that was cut off left behind, are taken out, so that each step stands there once.
     Every method raises UserError when something cannot be written; TensorBoard's writer, a thread,
     tells of it at the next call.

@@ -93,9 +93,8 @@ def freeze_previous(
         latents=latents,
         batch_size=batch_size,
         num_passes=num_passes,
-        clip_frames=config.stages[1].num_frames,
-        low_of=lambda number, zs, labels_B: cascade.sample_window(
-            number, zs, labels_B, latents.random
+        run_stage=lambda number, zs, labels_B: cascade.sample_previous(
+            number + 1, zs, labels_B, latents.random
         ),
     )
     with writing(path):

@@ -22,6 +22,7 @@ from engine.trainer.shared_folder import check_shared
 from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
+from engine.trainer.window_figures import measure_real_windows
 from engine.video.dataset import describe
 from engine.video.index import VideoIndex
 
@@ -116,6 +117,8 @@ def _snapshots(plan: Plan, builder: StageBuilder, index: VideoIndex) -> Snapshot
         inputs,
         folder=plan.options.folder / "samples",
         frames_per_second=builder.frames_per_second,
+        # Rank 0 writes the log.
+        figures=measure_real_windows(builder, index) if builder.ranks.is_main else None,
     )
 
 
@@ -174,7 +177,9 @@ class _Run:
             logbook = Logbook(self._folder, resumed_at=trainer.step, device=device)
         progress = self._console.progress(trainer.step, last_step, f"stage {self._builder.number}")
         if trainer.step == 0:
-            self._snapshots.write(trainer, logbook)
+            fake = self._snapshots.generate(trainer)
+            if logbook:
+                self._snapshots.write(0, fake, logbook)
         # Seconds are averaged over the steps since the last logged one.
         began, began_step = time.monotonic(), trainer.step
         while trainer.step < last_step:
@@ -182,12 +187,18 @@ class _Run:
             step = trainer.step
             progress.update(step, measures)
             stopping = step == last_step or self._told_to_stop()
-            if logbook and (step % training.log_every == 0 or step == 1 or stopping):
-                seconds = (time.monotonic() - began) / (step - began_step)
-                logbook.scalars(step, measures | self._speed(seconds))
-                began, began_step = time.monotonic(), step
-            if step % training.sample_every == 0 or stopping:
-                self._snapshots.write(trainer, logbook)
+            sampled = step % training.sample_every == 0
+            now = time.monotonic()
+            samples = self._snapshots.generate(trainer) if sampled or stopping else None
+            if logbook and (step % training.log_every == 0 or step == 1 or sampled or stopping):
+                values = measures | self._speed((now - began) / (step - began_step))
+                # Not when stopping: the log is to be that of a run that did not stop.
+                if samples is not None and sampled:
+                    values |= self._snapshots.figures(samples)
+                logbook.scalars(step, values)
+                began, began_step = now, step
+            if logbook and samples is not None:
+                self._snapshots.write(step, samples, logbook)
             if step % training.checkpoint_every == 0 or stopping:
                 checkpoint = self._save()
             if stopping:

@@ -22,24 +22,19 @@ def fix_standing_statistics(
     latents: LatentSource,
     batch_size: int,
     num_passes: int,
-    clip_frames: int,
-    low_of: Callable[[int, list[Tensor], Tensor | None], Tensor],
+    run_stage: Callable[[int, list[Tensor], Tensor | None], object],
     on_pass: Callable[[], object] = lambda: None,
 ) -> None:
     """Fix the statistics of all of the cascade's generators.
 
-    `clip_frames` is stage 1's length; `low_of(n, zs, labels)` gives stage n's input, made by the
-    n - 1 stages before it. `on_pass` is called after each pass, for a progress bar.
+    `run_stage(n, zs, labels)` runs the n-th of them once, on what the n - 1 before it, already
+    fixed, generate. `on_pass` is called after each pass, for a progress bar.
     """
     for number, generator in enumerate(cascade.generators, start=1):
 
-        def run_pass(_: int, number: int = number, generator: torch.nn.Module = generator) -> None:
+        def run_pass(_: int, number: int = number) -> None:
             zs = latents.latents(batch_size, number)
-            labels_B = latents.labels(batch_size)
-            if number == 1:
-                generator(zs[0], labels_B, clip_frames)
-            else:
-                generator(zs[-1], labels_B, low_of(number, zs[:-1], labels_B))
+            run_stage(number, zs, latents.labels(batch_size))
             on_pass()
 
         collect_statistics(generator, run_pass, num_passes)

@@ -49,6 +49,22 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
     return index
 
 
+def held_out(data: Data) -> Data | None:
+    """The sample data set with another seed, made beside it: clips that nothing was trained on.
+
+    None for any other data set, whose held-out clips only its user knows.
+    """
+    if data.procedural is None or data.path is None:
+        return None
+    path = Path(data.path)
+    return data.model_copy(
+        update={
+            "path": str(path.with_name(f"{path.name}-held-out")),
+            "procedural": data.procedural.model_copy(update={"seed": data.procedural.seed + 1}),
+        }
+    )
+
+
 @dataclass(frozen=True)
 class DataFacts:
     """What generators need to know of a data set."""

@@ -12,7 +12,7 @@ from engine.models import blocks
 from engine.models.blocks import GeneratorBlock2D, GeneratorBlock3D, Temporal
 from engine.models.generator import ClipGenerator, GeneratorTrunk
 from engine.models.norms import Features
-from engine.models.upsampler import UpsamplingGenerator, interpolate_frames
+from engine.models.upsampler import UpsamplingGenerator, interpolate_frames, repeat_ends
 
 BOTH = pytest.mark.parametrize("temporal", ["conv_gru", "separable_conv"])
 
@@ -146,6 +146,21 @@ def test_interpolated_x_l_is_what_would_be_injected_at_the_output_s_frames() -> 
     torch.testing.assert_close(generator(z, None, interpolate_frames(low, 2)), interpolated)
     generator.low_frames = "repeat"
     torch.testing.assert_close(generator(z, None, low.repeat_interleave(2, 1)), repeated)
+
+
+def test_unrolling_continues_x_l_by_its_first_and_last_frame() -> None:
+    torch.manual_seed(0)
+    generator = upsampling_generator()
+    z, _, low = inputs()
+    assert torch.equal(generator.unroll(z, None, low), generator(z, None, low))
+    generator.edge_frames = 2
+    by_hand = torch.cat([low[:, :1], low[:, :1], low, low[:, -1:], low[:, -1:]], 1)
+    assert torch.equal(repeat_ends(low, 2), by_hand)
+    unrolled = generator.unroll(z, None, low)
+    assert unrolled.shape[1] == 2 * low.shape[1]
+    assert torch.equal(unrolled, generator(z, None, by_hand)[:, 4:-4])
+    # What is seen in training are windows, as they are.
+    assert not torch.allclose(unrolled, generator(z, None, low))
 
 
 def test_2d_block_is_what_the_paper_draws() -> None:

@@ -60,8 +60,9 @@ class Stage:
             latents=latents,
             batch_size=4,
             num_passes=2,
-            clip_frames=config.stages[1].num_frames,
-            low_of=lambda n, zs, labels: self.cascade.sample_window(n, zs, labels, latents.random),
+            run_stage=lambda n, zs, labels: self.cascade.sample_previous(
+                n + 1, zs, labels, latents.random
+            ),
         )
         self.builder.previous = PreviousStages(self.cascade, "")
 

@@ -1,0 +1,122 @@
+"""Measure what a checkpoint generates: motion, judder, variety, classes, beside real clips'."""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from engine.command_line import ArgumentParser, run
+from engine.durable_files import put_in_place, writing
+from engine.errors import UserError
+from engine.trainer.checkpoints import PARTIAL, find_checkpoint
+
+EPILOG = """\
+examples:
+  python engine/measure.py --checkpoint runs/sample --out runs/sample/figures.json
+  python engine/measure.py --checkpoint runs/kinetics600/stage1 --held-out indexes/validation.jsonl
+
+Makes clips as engine/sample.py does and compares them with real clips that were not trained on. The
+other rows say what the figures are worth: real clips pass, each kind of spoilt clip fails.
+engine/evaluation/figures.py defines every figure.
+"""
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = ArgumentParser(__doc__ or "", EPILOG)
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run's, stage's or checkpoint's folder; the newest of the last stage is taken",
+    )
+    add(
+        "--held-out",
+        metavar="PATH",
+        help="an index or folder of videos that were not trained on (default: another seed of the "
+        "sample data set, made beside it; for other data the training videos)",
+    )
+    add(
+        "--data",
+        metavar="PATH",
+        help="the training videos, to train the classifiers on (default: the checkpoint's)",
+    )
+    add("--out", type=Path, metavar="FILE", help="write all figures there, as JSON")
+    add("--num", type=int, metavar="N", help="clips per class (default: 8; 64 without classes)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--sigma", type=float, default=1.0, help="standard deviation of z (default: %(default)s)")
+    add(
+        "--passes",
+        type=int,
+        metavar="N",
+        help="dummy passes that fix the norm statistics (default: the configuration's)",
+    )
+    add("--batch", type=int, default=8, help="clips per dummy pass (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    options = parser.parse_args(arguments)
+    for name, least in (("num", 2), ("passes", 1), ("batch", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}")
+    for name in ("data", "held_out"):
+        if getattr(options, name) == "":  # a shell variable that is not set
+            parser.error(f"--{name.replace('_', '-')} names nothing")
+    if not 0 < options.sigma < math.inf:
+        parser.error("--sigma must be positive and finite")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU was found")
+    return options
+
+
+def make_writable(file: Path) -> None:
+    """Make the file's folder; UserError where it cannot be written. Due before the long passes."""
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir():
+        raise UserError(f"cannot write {file}: it is a folder")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {file}: permission denied")
+
+
+def main(arguments: list[str]) -> None:
+    """Find, measure, print, write."""
+    options = parse(arguments)
+    checkpoint = find_checkpoint(options.checkpoint)
+    # Imported late: it brings DALI, and mistakes should be told at once.
+    from engine.evaluation.report import ReportOptions, report
+
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if options.device == "auto" else options.device)
+    print(
+        f"checkpoint: {checkpoint.path} (stage {checkpoint.stage_number}, step {checkpoint.step})"
+    )
+    if options.out is not None:
+        make_writable(options.out)
+    made_of = ReportOptions(
+        data=options.data,
+        held_out=options.held_out,
+        num=options.num,
+        seed=options.seed,
+        sigma=options.sigma,
+        passes=options.passes,
+        batch=options.batch,
+    )
+    measured = report(checkpoint, made_of, device)
+    print(f"\n{measured.table()}")
+    if options.out is not None:
+        partial = options.out.with_name(options.out.name + PARTIAL)
+        with writing(options.out):
+            partial.write_text(json.dumps(measured.to_tree(), indent=1, allow_nan=False) + "\n")
+            put_in_place(partial, options.out)
+        print(f"wrote: {options.out}")
+
+
+if __name__ == "__main__":
+    run(main)
