@@ -1,5 +1,6 @@
 # make demo   train a small video GAN stage by stage and write its videos
 # make test   run the tests
+# make miniature   train and measure the paper's comparisons on the sample set (an hour, two cores)
 # make lint   check style and types
 # make clean  remove the environment, the caches and what the demo made (other runs and data stay)
 #
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
+MINIATURE_ARGS ?=
 
 # Paths are relative throughout: the checkout may lie in a folder with spaces in its name.
 RUN := .venv/bin/python
@@ -16,7 +18,7 @@ INSTALLED := .venv/.installed
 BUILT := .venv/.built
 INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean help
+.PHONY: demo test miniature lint clean help
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -27,6 +29,9 @@ demo: $(BUILT)
 test: $(BUILT)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests $(PYTEST_ARGS)
 
+miniature: $(BUILT)
+	@$(RUN) -m benchmarks.miniature $(MINIATURE_ARGS)
+
 lint: $(BUILT)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -36,7 +41,7 @@ help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
 clean:
-	rm -rf .venv build dist *.egg-info runs/demo runs/demo-quick data/sample
+	rm -rf .venv build dist *.egg-info runs/demo runs/demo-quick data/sample data/sample-held-out
 	rm -rf kernels/_csrc*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
