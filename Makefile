@@ -41,7 +41,7 @@ help:
 	@sed -n '/^# make/s/^# //p' Makefile
 
 clean:
-	rm -rf .venv build dist *.egg-info runs/demo runs/demo-quick data/sample data/sample-held-out
+	rm -rf .venv build dist *.egg-info runs/demo runs/demo-quick runs/demo-long data/sample data/sample-held-out
 	rm -rf kernels/_csrc*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find engine kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -355,8 +355,9 @@ def config_from_tree(tree: Tree, source: str) -> Config:
 
 
 def variant_names(path: str | Path) -> list[str | None]:
-    """The variants that a configuration file offers; [None] when it has none."""
-    return list(_pop_variants(read_tree(path), path)) or [None]
+    """The variants that a configuration file offers, after None where it chooses none itself."""
+    tree = read_tree(path)
+    return [*([] if "variant" in tree else [None]), *_pop_variants(tree, path)]
 
 
 def accumulation_steps(training: Training, world_size: int) -> int:

@@ -16,36 +16,46 @@ import torch
 from engine.command_line import REPOSITORY, ArgumentParser, run
 from engine.errors import UserError
 
-OUT, QUICK_OUT = Path("runs/demo"), Path("runs/demo-quick")
+OUT, QUICK_OUT, LONG_OUT = Path("runs/demo"), Path("runs/demo-quick"), Path("runs/demo-long")
 NUM_STAGES = 3
-NUM_FRAMES = 64
+NUM_CLIPS = 16
 
 
 def main(arguments: list[str]) -> None:
     """Train, sample, measure, draw the curves."""
     parser = ArgumentParser(__doc__ or "")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"(default: {OUT})")
-    parser.add_argument(
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
         "--quick",
         action="store_true",
         help=f"a few steps only: a check, no result (default of --out: {QUICK_OUT}, emptied first)",
     )
+    length.add_argument(
+        "--long",
+        action="store_true",
+        help=f"several times as long, for better videos (default of --out: {LONG_OUT})",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    out = options.out or (QUICK_OUT if options.quick else OUT)
+    out = options.out or (QUICK_OUT if options.quick else LONG_OUT if options.long else OUT)
     if options.quick and not options.out:  # a folder of our own
         _remove(out)  # the run that is there would be resumed, and nothing be checked
     began = time.monotonic()
     # Said aloud, so that DeepSpeed does not warn that it had to find out.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    quick = ("--max-steps", "6", "--set", "training.norm_statistics_passes=2")
+    extra = [f"training.seed={options.seed}"] if options.seed else []
+    extra += ["variant=long"] if options.long else []
+    extra += ["training.norm_statistics_passes=2"] if options.quick else []
+    settings = [word for setting in extra for word in ("--set", setting)]
+    settings += ["--max-steps", "6"] if options.quick else []
     for number in range(1, NUM_STAGES + 1):
-        _train(number, out, quick if options.quick else ())
+        _train(number, out, settings)
     samples, figures = out / "samples", out / "figures.json"
     _call(
         _here("engine/sample.py"),
-        *("--checkpoint", str(out), "--out", str(samples), "--frames", str(NUM_FRAMES)),
-        *("--sigma", "0.5"),  # the paper's for pictures
-        *("--passes", "2" if options.quick else "12", "--batch", "4"),
+        *("--checkpoint", str(out), "--out", str(samples), "--num", str(NUM_CLIPS)),
+        *(("--passes", "2") if options.quick else ()),
     )
     _call(
         _here("engine/measure.py"),
@@ -81,7 +91,7 @@ def _here(file: str) -> str:
     return os.path.relpath(REPOSITORY / file)
 
 
-def _train(number: int, out: Path, extra: tuple[str, ...]) -> None:
+def _train(number: int, out: Path, settings: list[str]) -> None:
     script = _here("engine/train.py")
     # Spelt as a module because a launcher script's first line breaks in paths with spaces. One
     # process: the networks are too small to be worth sharing among GPUs.
@@ -90,8 +100,10 @@ def _train(number: int, out: Path, extra: tuple[str, ...]) -> None:
         *("deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "error"),
         script,
         *("--config", _here("configs/sample.yaml"), "--stage", str(number)),
-        *("--out", str(out), *extra),
-        shown=f"deepspeed {script} --stage {number} --out {out}",
+        *("--out", str(out), *settings),
+        shown=shlex.join(
+            ["deepspeed", script, "--stage", str(number), "--out", str(out), *settings]
+        ),
     )
 
 

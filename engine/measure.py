@@ -20,7 +20,7 @@ examples:
 
 Makes clips as engine/sample.py does and compares them with real clips that were not trained on. The
 other rows say what the figures are worth: real clips pass, each kind of spoilt clip fails.
-engine/evaluation/figures.py defines every figure.
+engine/clip_figures.py defines every figure.
 """
 
 

@@ -25,7 +25,6 @@ SHIPPED = [
     for path in sorted(CONFIGS.glob("*.yaml"))
     for variant in variant_names(path)
 ]
-SAMPLE = CONFIGS / "sample.yaml"
 
 SMALL = """
 name: small
@@ -150,7 +149,8 @@ def test_precedence_is_override_then_variant_then_file(small: Path) -> None:
     without = written(small.parent, SMALL.replace("variant: short", ""))
     assert load_config(without).stages[2].num_frames == 6
     assert variant_names(small) == ["short", "long"]
-    assert variant_names(SAMPLE) == [None]
+    assert variant_names(without) == [None, "short", "long"]
+    assert variant_names(CONFIGS / "bdd100k.yaml") == [None]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,8 @@ def test_variant_that_is_not_offered(small: Path, chosen: str) -> None:
     shown = repr(yaml.safe_load(chosen))
     line = f"{small} has no variant {shown}; it has: short, long"
     assert refusal(small, f"variant={chosen}") == line
-    assert refusal(SAMPLE, "variant=tall") == f"{SAMPLE} has no variant 'tall'; it has no variants"
+    none = CONFIGS / "bdd100k.yaml"
+    assert refusal(none, "variant=tall") == f"{none} has no variant 'tall'; it has no variants"
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,18 @@ def test_quick_starts_anew_in_a_folder_of_its_own(called: list[list[str]]) -> No
     assert (full.exists(), quick.exists(), mine.exists()) == (True, False, True)
 
 
+def test_length_and_seed_reach_every_stage(called: list[list[str]]) -> None:
+    assert call(demo.main, "--long", "--seed", "3").code == 2  # the fifth command's
+    for command in called[:3]:
+        assert command[command.index("--out") + 1] == "runs/demo-long"
+        settings = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
+        assert settings == ["training.seed=3", "variant=long"]
+    called.clear()
+    assert call(demo.main).code == 2
+    assert not any("--set" in command for command in called)
+    assert "not allowed with" in call(demo.main, "--long", "--quick").error
+
+
 def test_a_folder_that_cannot_be_removed(called: list[list[str]]) -> None:
     """A link's target is somebody's."""
     Path("mine").mkdir()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import engine.evaluation.report
 import engine.measure
-from engine.evaluation import classifier, figures
+from engine import clip_figures
+from engine.evaluation import classifier
 from engine.trainer.checkpoints import find_checkpoint
 from engine.video.index import VideoIndex
 from engine.video.writing import to_uint8
@@ -47,9 +48,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """The sets of clips that are measured: reference, generated, real, and the spoilt ones."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def noted(video: Tensor, labels: Tensor, **settings: Any) -> figures.Figures:
+    def noted(video: Tensor, labels: Tensor, **settings: Any) -> clip_figures.Figures:
         seen.append((video, labels))
-        return figures.measure(video, labels, **settings)
+        return clip_figures.measure(video, labels, **settings)
 
     monkeypatch.setattr(engine.evaluation.report, "measure", noted)
     return seen
@@ -114,10 +115,10 @@ def test_the_file_holds_what_was_measured_and_of_what(
     real = videos["real against real"][0]
     for name, (video, labels) in videos.items():
         row = by_name(tree).get(name, tree["reference"])
-        assert row["motion"] == figures.motion(video, 2)
-        assert row["judder"] == figures.judder(video, 2)
-        assert row["persistence"] == figures.persistence(video)
-        assert row["variety"] == {str(k): v for k, v in figures.variety(video, labels).items()}
+        assert row["motion"] == clip_figures.motion(video, 2)
+        assert row["judder"] == clip_figures.judder(video, 2)
+        assert row["persistence"] == clip_figures.persistence(video)
+        assert row["variety"] == {str(k): v for k, v in clip_figures.variety(video, labels).items()}
         assert video.shape == real.shape
         if name != "reference":
             assert row["motion_ratio"] == row["motion"] / tree["reference"]["motion"]

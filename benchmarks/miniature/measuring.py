@@ -27,10 +27,10 @@ from benchmarks.miniature.measured import (
 )
 from benchmarks.miniature.models import MODELS, NUM_FRAMES, PERIOD, WINDOWS, Model, folder_of
 from benchmarks.miniature.plan import Plan, read_plan, write_json
+from engine.clip_figures import LEVEL, Recogniser, compare, measure, motion, motion_ratio
 from engine.command_line import ArgumentParser, run
 from engine.durable_files import put_in_place, writing
 from engine.evaluation.classifier import VIEWS, train_classifier
-from engine.evaluation.figures import LEVEL, Recogniser, compare, measure, motion, motion_ratio
 from engine.evaluation.grounding import grounding
 from engine.evaluation.real_clips import (
     ClipShape,
@@ -119,7 +119,7 @@ class Judge:
 def fading(video_BTCHW: Tensor, window: int) -> float:
     """Motion after the first `window` frames as part of that in them; 1 in both where it is even.
 
-    Each is `figures.motion`, over the middle half of its steps. Catches a recurrent state that
+    Each is `clip_figures.motion`, over the middle half of its steps. Catches a recurrent state that
     comes to rest beyond the length that it was trained on (the paper's Figure 3).
     """
     after = motion(video_BTCHW[:, window - 1 :], PERIOD)

@@ -1,4 +1,4 @@
-"""A small classifier of clips, trained on real ones in seconds: the judge of `figures.recognised`.
+"""A small classifier of clips, trained on real ones in seconds; judges `clip_figures.recognised`.
 
 Two views of a clip, one classifier each, because colour alone may give a class away (in the sample
 set it does, from one frame):
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.evaluation.figures import LEVEL
+from engine.clip_figures import LEVEL
 
 MAX_FRAMES, MAX_PIXELS = 8, 16
 """What a classifier sees of a clip at most; more is slower and recognises no better."""
@@ -58,7 +58,7 @@ VIEWS: dict[str, View] = {"colour": colour_view, "motion": motion_view}
 
 
 class Classifier:
-    """Clips to classes, through a view; a `figures.Recogniser`."""
+    """Clips to classes, through a view; a `clip_figures.Recogniser`."""
 
     def __init__(self, network: nn.Module, view: View, classes: list[int]) -> None:
         self._network = network

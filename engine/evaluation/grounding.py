@@ -9,7 +9,7 @@ values in [-1, 1].
 
 from torch import Tensor
 
-from engine.evaluation.figures import LEVEL
+from engine.clip_figures import LEVEL
 from engine.views import nearest_view
 
 

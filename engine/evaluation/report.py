@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.clip_figures import Figures, Ratios, Recogniser, compare, measure
 from engine.errors import UserError
 from engine.evaluation.classifier import VIEWS, train_classifier
-from engine.evaluation.figures import Figures, Ratios, Recogniser, compare, measure
 from engine.evaluation.real_clips import (
     ClipShape,
     LabelledClips,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.evaluation.figures import LEVEL
+from engine.clip_figures import LEVEL
 
 _LUMA = (0.299, 0.587, 0.114)  # BT.601's weights of R, G and B
 _LEAST_POWER = LEVEL**2 / 12

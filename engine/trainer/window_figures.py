@@ -9,7 +9,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from engine.evaluation.figures import judder, motion, motion_ratio, variety, variety_ratio
+from engine.clip_figures import judder, motion, motion_ratio, variety, variety_ratio
 from engine.trainer.fakes import Fake
 from engine.trainer.networks import StageBuilder
 from engine.trainer.reals import Reals

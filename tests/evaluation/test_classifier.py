@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.clip_figures import LEVEL, recognised
 from engine.evaluation.classifier import (
     MAX_FRAMES,
     MAX_PIXELS,
@@ -13,7 +14,6 @@ from engine.evaluation.classifier import (
     reduced,
     train_classifier,
 )
-from engine.evaluation.figures import LEVEL, recognised
 from engine.video.procedural import MAX_CLASSES, render_clip
 
 

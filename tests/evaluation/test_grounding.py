@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.evaluation.figures import LEVEL
+from engine.clip_figures import LEVEL
 from engine.evaluation.grounding import grounding
 from engine.models.upsampler import interpolate_frames
 

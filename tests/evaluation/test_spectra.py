@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.evaluation.figures import LEVEL
+from engine.clip_figures import LEVEL
 from engine.evaluation.spectra import (
     frames_looked_at,
     power,

@@ -17,7 +17,7 @@ class Distances(NamedTuple):
     """Root mean squares over pixels, channels and time steps, in units of [-1, 1] pixel values.
 
     Three numbers that an untrained generator gets wrong. No metric of quality: a generator can be
-    good in all of them and show nothing, see engine/evaluation/figures.py.
+    good in all of them and show nothing, see engine/clip_figures.py.
     """
 
     mean: float

@@ -10,7 +10,7 @@ import torch
 from small_runs import Tiny, contents, differences, logged
 from torch import Tensor
 
-from engine.evaluation import figures
+from engine import clip_figures
 from engine.trainer.fakes import Fake
 from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
@@ -58,11 +58,11 @@ def test_the_reference_is_of_the_stages_real_windows(tiny: Tiny, ranks: Ranks) -
         video = torch.cat([clip.video_BTCHW for clip in clips])
         labels = torch.cat([clip.labels_B for clip in clips])
         assert reference is not None
-        assert reference._motion == figures.motion(video, period)
-        assert reference._variety == figures.variety(video, labels)
+        assert reference._motion == clip_figures.motion(video, period)
+        assert reference._variety == clip_figures.variety(video, labels)
         assert reference.of(Fake(video, None, labels)) == pytest.approx(
             {MOTION: 1, VARIETY: 1}
-            | ({JUDDER: figures.judder(video, period)} if period > 1 else {})
+            | ({JUDDER: clip_figures.judder(video, period)} if period > 1 else {})
         )
 
 
@@ -97,7 +97,7 @@ def test_the_log_has_them_at_every_sample(
         assert set(line) & {MOTION, JUDDER, VARIETY} == (keys if line["step"] % 2 == 0 else set())
     # Of steps 0, 2 and 4; the real motion that they are parts of is one.
     real = [
-        figures.motion(sample.video_BTCHW, period=stage) / line[MOTION]
+        clip_figures.motion(sample.video_BTCHW, period=stage) / line[MOTION]
         for sample, line in zip(samples[1:3], (lines[1], lines[3]), strict=True)
     ]
     assert real[0] == pytest.approx(real[1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.evaluation.figures import (
+from engine.clip_figures import (
     LEVEL,
     Ends,
     Figures,
