@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     settings += ["--max-steps", "6"] if options.quick else []
     for number in range(1, NUM_STAGES + 1):
         _train(number, out, settings)
-    samples, figures = out / "samples", out / "figures.json"
+    samples, figures, picture = out / "samples", out / "figures.json", out / "beside-real.webp"
     _call(
         _here("engine/sample.py"),
         *("--checkpoint", str(out), "--out", str(samples), "--num", str(NUM_CLIPS)),
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     )
     _call(
         _here("engine/measure.py"),
-        *("--checkpoint", str(out), "--out", str(figures)),
+        *("--checkpoint", str(out), "--out", str(figures), "--picture", str(picture)),
         *(("--num", "2", "--passes", "2") if options.quick else ()),
     )
     from engine.charts import loss_curves  # imported late: matplotlib is slow
@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> None:
         f"\nThe demo took {time.monotonic() - began:.0f} s. Look at:\n"
         f"  {samples / 'grid.mp4'}  (and clip-*.mp4 beside it)\n"
         f"  {samples / 'contact-sheet.png'}\n"
+        f"  {picture}  (real clips above generated ones)\n"
         f"  {curves}\n"
         f"  {figures}  (the table above, and more)\n"
         f"  tensorboard --logdir {out}"

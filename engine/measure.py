@@ -47,6 +47,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="the training videos, to train the classifiers on (default: the checkpoint's)",
     )
     add("--out", type=Path, metavar="FILE", help="write all figures there, as JSON")
+    add(
+        "--picture",
+        type=Path,
+        metavar="FILE.webp",
+        help="show generated clips there, real ones above them, as an animated WebP",
+    )
     add("--num", type=int, metavar="N", help="clips per class (default: 8; 64 without classes)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--sigma", type=float, default=1.0, help="standard deviation of z (default: %(default)s)")
@@ -91,14 +97,16 @@ def main(arguments: list[str]) -> None:
     checkpoint = find_checkpoint(options.checkpoint)
     # Imported late: it brings DALI, and mistakes should be told at once.
     from engine.evaluation.report import ReportOptions, report
+    from engine.video.writing import animation, to_uint8
 
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
     print(
         f"checkpoint: {checkpoint.path} (stage {checkpoint.stage_number}, step {checkpoint.step})"
     )
-    if options.out is not None:
-        make_writable(options.out)
+    for file in (options.out, options.picture):
+        if file is not None:
+            make_writable(file)
     made_of = ReportOptions(
         data=options.data,
         held_out=options.held_out,
@@ -116,6 +124,11 @@ def main(arguments: list[str]) -> None:
             partial.write_text(json.dumps(measured.to_tree(), indent=1, allow_nan=False) + "\n")
             put_in_place(partial, options.out)
         print(f"wrote: {options.out}")
+    if options.picture is not None:
+        rows = [(name, to_uint8(video_BTCHW)) for name, video_BTCHW in measured.examples]
+        fps = checkpoint.meta["frames_per_second"]
+        animation(rows, options.picture, fps, scale=max(1, 64 // rows[0][1].shape[-1]))
+        print(f"wrote: {options.picture}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from small_runs import Finished, Tiny, call, full_disk, sample
 from torch import Tensor
 
@@ -154,6 +156,26 @@ def test_the_table_is_what_the_file_holds(cascade_run: Path) -> None:
     frozen = lines[title + 4].split()
     # Motion; ends are not defined for clips this short; judder; persistence; classes; variety.
     assert frozen[3:] == ["0.00", "-", "1.00", "1.00", "0.50", "0.50", "0.00"]
+
+
+def test_the_picture_shows_real_clips_above_generated_ones(
+    cascade_run: Path, seen: list[tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    picture = tmp_path / "new" / "clips.webp"
+    finished = measure("--checkpoint", cascade_run, "--picture", picture)
+    assert finished.code == 0, finished.err
+    assert f"wrote: {picture}" in finished.out
+    real, generated = (video for video, _ in seen[:2])
+    with Image.open(picture) as image:
+        num_frames = sum(1 for _ in ImageSequence.Iterator(image))
+        assert num_frames == generated.shape[1] == 6
+        image.seek(0)
+        # The first clips are one of each class. WebP is lossy, and a clip is a cell of 64 pixels.
+        pixels = np.asarray(image.convert("RGB"))[:, -(2 * 66 + 2) :].astype(float)
+    shown = [pixels[2 + 66 * row :][:64, 2:66].mean(axis=(0, 1)) for row in range(4)]
+    for video, row in ((real, 0), (generated, 2)):
+        expected = (video[0, 0].mean(dim=(1, 2)) + 1) * 127.5
+        assert np.abs(shown[row] - expected.numpy()).max() < 8
 
 
 def test_the_same_options_give_the_same_file(cascade_run: Path, tmp_path: Path) -> None:

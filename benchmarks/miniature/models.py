@@ -11,15 +11,16 @@ from engine.yaml_tree import Tree, set_key
 
 SAMPLE = REPOSITORY / "configs/sample.yaml"
 PAPERS_LOW_FRAMES = True
-"""Whether x_l is the paper's in all models: its frames repeated, and nothing before and after them.
-Else it is as configs/sample.yaml has it."""
+"""Whether x_l's frames are repeated in all models, as in the paper, or as in configs/sample.yaml.
+Either way x_l is continued at a video's ends as there: else the padding's zeros, which move the
+last frames, would decide what is said of motion beyond the window."""
 
 COMMON: dict[str, Any] = {
     # Windows of 6 frames of x_l, the longer ones of Table 1.
     "stages.2.num_frames": 12,
 }
 if PAPERS_LOW_FRAMES:
-    COMMON |= {"stages.2.generator.low_frames": "repeat", "stages.2.generator.edge_frames": 0}
+    COMMON["stages.2.generator.low_frames"] = "repeat"
 WINDOWS = (6, 12)
 """Lengths that models are trained on, in frames of the output: half a clip or less, and more."""
 NUM_FRAMES = 16

@@ -34,6 +34,7 @@ from engine.trainer.ranks import derived_seed
 _SHUFFLES = "shuffled frames"  # a stream of random numbers
 _DEFAULT_NUM, _DEFAULT_NUM_UNLABELLED = 8, 64
 _LEAST_FRAMES = 3
+_NUM_EXAMPLE_ROWS = 2
 _LEGEND = [
     "motion, variety: parts of real clips'; at start, end: motion there, part of the middle's",
     "judder: step in the largest phase over the median one's; persistence: 1 flickers, 2 is steady",
@@ -79,6 +80,8 @@ class Report:
     """Of the real clips that all rows are compared with."""
     rows: list[Row]
     note: str
+    examples: list[tuple[str, Tensor]]
+    """Rows of a picture: what they are, and a clip of each class, [B, T, C, H, W] in [-1, 1]."""
 
     def to_tree(self) -> dict[str, Any]:
         """For JSON."""
@@ -173,16 +176,22 @@ def report(
     def figures(clips: LabelledClips) -> Figures:
         return measure(*clips, period=period, recognisers=recognisers)
 
+    generated = _generated(plan, device)
     reference = figures(reals[0])
     rows = []
     for name, clips in (
-        ("generated", _generated(plan, device)),
+        ("generated", generated),
         ("real against real", reals[1]),
         *spoilt(reals[1], period, options.seed),
     ):
         found = figures(clips)
         rows.append(Row(name, len(clips.video_BTCHW), found, compare(found, reference)))
-    return Report(_about(plan, shape, videos, options), reference, rows, videos.note)
+    examples = [
+        (name, _of_each_class(clips, videos.classes, number))
+        for name, clips in (("real", reals[0]), ("generated", generated))
+        for number in range(_NUM_EXAMPLE_ROWS)
+    ]
+    return Report(_about(plan, shape, videos, options), reference, rows, videos.note, examples)
 
 
 def spoilt(clips: LabelledClips, period: int, seed: int) -> Iterator[tuple[str, LabelledClips]]:
@@ -203,6 +212,14 @@ def spoilt(clips: LabelledClips, period: int, seed: int) -> Iterator[tuple[str, 
         repeated = video_BTCHW[:, ::period].repeat_interleave(period, dim=1)
         yield "frames repeated", clips._replace(video_BTCHW=repeated)
     yield "one clip per class", clips._replace(video_BTCHW=_one_per_class(video_BTCHW, labels_B))
+
+
+def _of_each_class(clips: LabelledClips, classes: list[int], number: int) -> Tensor:
+    """The `number`-th clip of each class, or of all without classes."""
+    if clips.labels_B is None:
+        return clips.video_BTCHW[number : number + 1]
+    found = [int((clips.labels_B == label).nonzero()[number]) for label in classes]
+    return clips.video_BTCHW[found]
 
 
 def _one_per_class(video_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:

@@ -106,6 +106,43 @@ def contact_sheet(
         aside.replace(path)
 
 
+def animation(
+    rows: Sequence[tuple[str, Tensor]], path: str | Path, fps: float, *, scale: int = 1
+) -> None:
+    """An animated WebP with a labelled row of clips (uint8 [B, T, C, H, W]) for each of `rows`.
+
+    For pages that show pictures but no videos. `scale` enlarges pixels as in `write_mp4`. Raises
+    ValueError where rows differ in shape, UserError if the file cannot be written.
+    """
+    labels = [label for label, _ in rows]
+    shapes = {tuple(videos_BTCHW.shape) for _, videos_BTCHW in rows}
+    if len(shapes) != 1:
+        raise ValueError(f"rows of one shape, not of {sorted(shapes)}")
+    columns, _, _, height, _ = shapes.pop()
+    videos = torch.cat([videos_BTCHW.cpu() for _, videos_BTCHW in rows])
+    videos = videos.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    row_pixels = height * scale + _SEPARATOR
+    first, *others = (
+        _with_labels(Image.fromarray(frame_HWC), labels, row_pixels)
+        for frame_HWC in _as_THWC(grid(videos, columns))
+    )
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.writing")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first.save(
+            aside,
+            format="WEBP",
+            save_all=True,
+            append_images=others,
+            duration=round(1000 / fps),
+            loop=0,  # for ever
+            quality=80,
+            method=6,
+        )
+        aside.replace(path)
+
+
 def _with_labels(sheet: Image.Image, labels: Sequence[str], row_pixels: int) -> Image.Image:
     font = ImageFont.load_default(size=16)
     margin = max(int(font.getlength(label)) for label in labels) + 16

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from numbered_videos import decode_all, numbered_frame, read_number
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from engine.errors import UserError
 from engine.video.inspection import inspect_video
-from engine.video.writing import contact_sheet, grid, to_uint8, write_mp4
+from engine.video.writing import animation, contact_sheet, grid, to_uint8, write_mp4
 
 
 def test_to_uint8_inverts_the_loader_and_clips() -> None:
@@ -82,3 +82,28 @@ def test_contact_sheet_shows_first_to_last_frame(tmp_path: Path) -> None:
     assert np.array_equal(labelled[:, margin:], pixels)
     assert (labelled[:98, :margin] > 150).any()  # the label is drawn beside its row
     assert (labelled[98:, :margin] > 150).any()
+
+
+def test_animation_shows_every_frame_of_every_row(tmp_path: Path) -> None:
+    """Two rows of three clips of one grey level each, which rises from frame to frame."""
+    levels_RBT = torch.arange(30).reshape(2, 3, 5) * 8
+    rows = [
+        (name, levels_BT.to(torch.uint8)[:, :, None, None, None].expand(-1, -1, 3, 16, 16))
+        for name, levels_BT in zip(("real", "generated"), levels_RBT, strict=True)
+    ]
+    path = tmp_path / "new" / "clips.webp"
+    animation(rows, path, fps=25, scale=2)
+    with Image.open(path) as image:
+        assert (sum(1 for _ in ImageSequence.Iterator(image)), image.info["loop"]) == (5, 0)
+        right = image.width - (3 * 34 + 2)  # labels stand left of the clips
+        assert right > 0
+        for t in range(5):
+            image.seek(t)
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+            assert image.info["duration"] == 40
+            for row in range(2):
+                for clip in range(3):
+                    middle = pixels[row * 34 + 18, right + clip * 34 + 18]
+                    assert np.abs(middle - levels_RBT[row, clip, t].item()).max() < 6
+    with pytest.raises(ValueError, match="rows of one shape"):
+        animation([rows[0], ("shorter", rows[1][1][:, :4])], path, fps=25)
