@@ -236,7 +236,8 @@ def _plan(h_BHWC: Tensor) -> tuple[tuple[int, int], tuple[int, int, int], dict[s
 def variants() -> Iterator[Variant]:
     """Every kernel, at the first, a middle and the last frame, at the tiles for many and for few
     channels, for `kernels.resources`."""
-    for dtype, block_c in (("bf16", 128), ("bf16", 64), ("bf16", 32), ("fp32", 128), ("fp32", 64)):
+    tiles = (*(("bf16", c) for c in (128, 64, 32)), *(("fp32", c) for c in (128, 64, 32)))
+    for dtype, block_c in tiles:
         tile = {"BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
         label = f"{dtype} {tile['BLOCK_S']}x{block_c}"
         yield _variant(reset_update_kernel, label, dtype, tile)

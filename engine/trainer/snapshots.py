@@ -1,5 +1,7 @@
 """Periodic samples during training: the same inputs every time, so that progress can be seen."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,14 +23,14 @@ class Snapshots:
         *,
         folder: Path,
         frames_per_second: float,
-        figures: WindowFigures | None = None,
+        figures: Callable[[], WindowFigures | None] = lambda: None,
         num_shown: int = 16,
     ) -> None:
         self._fakes = fakes
         self._inputs = inputs
         self._folder = folder
         self._frames_per_second = frames_per_second
-        self._figures = figures
+        self._figures = cache(figures)  # real windows are read when they are first compared with
         self._num_shown = num_shown
 
     @torch.no_grad()
@@ -42,7 +44,8 @@ class Snapshots:
 
     def figures(self, fake: Fake) -> dict[str, float]:
         """What `window_figures.py` says of them, for the log."""
-        return {} if self._figures is None else self._figures.of(fake)
+        figures = self._figures()
+        return {} if figures is None else figures.of(fake)
 
     def write(self, step: int, fake: Fake, logbook: Logbook) -> None:
         """Write `step-N.mp4` and `.png`, and show them in TensorBoard."""

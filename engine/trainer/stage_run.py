@@ -117,8 +117,7 @@ def _snapshots(plan: Plan, builder: StageBuilder, index: VideoIndex) -> Snapshot
         inputs,
         folder=plan.options.folder / "samples",
         frames_per_second=builder.frames_per_second,
-        # Rank 0 writes the log.
-        figures=measure_real_windows(builder, index) if builder.ranks.is_main else None,
+        figures=lambda: measure_real_windows(builder, index),
     )
 
 

@@ -22,7 +22,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 def sample(stage: int, mode: str) -> Config:
     batch = f"stages.{stage}.training.micro_batch=4"
-    return load_config(CONFIGS / "sample.yaml", [batch, f"training.checkpointing={mode}"])
+    keys = [batch, f"training.checkpointing={mode}", "training.reuse_fakes=false"]
+    return load_config(CONFIGS / "sample.yaml", keys)
 
 
 def peak(update: Update) -> int:

@@ -72,7 +72,13 @@ def test_frozen_stages() -> None:
 
 @pytest.mark.parametrize("bank", ["null", "{num_videos: 64, refresh_every: 8}"])
 def test_a_step_counts_whole_videos_for_a_bank_only(bank: str) -> None:
-    config = load_config(CONFIGS / "sample.yaml", [f"stages.2.training.sample_bank={bank}"])
+    keys = [
+        f"stages.2.training.sample_bank={bank}",
+        # As the paper's step, which generates three times.
+        "training.reuse_fakes=false",
+        "training.discriminator_steps=2",
+    ]
+    config = load_config(CONFIGS / "sample.yaml", keys)
     update = MetaStep(config, 2).run().updates["D"]
     counted = update.flops[FROZEN] / config.stages[2].training.micro_batch / 1e12
     videos = 3.0 if bank == "null" else 64 / 8 / config.stages[2].training.global_batch
