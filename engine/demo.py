@@ -6,6 +6,7 @@
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,7 @@ def _train(number: int, out: Path, settings: list[str]) -> None:
     _call(
         "-m",
         *("deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "error"),
+        *("--master_port", str(_free_port())),  # two demos may run at a time
         script,
         *("--config", _here("configs/sample.yaml"), "--stage", str(number)),
         *("--out", str(out), *settings),
@@ -106,6 +108,13 @@ def _train(number: int, out: Path, settings: list[str]) -> None:
             ["deepspeed", script, "--stage", str(number), "--out", str(out), *settings]
         ),
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def _call(*arguments: str, shown: str | None = None) -> None:
