@@ -152,6 +152,13 @@ def settle_batches(config: Config, options: RunOptions, world_size: int) -> Conf
     accumulation_steps(training, world_size)
     if training.sample_bank is not None:
         batches_per_rank(training.sample_bank, training, world_size)
+    statistics = config.stages[number].discriminators.batch_statistics
+    if statistics and training.micro_batch == 1:  # perhaps by sharing among many ranks
+        raise UserError(
+            f"stages.{number}.discriminators.batch_statistics compares a rank's samples, but "
+            f"global_batch {training.global_batch} leaves each of {world_size} processes one; use "
+            "fewer processes or a larger global_batch"
+        )
     return config
 
 

@@ -290,6 +290,10 @@ KINETICS = ("--config", str(REPOSITORY / "configs/kinetics600.yaml"), "--stage",
             "--rehearse 131072: at most 65536 GPUs can be played",
         ),
         (("--rehearse", "8", "--stage", "3"), "--stage 3: "),
+        (
+            ("--rehearse", "512", "--set", "stages.2.discriminators.batch_statistics=true"),
+            "global_batch 512 leaves each of 512 processes one; use fewer processes",
+        ),
     ],
 )
 @pytest.mark.timeout(20)  # at once, whatever was typed
