@@ -4,8 +4,8 @@ Each figure catches one failure that people see at once and that losses, pixel d
 (content-debiased FVD, arXiv 2404.12391) can miss. None is enough alone: read them together, beside
 the same figures of real clips and of spoilt ones (`report.py`).
 
-Tensors only: of training, files and networks nothing is known here, so that the trainer can log
-these figures too.
+This module knows tensors only, no networks and no files, so that the trainer can log these figures
+too.
 
 Shapes: B clips, T frames, S = T - 1 steps between frames, C channels, H x W pixels. Videos are
 [B, T, C, H, W] with values in [-1, 1]; labels are [B] int64, or None where all clips are one class.
@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LUMA = (0.299, 0.587, 0.114)
+"""BT.601's weights of R, G and B in luminance."""
 LEVEL = 2 / 255
 """One 8-bit level, in units of [-1, 1]."""
 _STILL = LEVEL / 100
@@ -79,9 +81,9 @@ def judder(video_BTCHW: Tensor, period: int) -> float:
 def persistence(video_BTCHW: Tensor) -> float:
     """Mean of |x[t+2] - x[t]| over mean of |x[t+1] - x[t]|: does motion go on in the next step?
 
-    2 where everything moves steadily, 1 where frames are independent or alternate about a mean, 0
-    where every second frame is the same. Catches flicker and frames in the wrong order, whatever
-    their amount of motion. 1 for still clips. Cannot see anything slower than two steps.
+    2 where everything moves steadily, 1 where frames are independent, 0 where every second frame is
+    the same. Catches flicker and frames in the wrong order, whatever their amount of motion. 1 for
+    still clips. Cannot see anything slower than two steps.
     Raises ValueError for clips of fewer than three frames.
     """
     if video_BTCHW.shape[1] < 3:
@@ -168,6 +170,8 @@ class Ratios(NamedTuple):
     motion: float
     variety: float | None
     """Mean over the classes that both have pairs of; None where there are none."""
+    least_variety: float | None
+    """Of the class with the least: a mean hides one class that has collapsed."""
 
 
 def compare(generated: Figures, real: Figures) -> Ratios:
@@ -175,6 +179,7 @@ def compare(generated: Figures, real: Figures) -> Ratios:
     return Ratios(
         motion_ratio(generated.motion, real.motion),
         variety_ratio(generated.variety, real.variety),
+        _least_variety_ratio(generated.variety, real.variety),
     )
 
 
@@ -188,6 +193,17 @@ def variety_ratio(by_class: dict[int, float], real_by_class: dict[int, float]) -
     common = by_class.keys() & real_by_class.keys()
     real = sum(real_by_class[label] for label in common)
     return sum(by_class[label] for label in common) / real if real > 0 else None
+
+
+def _least_variety_ratio(
+    by_class: dict[int, float], real_by_class: dict[int, float]
+) -> float | None:
+    ratios = [
+        by_class[label] / real
+        for label, real in real_by_class.items()
+        if label in by_class and real > 0
+    ]
+    return min(ratios, default=None)
 
 
 def _step_sizes(video_BTCHW: Tensor) -> Tensor:

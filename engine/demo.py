@@ -39,7 +39,12 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    out = options.out or (QUICK_OUT if options.quick else LONG_OUT if options.long else OUT)
+    if not 0 <= options.seed < 2**63:
+        parser.error("--seed must be 0 to 2^63 - 1")
+    default = QUICK_OUT if options.quick else LONG_OUT if options.long else OUT
+    if options.seed:
+        default = default.with_name(f"{default.name}-seed-{options.seed}")
+    out = options.out or default
     if options.quick and not options.out:  # a folder of our own
         _remove(out)  # the run that is there would be resumed, and nothing be checked
     began = time.monotonic()

@@ -74,8 +74,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} names nothing")
     if not 0 < options.sigma < math.inf:
         parser.error("--sigma must be positive and finite")
-    if options.seed < 0:
-        parser.error("--seed must not be negative")
+    if not 0 <= options.seed < 2**63:
+        parser.error("--seed must be 0 to 2^63 - 1")
+    if options.picture is not None and options.picture.suffix != ".webp":
+        parser.error(f"--picture {options.picture}: the name must end in .webp")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU was found")
     return options

@@ -80,6 +80,9 @@ def beyond_training(config: Config, stage_number: int, num_frames: int) -> list[
     notes = []
     for number in range(1, stage_number + 1):
         stage, made = config.stages[number], made_by_first * config.unrolling(number)
+        if number > 1:
+            upsampling = config.upsampling(number)
+            made += 2 * stage.generator.edge_frames * upsampling.frame_step
         if stage.generator.temporal == "conv_gru" and made > stage.num_frames:
             notes.append(
                 f"stage {number} is recurrent and was trained on {stage.num_frames} frames; "

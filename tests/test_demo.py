@@ -58,12 +58,13 @@ def test_quick_starts_anew_in_a_folder_of_its_own(called: list[list[str]]) -> No
 def test_length_and_seed_reach_every_stage(called: list[list[str]]) -> None:
     assert call(demo.main, "--long", "--seed", "3").code == 2  # the fifth command's
     for command in called[:3]:
-        assert command[command.index("--out") + 1] == "runs/demo-long"
+        assert command[command.index("--out") + 1] == "runs/demo-long-seed-3"
         settings = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
         assert settings == ["training.seed=3", "variant=long"]
     called.clear()
     assert call(demo.main).code == 2
     assert not any("--set" in command for command in called)
+    assert "--seed must be 0 to" in call(demo.main, "--seed", "-1").error
     assert "not allowed with" in call(demo.main, "--long", "--quick").error
 
 

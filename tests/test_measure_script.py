@@ -16,11 +16,22 @@ import engine.evaluation.report
 import engine.measure
 from engine import clip_figures
 from engine.evaluation import classifier
+from engine.evaluation.real_clips import LabelledClips
+from engine.evaluation.report import spoilt
+from engine.evaluation.spectra import frames_looked_at, spectra, spectral_distances
 from engine.trainer.checkpoints import find_checkpoint
 from engine.video.index import VideoIndex
 from engine.video.writing import to_uint8
 
-CONTROLS = ["first frame frozen", "frames shuffled", "frames repeated", "one clip per class"]
+CONTROLS = [
+    "first frame frozen",
+    "frames shuffled",
+    "frames repeated",
+    "ends at rest",
+    "one clip per class",
+    "of another class",
+]
+"""Of clips of 16x16 pixels, which have no coarser ones."""
 
 
 @pytest.fixture(autouse=True)
@@ -145,17 +156,44 @@ def test_the_controls_fail_their_figures(cascade_run: Path, tmp_path: Path) -> N
     assert rows["frames shuffled"]["persistence"] < 0.8 * real["persistence"]
 
 
+def test_controls_that_these_clips_are_too_small_for() -> None:
+    """On clips of eight frames and 32 pixels, of two classes that differ in brightness."""
+    torch.manual_seed(0)
+    video = torch.rand(4, 9, 3, 32, 32)
+    labels = torch.tensor([3, 5, 3, 5])
+    found = dict(spoilt(LabelledClips(video, labels), 2, 0))
+    assert list(found) == [*CONTROLS[:-1], "16x16 pixels", "of another class"]
+    rest = found["ends at rest"].video_BTCHW
+    assert torch.equal(rest[:, 2:7], video[:, 2:7])
+    found_ends = clip_figures.ends(rest)
+    assert found_ends is not None
+    assert max(found_ends) < 0.01
+    coarse = found["16x16 pixels"].video_BTCHW
+    torch.testing.assert_close(coarse[:, :, :, ::2, 1::2], coarse[:, :, :, 1::2, ::2])
+    torch.testing.assert_close(coarse.mean(), video.mean())
+    frames = frames_looked_at(9)
+    real_KR = spectra(video, frames)
+    assert min(spectral_distances(spectra(coarse, frames), real_KR)) > 0.3
+    other = found["of another class"]
+    assert torch.equal(other.video_BTCHW, video)
+    assert other.labels_B is not None
+    assert other.labels_B.tolist() == [5, 3, 5, 3]
+
+
 def test_the_table_is_what_the_file_holds(cascade_run: Path) -> None:
     finished = measure("--checkpoint", cascade_run, "--num", "2")
     assert finished.code == 0
     lines = finished.out.splitlines()
     (title,) = (number for number, line in enumerate(lines) if line.startswith("Stage 2 at step 2"))
     assert "4 clips of 16x16/6, sigma 1, norm statistics fixed by 2 passes" in lines[title]
-    names = [line.strip().split("  ")[0] for line in lines[title + 2 : title + 8]]
+    names = [line.strip().split("  ")[0] for line in lines[title + 2 : title + 10]]
     assert names == ["generated", "real against real", *CONTROLS]
     frozen = lines[title + 4].split()
-    # Motion; ends are not defined for clips this short; judder; persistence; classes; variety.
-    assert frozen[3:] == ["0.00", "-", "1.00", "1.00", "0.50", "0.50", "0.00"]
+    # Motion; ends are not defined for clips this short; judder; persistence; PSD.
+    assert frozen[3:7] == ["0.00", "-", "1.00", "1.00"]
+    assert float(frozen[7]) > 0
+    # Classes; variety, and the least of it.
+    assert frozen[8:] == ["0.50", "0.50", "0.00", "(0.00)"]
 
 
 def test_the_picture_shows_real_clips_above_generated_ones(
@@ -188,10 +226,14 @@ def test_the_same_options_give_the_same_file(cascade_run: Path, tmp_path: Path) 
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_stage_1_has_no_frames_to_repeat(cascade_run: Path, tmp_path: Path) -> None:
+def test_a_stage_1_of_three_frames_has_none_to_repeat_and_no_ends(
+    cascade_run: Path, tmp_path: Path
+) -> None:
     tree = measured(cascade_run / "stage1", tmp_path / "figures.json")
     assert (tree["stage"], tree["num_frames"], tree["frame_stride"], tree["period"]) == (1, 3, 2, 1)
-    assert list(by_name(tree))[2:] == [name for name in CONTROLS if name != "frames repeated"]
+    assert list(by_name(tree))[2:] == [
+        name for name in CONTROLS if name not in ("frames repeated", "ends at rest")
+    ]
 
 
 def test_other_data_has_no_held_out_clips_unless_they_are_named(
@@ -233,7 +275,8 @@ MISTAKES = [
     (["--batch", "0"], "--batch must be at least 1"),
     (["--sigma", "0"], "--sigma must be positive and finite"),
     (["--sigma", "inf"], "--sigma must be positive and finite"),
-    (["--seed", "-1"], "--seed must not be negative"),
+    (["--picture", "clips.png"], "--picture clips.png: the name must end in .webp"),
+    (["--seed", "-1"], "--seed must be 0 to 2^63 - 1"),
     (["--data", ""], "--data names nothing"),
     (["--held-out", ""], "--held-out names nothing"),
     (["--data", "{tmp}/gone"], "no data at {tmp}/gone: neither an index nor a folder"),

@@ -95,11 +95,11 @@ def test_own_options_are_named_by_stage() -> None:
     }
 
     def named(training: dict[str, Any], **generator: Any) -> list[str]:
-        """Of the full model with 128 values of z and no batch statistics, else."""
+        """Of the full model with 128 values of z, no batch statistics and x_l as it is, else."""
         config = configuration(FULL, training=training)
         stages = {}
         for number, stage in config.stages.items():
-            plain = {"latent_size": 128} | (generator if number == 2 else {})
+            plain = {"latent_size": 128, "edge_frames": 0} | (generator if number == 2 else {})
             parts = {
                 "discriminators": stage.discriminators.model_copy(
                     update={"batch_statistics": False}
@@ -280,8 +280,9 @@ def test_fading_of_a_clip_that_comes_to_rest() -> None:
     frames = torch.cat([torch.zeros(1), steps.cumsum(0)])
     video = frames.view(1, 16, 1, 1, 1).expand(2, 16, 3, 4, 4)
     assert fading(video, 6) == pytest.approx(0.25)
-    # Steps 2 to 8 of 11: 0.2, 0.2, 0.05, 0.05 in one phase, 0.2, 0.05, 0.05 in the other.
-    assert fading(video, 12) == pytest.approx(0.05 / ((0.125 + 0.1) / 2))
+    assert fading(video, 12) == pytest.approx(0.05 / ((5 * 0.2 + 6 * 0.05) / 11))
+    at_rest = torch.cat([video[:, :15], video[:, 14:15]], 1)  # for the last of four steps
+    assert fading(at_rest, 12) == pytest.approx(0.75 * fading(video, 12))
     assert fading(torch.zeros_like(video), 6) == 1
 
 

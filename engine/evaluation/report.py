@@ -1,7 +1,7 @@
 """The report on a checkpoint: clips as engine/sample.py makes them, beside real and spoilt ones.
 
-The figures are judged in the same table: real clips pass all of them, and each kind of spoilt clip
-fails the one that is meant for it, in a row of its own.
+The figures are judged in the same table: real clips pass all of them, and each figure has a kind of
+spoilt clip that fails it, in a row of its own.
 
 Shapes: B clips, T frames, C channels, H x W pixels; [B, T, C, H, W] with values in [-1, 1].
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from engine.clip_figures import Figures, Ratios, Recogniser, compare, measure
@@ -25,6 +26,7 @@ from engine.evaluation.real_clips import (
     reference_halves,
     training_clips,
 )
+from engine.evaluation.spectra import frames_looked_at, spectra, spectral_distances
 from engine.models.construction import forbid_tf32
 from engine.sampling import SamplePlan, generate, run_passes
 from engine.trainer.checkpoints import Checkpoint, read_generators
@@ -35,9 +37,12 @@ _SHUFFLES = "shuffled frames"  # a stream of random numbers
 _DEFAULT_NUM, _DEFAULT_NUM_UNLABELLED = 8, 64
 _LEAST_FRAMES = 3
 _NUM_EXAMPLE_ROWS = 2
+COARSE_PIXELS = 16
+"""Of the control for detail; what has no more pixels has no such control."""
 _LEGEND = [
-    "motion, variety: parts of real clips'; at start, end: motion there, part of the middle's",
-    "judder: step in the largest phase over the median one's; persistence: 1 flickers, 2 is steady",
+    "motion, variety: over real clips' (variety of the least various class in brackets)",
+    "at start, end: motion there over motion in the middle; judder: 1 is even",
+    "persistence: 2 is steady, 1 and less flickers; PSD: distance of log10 spectra from real ones'",
     "by colour, by motion: share of clips in which a classifier of real ones sees their class",
 ]
 
@@ -68,6 +73,8 @@ class Row:
     num_clips: int
     figures: Figures
     ratios: Ratios
+    spectral_distance: float
+    """Mean of `spectral_distances` over four frames, from the reference."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ class Report:
                 "num_clips": row.num_clips,
                 "motion_ratio": row.ratios.motion,
                 "variety_ratio": row.ratios.variety,
+                "least_variety_ratio": row.ratios.least_variety,
+                "spectral_distance": row.spectral_distance,
                 **_figures_tree(row.figures),
             }
             for row in self.rows
@@ -107,7 +116,7 @@ class Report:
         about = self.about
         shape = f"{about['resolution']}x{about['resolution']}/{about['num_frames']}"
         kinds = [kind for kind in VIEWS if kind in self.reference.recognised]
-        head = ["motion", "at start, end", "judder", "persistence"]
+        head = ["motion", "at start, end", "judder", "persistence", "PSD"]
         head += [*(f"by {kind}" for kind in kinds), "variety"]
         cells = [["", *head], *(_cells(row, kinds) for row in self.rows)]
         for control in cells[3:]:
@@ -176,8 +185,10 @@ def report(
     def figures(clips: LabelledClips) -> Figures:
         return measure(*clips, period=period, recognisers=recognisers)
 
+    looked_at = frames_looked_at(shape.num_frames)
     generated = _generated(plan, device)
     reference = figures(reals[0])
+    reference_KR = spectra(reals[0].video_BTCHW, looked_at)
     rows = []
     for name, clips in (
         ("generated", generated),
@@ -185,7 +196,9 @@ def report(
         *spoilt(reals[1], period, options.seed),
     ):
         found = figures(clips)
-        rows.append(Row(name, len(clips.video_BTCHW), found, compare(found, reference)))
+        off = spectral_distances(spectra(clips.video_BTCHW, looked_at), reference_KR)
+        compared = compare(found, reference)
+        rows.append(Row(name, len(clips.video_BTCHW), found, compared, sum(off) / len(off)))
     examples = [
         (name, _of_each_class(clips, videos.classes, number))
         for name, clips in (("real", reals[0]), ("generated", generated))
@@ -197,9 +210,11 @@ def report(
 def spoilt(clips: LabelledClips, period: int, seed: int) -> Iterator[tuple[str, LabelledClips]]:
     """The controls: real clips, spoilt in one way each, and what they are called.
 
-    Each must fail its figure: motion and variety, persistence, judder, variety.
+    Each must fail its figure: motion and variety, persistence, judder, motion at the ends, variety,
+    detail, classes.
     """
     video_BTCHW, labels_B = clips
+    num_frames, height = video_BTCHW.shape[1], video_BTCHW.shape[3]
     yield (
         "first frame frozen",
         clips._replace(video_BTCHW=video_BTCHW[:, :1].expand_as(video_BTCHW)),
@@ -211,7 +226,32 @@ def spoilt(clips: LabelledClips, period: int, seed: int) -> Iterator[tuple[str, 
     if period > 1:
         repeated = video_BTCHW[:, ::period].repeat_interleave(period, dim=1)
         yield "frames repeated", clips._replace(video_BTCHW=repeated)
+    if quarter := (num_frames - 1) // 4:
+        seen = torch.arange(num_frames).clamp(quarter, num_frames - 1 - quarter)
+        yield "ends at rest", clips._replace(video_BTCHW=video_BTCHW[:, seen])
     yield "one clip per class", clips._replace(video_BTCHW=_one_per_class(video_BTCHW, labels_B))
+    if height > COARSE_PIXELS:
+        yield (
+            f"{COARSE_PIXELS}x{COARSE_PIXELS} pixels",
+            clips._replace(video_BTCHW=_coarse(video_BTCHW)),
+        )
+    if labels_B is not None and len(labels_B.unique()) > 1:
+        # The clips of another class, in the same order.
+        other_B = _next_class(labels_B)
+        yield "of another class", clips._replace(labels_B=other_B)
+
+
+def _coarse(video_BTCHW: Tensor) -> Tensor:
+    """Nothing but the means of squares, COARSE_PIXELS to a side: no detail of later stages."""
+    frames_NCHW = video_BTCHW.flatten(0, 1)
+    coarse = F.adaptive_avg_pool2d(frames_NCHW, COARSE_PIXELS)
+    return F.interpolate(coarse, video_BTCHW.shape[3:]).unflatten(0, video_BTCHW.shape[:2])
+
+
+def _next_class(labels_B: Tensor) -> Tensor:
+    classes = labels_B.unique()
+    places_B = torch.searchsorted(classes, labels_B)
+    return classes[(places_B + 1) % len(classes)]
 
 
 def _of_each_class(clips: LabelledClips, classes: list[int], number: int) -> Tensor:
@@ -280,11 +320,14 @@ def _figures_tree(figures: Figures) -> dict[str, Any]:
 def _cells(row: Row, kinds: list[str]) -> list[str]:
     figures, ratios = row.figures, row.ratios
     ends = "-" if figures.ends is None else "  ".join(_number(value) for value in figures.ends)
-    variety = "-" if ratios.variety is None else _number(ratios.variety)
+    variety = "-"
+    if ratios.variety is not None and ratios.least_variety is not None:
+        variety = f"{_number(ratios.variety)} ({_number(ratios.least_variety)})"
     return [
         row.name,
         *(_number(ratios.motion), ends, _number(figures.judder)),
         _number(figures.persistence),
+        _number(row.spectral_distance),
         *(_number(figures.recognised[kind]) for kind in kinds),
         variety,
     ]

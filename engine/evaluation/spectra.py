@@ -20,9 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.clip_figures import LEVEL
+from engine.clip_figures import LEVEL, LUMA
 
-_LUMA = (0.299, 0.587, 0.114)  # BT.601's weights of R, G and B
 _LEAST_POWER = LEVEL**2 / 12
 """Of the noise that rounding to 8 bits adds: less than that is not told from none."""
 
@@ -55,7 +54,7 @@ def frames_looked_at(num_frames: int, num: int = 4) -> list[int]:
 
 def spectra(video_BTCHW: Tensor, frames: Sequence[int]) -> Tensor:
     """The mean PSD over clips of the luminance at each of `frames`: [K, R], float64."""
-    luma_C11 = torch.tensor(_LUMA, dtype=torch.float64).view(3, 1, 1)
+    luma_C11 = torch.tensor(LUMA, dtype=torch.float64).view(3, 1, 1)
     chosen_BKCHW = video_BTCHW[:, list(frames)].double().cpu()
     luminance_BKHW = (chosen_BKCHW * luma_C11).sum(dim=2)
     return radial_mean(power(luminance_BKHW)).mean(dim=0)
