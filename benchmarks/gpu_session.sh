@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a session on a borrowed GPU measures, in calls of less than eight minutes each.
+# What is measured where there is a GPU, in calls of less than eight minutes each.
 #
 #   benchmarks/gpu_session.sh wheels              here, once: what that machine's Python lacks
 #   benchmarks/gpu_session.sh tests               tests that need a GPU

@@ -56,7 +56,7 @@ def loss_figure(logs: Mapping[str, Path]) -> Figure:
         for axes in (losses, accuracies):
             axes.legend(loc="best", frameon=False)
         for axes in others:
-            _draw_windows(axes, windows[name], f"{name}: training windows, batch statistics")
+            _draw_windows(axes, windows[name], f"{name}: training windows, parts of real")
     for axes in rows[-1]:
         axes.set_xlabel("generator updates")
     return figure
@@ -139,7 +139,8 @@ def _draw_windows(axes: Axes, curves: Mapping[str, Curve], title: str) -> None:
         if key in curves:
             axes.plot(*curves[key], color=colour, linewidth=1.8, marker="o", label=label)
     axes.axhline(AS_REAL, color="grey", linestyle=":", linewidth=1, label="real")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.08 * axes.get_ylim()[1])
+    axes.set_xlim(left=0)
     axes.legend(loc="best", frameon=False)
     _finish(axes, title)
 

@@ -86,9 +86,9 @@ class Discriminators(Section):
     """False is the ablation of Table 2; stage 1 has none in any case."""
     pool_time: bool = False
     """True: the 3x3x3 blocks of the temporal and matching ones halve time as well as space."""
-    batch_statistics: bool = False
+    minibatch_stddev: bool = False
     """True: they also see how far samples of one class differ within a rank's micro-batch. Ours,
-    against a generator that makes every clip of a class alike; classes must meet in a batch."""
+    after Karras et al. 2018, against a generator that makes every clip of a class alike."""
 
 
 class SampleBank(Section):
@@ -253,9 +253,9 @@ class Config(Section):
                     f"{number} spans {stage.num_source_frames} frames"
                 )
             self._time_can_be_pooled(number)
-            if stage.discriminators.batch_statistics and stage.training.micro_batch == 1:
+            if stage.discriminators.minibatch_stddev and stage.training.micro_batch == 1:
                 raise ValueError(
-                    f"stage {number}: discriminators.batch_statistics needs samples to compare; "
+                    f"stage {number}: discriminators.minibatch_stddev needs samples to compare; "
                     f"set stages.{number}.training.micro_batch to 2 or more"
                 )
             self._bank_has_a_source(number)

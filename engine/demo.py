@@ -5,7 +5,6 @@
 
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.command_line import REPOSITORY, ArgumentParser, run
+from engine.durable_files import remove_folder
 from engine.errors import UserError
 
 OUT, QUICK_OUT, LONG_OUT = Path("runs/demo"), Path("runs/demo-quick"), Path("runs/demo-long")
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
         default = default.with_name(f"{default.name}-seed-{options.seed}")
     out = options.out or default
     if options.quick and not options.out:  # a folder of our own
-        _remove(out)  # the run that is there would be resumed, and nothing be checked
+        remove_folder(out)  # the run that is there would be resumed, and nothing be checked
     began = time.monotonic()
     # Said aloud, so that DeepSpeed does not warn that it had to find out.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -82,15 +82,6 @@ def main(arguments: list[str]) -> None:
         f"  {figures}  (the table above, and more)\n"
         f"  tensorboard --logdir {out}"
     )
-
-
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"cannot remove {folder}: {error.strerror or error}") from None
 
 
 def _here(file: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,24 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {_reason(error)}") from None
+
+
+def make_writable_folder(folder: Path) -> None:
+    """Make it where it is missing; UserError when nothing can be written in it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {folder}: permission denied")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all in it, if it is there; UserError when it cannot be."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"cannot remove {folder}: {error.strerror or error}") from None
 
 
 def put_in_place(partial: Path, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.configuration import Config
-from engine.durable_files import writing
+from engine.durable_files import make_writable_folder, writing
 from engine.errors import UserError
 from engine.models.cascade import Cascade
 from engine.models.norms import fix_norm_statistics, norm_statistics
@@ -93,10 +92,7 @@ def beyond_training(config: Config, stage_number: int, num_frames: int) -> list[
 
 def make_writable(out: Path, plan: SamplePlan) -> None:
     """Make the folder; UserError when it cannot be written to. Due before the long passes."""
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {out}: permission denied")
+    make_writable_folder(out)
     for file in (STATISTICS, GRID, SHEET, SAMPLES, *_clip_files(_names(plan))):
         if (out / file).is_dir():
             raise UserError(f"cannot write {out / file}: it is a folder")

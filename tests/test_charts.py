@@ -101,7 +101,7 @@ def test_training_windows_are_a_third_column(tmp_path: Path, log: Path) -> None:
     assert read_log(other)["step"] == [1, 5, 7, 10]
     figure = loss_figure({"stage 1": log, "stage 2": other})
     axes_1, axes_2 = figure.axes[2], figure.axes[5]
-    assert axes_2.get_title(loc="left") == "stage 2: training windows, batch statistics"
+    assert axes_2.get_title(loc="left") == "stage 2: training windows, parts of real"
     motion, judder, real = axes_2.get_lines()
     assert [line.get_label() for line in (motion, judder, real)] == ["motion", "judder", "real"]
     np.testing.assert_array_equal(motion.get_xdata(), [5, 10])

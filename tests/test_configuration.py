@@ -344,8 +344,8 @@ MISTAKES_IN_A_KEY = {
         "stages.2.generator.low_frames should be 'repeat' or 'interpolate' (found 'linear')",
     "stages.2.generator.edge_frames=-1":
         "stages.2.generator.edge_frames should be greater than or equal to 0 (found -1)",
-    "stages.2.discriminators.batch_statistics=1":
-        "stages.2.discriminators.batch_statistics should be a valid boolean (found 1)",
+    "stages.2.discriminators.minibatch_stddev=1":
+        "stages.2.discriminators.minibatch_stddev should be a valid boolean (found 1)",
     "stages.2.training.sample_bank={}": "missing key stages.2.training.sample_bank.num_videos",
     "stages.2.training.sample_bank={num_videos: 8, refresh: 1}":
         "unknown key stages.2.training.sample_bank.refresh; did you mean refresh_every?",
@@ -365,8 +365,8 @@ MISTAKES_BETWEEN_KEYS = {
     "stages.1.joint=true": "stage 1: joint training starts with stage 2",
     "stages.2.discriminators.pool_time=true":
         "stage 2: discriminators.pool_time needs at least 4 frames, and there are 2",
-    "stages.2.discriminators.batch_statistics=true":
-        "stage 2: discriminators.batch_statistics needs samples to compare; set "
+    "stages.2.discriminators.minibatch_stddev=true":
+        "stage 2: discriminators.minibatch_stddev needs samples to compare; set "
         "stages.2.training.micro_batch to 2 or more",
     "training.sample_bank={num_videos: 8}":
         "stage 1: no stage before it to bank samples of; set stages.1.training.sample_bank to null",

@@ -84,8 +84,8 @@ def test_dvdgan_is_stage_2_from_noise() -> None:
     assert stage.generator.temporal == "conv_gru"
     assert stage.generator.multipliers == second.generator.multipliers
     assert stage.training == full.stages[1].training
-    ours = full.stages[1].discriminators.batch_statistics
-    assert stage.discriminators.batch_statistics == ours
+    ours = full.stages[1].discriminators.minibatch_stddev
+    assert stage.discriminators.minibatch_stddev == ours
 
 
 def test_own_options_are_named_by_stage() -> None:
@@ -95,14 +95,14 @@ def test_own_options_are_named_by_stage() -> None:
     }
 
     def named(training: dict[str, Any], **generator: Any) -> list[str]:
-        """Of the full model with 128 values of z, no batch statistics and x_l as it is, else."""
+        """Of the full model with 128 values of z, no minibatch stddev and x_l as it is, else."""
         config = configuration(FULL, training=training)
         stages = {}
         for number, stage in config.stages.items():
             plain = {"latent_size": 128, "edge_frames": 0} | (generator if number == 2 else {})
             parts = {
                 "discriminators": stage.discriminators.model_copy(
-                    update={"batch_statistics": False}
+                    update={"minibatch_stddev": False}
                 ),
                 "generator": stage.generator.model_copy(update=plain),
             }

@@ -1,7 +1,6 @@
 """Train the paper's comparisons in miniature, measure them, and say which conclusions hold."""
 
 import argparse
-import math
 import os
 import shutil
 import signal
@@ -11,19 +10,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.miniature.budget import MINUTES, OVERHEAD_MINUTES
-from benchmarks.miniature.jobs import Processes, Stopped, jobs_of
+from benchmarks.miniature.jobs import Processes, jobs_of
 from benchmarks.miniature.measured import OTHER_HALF, REAL, Measured, read_measured
 from benchmarks.miniature.models import MODELS
 from benchmarks.miniature.plan import Plan, Settings, settle, write_json
 from benchmarks.miniature.verdicts import CONCLUSIONS, Real, Results, judge
 from engine.command_line import ArgumentParser, run
-from engine.durable_files import writing
-from engine.errors import UserError
+from engine.durable_files import make_writable_folder, remove_folder, writing
 from engine.video.dataset import held_out, open_dataset
 
 OUT, QUICK_OUT = Path("runs/miniature"), Path("runs/miniature-quick")
 TABLE, FIGURES, PICTURE = "table.md", "figures.json", "picture.png"
 SECONDS_BETWEEN_LINES = 60
+MOST_MINUTES = 10_000
 EPILOG = """\
 examples:
   make miniature
@@ -53,8 +52,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error("--seeds must be at least 1")
-    if not OVERHEAD_MINUTES < options.minutes < math.inf:
-        parser.error(f"--minutes must be more than {OVERHEAD_MINUTES:g}, which nothing trains in")
+    if not OVERHEAD_MINUTES < options.minutes <= MOST_MINUTES:
+        parser.error(
+            f"--minutes must be more than {OVERHEAD_MINUTES:g}, which nothing trains in, and at "
+            f"most {MOST_MINUTES}"
+        )
     return options
 
 
@@ -66,6 +68,11 @@ def main(arguments: list[str]) -> None:
 
     options = parse(arguments)
     out = options.out or (QUICK_OUT if options.quick else OUT)
+    if options.quick and not options.out:  # a folder of our own
+        remove_folder(out)  # what is done there would not be done again, and nothing be checked
+    for folder in (out, options.commit_to):
+        if folder is not None:
+            make_writable_folder(folder)
     clock = Clock()
     # Said aloud, so that DeepSpeed does not warn that it had to find out.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -86,7 +93,6 @@ def main(arguments: list[str]) -> None:
     if options.commit_to is not None:
         folder = options.commit_to
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             for name in (TABLE, FIGURES, PICTURE):
                 shutil.copyfile(out / name, folder / name)
     clock.say(f"wrote {TABLE}, {FIGURES} and {PICTURE} to {folder}")
@@ -145,8 +151,6 @@ def carry_out(plan: Plan, seeds: list[int], clock: Clock) -> None:
                 clock.say("stopping")
                 processes.stop()
                 raise
-    except Stopped:
-        raise UserError("stopped") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -90,15 +90,15 @@ def configuration(
 ) -> Config:
     """The model's, with `iterations` by stage, and keys of every stage's training and of the data.
 
-    Decided: what is trained from noise alone gets stage 1's `batch_statistics`, whichever stage's
+    Decided: what is trained from noise alone gets stage 1's `minibatch_stddev`, whichever stage's
     discriminators judge it; the single-stage model is trained with stage 1's settings too.
     """
     tree = load_config(SAMPLE).to_tree()
     stages = tree["stages"] = {number: tree["stages"][number] for number in (1, 2)}
     _set(tree, COMMON)
     if not model.shares_stage_1:
-        shared = stages[1]["discriminators"]["batch_statistics"]
-        stages[2]["discriminators"]["batch_statistics"] = shared
+        shared = stages[1]["discriminators"]["minibatch_stddev"]
+        stages[2]["discriminators"]["minibatch_stddev"] = shared
     if model.single_stage:
         tree["stages"] = stages = {1: stages[2] | {"training": stages[1]["training"]}}
     _set(tree, model.changes)
@@ -129,7 +129,7 @@ def own_options(config: Config) -> list[str]:
             other_steps = training.discriminator_steps != 2
             rates = training.generator_lr, training.discriminator_lr
             options += [
-                ("D sees batch statistics", stage.discriminators.batch_statistics),
+                ("D sees minibatch stddev", stage.discriminators.minibatch_stddev),
                 (f"gradients clipped at {training.max_gradient_norm}", clipped),
                 ("weights averaged", training.ema_decay is not None),
                 (f"D updates per G update {training.discriminator_steps}", other_steps),

@@ -152,7 +152,8 @@ def _legend() -> str:
         "of another clip of the class; where stages train together, x_l is what stage 1 came to. "
         "motion after N: per frame after the first N frames, as part of that in them. PSD: root "
         "mean square difference of log10 PSD from the real clips'. Read all of it beside the last "
-        "two lines. `engine/evaluation/` defines every figure."
+        "two lines. The figures are defined in `engine/clip_figures.py`, `engine/evaluation/` and "
+        "`measuring.py`."
     )
 
 

@@ -83,6 +83,11 @@ def find_real_videos(
     held_out_index, note = None, ""
     if held_out_data is not None:
         held_out_index = open_dataset(held_out_data, make=True, say=say)
+        if held_out_index.fingerprint() == index.fingerprint():
+            raise UserError(
+                f"--held-out {held_out_data.path} holds the videos that were trained on; name "
+                "others"
+            )
         reference = _by_class(held_out_index, names, num_source_frames, conditional)
         for entries in reference.values():
             draw.shuffle(entries)

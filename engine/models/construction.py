@@ -75,7 +75,7 @@ def build_discriminators(config: Config, stage_number: int) -> Discriminators:
         "channels": sizes.channels,
         "multipliers": sizes.multipliers,
         "num_classes": config.data.num_classes,
-        "batch_statistics": sizes.batch_statistics,
+        "minibatch_stddev": sizes.minibatch_stddev,
         "compute_dtype": compute_dtype(stage),
     }
     spatial = SpatialDiscriminator(resolution=stage.resolution, **common)

@@ -53,8 +53,8 @@ class ResidualTower(nn.Module):
     pool space only, so that windows of three frames reach the scores; with `pool_time` they halve
     time as well.
 
-    With `batch_statistics` each score also has a linear term in how far the features of its class
-    are spread over the batch, see `spread_within_classes`: ours.
+    With `minibatch_stddev` each score also has a linear term in how far the features of its class
+    are spread over the batch, see `stddev_within_classes`: ours.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ResidualTower(nn.Module):
         multipliers: Sequence[int],
         num_volumetric: int,
         pool_time: bool = False,
-        batch_statistics: bool = False,
+        minibatch_stddev: bool = False,
         num_classes: int | None,
         compute_dtype: torch.dtype,
     ) -> None:
@@ -91,7 +91,9 @@ class ResidualTower(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.score = Linear(width, 1, kept_dtype=True)
         self.embedding = Embedding(num_classes, width) if num_classes else None
-        self.spread = Linear(width, 1, bias=False, kept_dtype=True) if batch_statistics else None
+        self.stddev_score = (
+            Linear(width, 1, bias=False, kept_dtype=True) if minibatch_stddev else None
+        )
 
     def forward(self, x_BTCHW: Tensor, labels_B: Tensor | None, num_batches: int = 1) -> Tensor:
         """Scores of every time step, [B, T] (pooled, T // 4), fp32.
@@ -112,13 +114,13 @@ class ResidualTower(nn.Module):
         scores_BT: Tensor = self.score(h_BTF).squeeze(2)
         if self.embedding is not None:
             scores_BT = scores_BT + torch.einsum("btf,bf->bt", h_BTF, self.embedding(labels_B))
-        if self.spread is not None:
-            spread_BTFHW = spread_within_classes(h_BTFHW, labels_B, num_batches)
-            scores_BT = scores_BT + self.spread(spread_BTFHW.sum(dim=(3, 4))).squeeze(2)
+        if self.stddev_score is not None:
+            stddev_BTFHW = stddev_within_classes(h_BTFHW, labels_B, num_batches)
+            scores_BT = scores_BT + self.stddev_score(stddev_BTFHW.sum(dim=(3, 4))).squeeze(2)
         return scores_BT
 
 
-def spread_within_classes(h_BTFHW: Tensor, labels_B: Tensor | None, num_batches: int = 1) -> Tensor:
+def stddev_within_classes(h_BTFHW: Tensor, labels_B: Tensor | None, num_batches: int = 1) -> Tensor:
     """The standard deviation of each feature over the batch's samples of the same class.
 
     Minibatch standard deviation (Karras et al. 2018), but within classes, and neither averaged
@@ -151,7 +153,7 @@ class SpatialDiscriminator(nn.Module):
         channels: int,
         multipliers: Sequence[int],
         num_classes: int | None = None,
-        batch_statistics: bool = False,
+        minibatch_stddev: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -161,7 +163,7 @@ class SpatialDiscriminator(nn.Module):
             channels=channels,
             multipliers=multipliers,
             num_volumetric=0,
-            batch_statistics=batch_statistics,
+            minibatch_stddev=minibatch_stddev,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )
@@ -191,7 +193,7 @@ class TemporalDiscriminator(nn.Module):
         multipliers: Sequence[int],
         num_classes: int | None = None,
         pool_time: bool = False,
-        batch_statistics: bool = False,
+        minibatch_stddev: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -202,7 +204,7 @@ class TemporalDiscriminator(nn.Module):
             multipliers=multipliers,
             num_volumetric=NUM_VOLUMETRIC_BLOCKS,
             pool_time=pool_time,
-            batch_statistics=batch_statistics,
+            minibatch_stddev=minibatch_stddev,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )
@@ -225,7 +227,7 @@ class MatchingDiscriminator(nn.Module):
         multipliers: Sequence[int],
         num_classes: int | None = None,
         pool_time: bool = False,
-        batch_statistics: bool = False,
+        minibatch_stddev: bool = False,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
@@ -237,7 +239,7 @@ class MatchingDiscriminator(nn.Module):
             multipliers=multipliers,
             num_volumetric=NUM_VOLUMETRIC_BLOCKS,
             pool_time=pool_time,
-            batch_statistics=batch_statistics,
+            minibatch_stddev=minibatch_stddev,
             num_classes=num_classes,
             compute_dtype=compute_dtype,
         )

@@ -132,6 +132,13 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     if options.previous and plan.previous is None:
         reason = "a resumed run keeps its own" if plan.resume_from else "no frozen stage is needed"
         plan.notes.append(f"--previous is not used: {reason}")
+    num_classes, batch = config.data.num_classes, stage.training.micro_batch
+    if stage.discriminators.minibatch_stddev and num_classes and batch <= num_classes:
+        met = 1 - (1 - 1 / num_classes) ** (batch - 1)
+        plan.notes.append(
+            f"minibatch_stddev: of {num_classes} classes in micro-batches of {batch}, a sample "
+            f"meets another of its class in {met:.0%} of them"
+        )
     if condition_on == "data" and (number == 1 or stage.joint):
         plan.notes.append("condition_on=data is not used: this stage upsamples no frozen one")
     return plan
@@ -152,10 +159,10 @@ def settle_batches(config: Config, options: RunOptions, world_size: int) -> Conf
     accumulation_steps(training, world_size)
     if training.sample_bank is not None:
         batches_per_rank(training.sample_bank, training, world_size)
-    statistics = config.stages[number].discriminators.batch_statistics
+    statistics = config.stages[number].discriminators.minibatch_stddev
     if statistics and training.micro_batch == 1:  # perhaps by sharing among many ranks
         raise UserError(
-            f"stages.{number}.discriminators.batch_statistics compares a rank's samples, but "
+            f"stages.{number}.discriminators.minibatch_stddev compares a rank's samples, but "
             f"global_batch {training.global_batch} leaves each of {world_size} processes one; use "
             "fewer processes or a larger global_batch"
         )

@@ -191,7 +191,7 @@ class _Run:
             samples = self._snapshots.generate(trainer) if sampled or stopping else None
             if logbook and (step % training.log_every == 0 or step == 1 or sampled or stopping):
                 values = measures | self._speed((now - began) / (step - began_step))
-                # Not when stopping: the log is to be that of a run that did not stop.
+                # At their own steps only, also where the run stops between them.
                 if samples is not None and sampled:
                     values |= self._snapshots.figures(samples)
                 logbook.scalars(step, values)

@@ -1,7 +1,8 @@
 """Cheap figures of training windows, logged with the periodic samples: does a stage begin to move?
 
-They are of windows on the batch's norm statistics, as training sees them, which look livelier than
-what a user gets: unrolled clips with fixed statistics, engine/evaluation/report.py.
+They are of windows on the batch's norm statistics and of the weights as they are, as training sees
+them. Those look livelier than what a user gets: unrolled clips with fixed statistics and, where an
+average is kept, averaged weights (engine/evaluation/report.py).
 """
 
 import contextlib

@@ -59,7 +59,7 @@ def discriminators(
     *,
     num_classes: int | None = None,
     matching: bool = True,
-    batch_statistics: bool = False,
+    minibatch_stddev: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Discriminators:
     """All three, for the upsampling generator above."""
@@ -67,7 +67,7 @@ def discriminators(
         "channels": 4,
         "multipliers": (1, 2, 4),
         "num_classes": num_classes,
-        "batch_statistics": batch_statistics,
+        "minibatch_stddev": minibatch_stddev,
         "compute_dtype": compute_dtype,
     }
     return Discriminators(

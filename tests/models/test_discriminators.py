@@ -12,7 +12,7 @@ from engine.models.discriminators import (
     ResidualTower,
     TemporalDiscriminator,
     draw_frame_indices,
-    spread_within_classes,
+    stddev_within_classes,
 )
 
 
@@ -211,7 +211,7 @@ def test_spread_is_the_deviation_within_a_class_and_a_batch() -> None:
     torch.manual_seed(0)
     h = torch.randn(8, 2, 3, 4, 4, dtype=torch.float64)
     labels = torch.tensor([0, 1, 0, 0, 1, 0, 1, 2])
-    spread = spread_within_classes(h, labels, num_batches=2)
+    spread = stddev_within_classes(h, labels, num_batches=2)
     for members in ([0, 2, 3], [4, 6]):
         expected = h[members].std(dim=0).expand(len(members), -1, -1, -1, -1)
         # Within what keeps the root's derivative finite.
@@ -219,33 +219,33 @@ def test_spread_is_the_deviation_within_a_class_and_a_batch() -> None:
     # Alone in their class in their batch: 5 has no partner, though 0 has one in the other batch.
     assert (spread[[1, 5, 7]] == 0).all()
     torch.testing.assert_close(
-        spread_within_classes(h, None), h.std(dim=0).expand_as(h), rtol=0, atol=1e-3
+        stddev_within_classes(h, None), h.std(dim=0).expand_as(h), rtol=0, atol=1e-3
     )
 
 
 def test_spread_can_be_differentiated_where_samples_are_equal() -> None:
     h = torch.ones(4, 1, 2, 2, 2, requires_grad=True)
-    spread_within_classes(h, None).sum().backward()
+    stddev_within_classes(h, None).sum().backward()
     assert h.grad is not None
     assert (h.grad == 0).all()
     h64 = torch.rand(4, 1, 2, 1, 2, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 1, 1, 1])
-    assert torch.autograd.gradcheck(lambda h: spread_within_classes(h, labels), h64)
+    assert torch.autograd.gradcheck(lambda h: stddev_within_classes(h, labels), h64)
 
 
-def test_batch_statistics_tell_a_collapsed_batch_from_a_varied_one() -> None:
+def test_minibatch_stddev_tells_a_collapsed_batch_from_a_varied_one() -> None:
     """One clip four times over scores unlike itself among others; without them, the same."""
     labels = torch.tensor([1, 1, 1, 1])
     indices = torch.tensor([[0, 1]] * 4)
     varied = clip(batch=4)
     collapsed = varied[:1].expand(4, -1, -1, -1, -1)
-    for batch_statistics in (False, True):
+    for minibatch_stddev in (False, True):
         torch.manual_seed(0)
-        network = discriminators(num_classes=5, matching=False, batch_statistics=batch_statistics)
+        network = discriminators(num_classes=5, matching=False, minibatch_stddev=minibatch_stddev)
         among_others = network(varied, labels, None, indices).all[0]
         alike = network(collapsed, labels, None, indices).all[0]
         differs = not torch.allclose(among_others, alike, rtol=1e-3, atol=1e-4)
-        assert differs == batch_statistics
+        assert differs == minibatch_stddev
         # Reals and fakes in one pass are judged as they are in two.
         both = network(
             torch.cat([varied, collapsed]),

@@ -223,7 +223,7 @@ def test_devices() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "limit_gb"), [("norms", 60), ("blocks", 40)])
 def test_stage_2_fits_one_node(mode: str, limit_gb: float) -> None:
-    """The paper's batch of 512 on eight GPUs of 80 GB, in one pass, ZeRO-1: the issue's limits."""
+    """The paper's batch of 512 on eight GPUs of 80 GB, in one pass, ZeRO-1, within limits."""
     config = load_config(
         CONFIGS / "kinetics600.yaml",
         ["stages.2.training.micro_batch=64", f"training.checkpointing={mode}"],

@@ -176,7 +176,7 @@ def test_shares_of_the_real_index(found: list[dict[str, Any]], tiny: Tiny) -> No
 
 @pytest.mark.slow
 def test_128_ranks_at_the_papers_size(tmp_path: Path) -> None:
-    """The issue's command, and its limit, in seconds of one core."""
+    """The command that must be quick, and its limit, in seconds of one core."""
     out = tmp_path / "out"
     options = ("--config", "configs/kinetics600.yaml", "--stage", "2", "--rehearse", "128")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -291,7 +291,7 @@ KINETICS = ("--config", str(REPOSITORY / "configs/kinetics600.yaml"), "--stage",
         ),
         (("--rehearse", "8", "--stage", "3"), "--stage 3: "),
         (
-            ("--rehearse", "512", "--set", "stages.2.discriminators.batch_statistics=true"),
+            ("--rehearse", "512", "--set", "stages.2.discriminators.minibatch_stddev=true"),
             "global_batch 512 leaves each of 512 processes one; use fewer processes",
         ),
     ],
