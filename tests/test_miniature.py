@@ -115,7 +115,7 @@ def test_own_options_are_named_by_stage() -> None:
         "stage 2: weights averaged",
     ]
     assert named(training, latent_size=8, low_frames="interpolate", edge_frames=3) == [
-        "stage 2: z of 8, x_l interpolated in time, x_l continued by 3 frames at its ends"
+        "stage 2: z of 8, x_l interpolated in time, x_l continued by 3 at each end"
     ]
 
 

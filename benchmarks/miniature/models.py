@@ -121,7 +121,7 @@ def own_options(config: Config) -> list[str]:
             edge = generator.edge_frames
             options += [
                 ("x_l interpolated in time", generator.low_frames == "interpolate"),
-                (f"x_l continued by {edge} frames at its ends", edge > 0),
+                (f"x_l continued by {edge} at each end", edge > 0),
             ]
         # A jointly trained stage 1 has no discriminators and no training of its own.
         if number == len(config.stages) or not config.stages[number + 1].joint:
