@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,51 @@ class ArgumentParser(argparse.ArgumentParser):
             dest="overrides",
             help="override a configuration key, e.g. stages.2.training.micro_batch=8; repeatable",
         )
+
+    def add_generation(self) -> None:
+        """A checkpoint, and how clips are made from it; see `check_generation`."""
+        self.add_argument(
+            "--checkpoint",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="a run's, stage's or checkpoint's folder; the newest of the last stage is taken",
+        )
+        self.add_argument(
+            "--sigma", type=float, default=1.0, help="standard deviation of z; 0.5 for pictures"
+        )
+        self.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+        self.add_argument(
+            "--passes",
+            type=int,
+            metavar="N",
+            help="dummy passes that fix the norm statistics (default: the configuration's)",
+        )
+        self.add_argument(
+            "--batch", type=int, default=8, help="clips per dummy pass (default: %(default)s)"
+        )
+        self.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"
+        )
+
+    def check_generation(self, options: argparse.Namespace, **least: int) -> None:
+        """UserError for values that `add_generation` takes and nothing can be made with.
+
+        `least` has the smallest values of other options, which may be None.
+        """
+        for name, lowest in {**least, "passes": 1, "batch": 1}.items():
+            value = getattr(options, name)
+            if value is not None and value < lowest:
+                self.error(f"--{name} must be at least {lowest}")
+        if not 0 < options.sigma < math.inf:
+            self.error("--sigma must be positive and finite")
+        if not 0 <= options.seed < 2**63:
+            self.error("--seed must be 0 to 2^63 - 1")
+        if options.device == "cuda":
+            import torch  # late: it is slow, and mistakes should be told at once
+
+            if not torch.cuda.is_available():
+                self.error("--device cuda: no GPU was found")
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError: one line, where argparse would print the whole usage before it."""

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import math
-import os
 from pathlib import Path
 
 import torch
 
 from engine.command_line import ArgumentParser, run
-from engine.durable_files import put_in_place, writing
+from engine.durable_files import make_writable_folder, put_in_place, writing
 from engine.errors import UserError
 from engine.trainer.checkpoints import PARTIAL, find_checkpoint
 
@@ -28,13 +26,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = ArgumentParser(__doc__ or "", EPILOG)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a run's, stage's or checkpoint's folder; the newest of the last stage is taken",
-    )
+    parser.add_generation()
     add(
         "--held-out",
         metavar="PATH",
@@ -54,43 +46,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="show generated clips there, real ones above them, as an animated WebP",
     )
     add("--num", type=int, metavar="N", help="clips per class (default: 8; 64 without classes)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--sigma", type=float, default=1.0, help="standard deviation of z (default: %(default)s)")
-    add(
-        "--passes",
-        type=int,
-        metavar="N",
-        help="dummy passes that fix the norm statistics (default: the configuration's)",
-    )
-    add("--batch", type=int, default=8, help="clips per dummy pass (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     options = parser.parse_args(arguments)
-    for name, least in (("num", 2), ("passes", 1), ("batch", 1)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} must be at least {least}")
+    parser.check_generation(options, num=2)
     for name in ("data", "held_out"):
         if getattr(options, name) == "":  # a shell variable that is not set
             parser.error(f"--{name.replace('_', '-')} names nothing")
-    if not 0 < options.sigma < math.inf:
-        parser.error("--sigma must be positive and finite")
-    if not 0 <= options.seed < 2**63:
-        parser.error("--seed must be 0 to 2^63 - 1")
     if options.picture is not None and options.picture.suffix != ".webp":
         parser.error(f"--picture {options.picture}: the name must end in .webp")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU was found")
     return options
 
 
 def make_writable(file: Path) -> None:
     """Make the file's folder; UserError where it cannot be written. Due before the long passes."""
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    make_writable_folder(file.parent)
     if file.is_dir():
         raise UserError(f"cannot write {file}: it is a folder")
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {file}: permission denied")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,6 @@
 """Generate videos with a trained cascade, unrolled to any length."""
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -35,38 +34,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = ArgumentParser(__doc__ or "", EPILOG)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a run's, stage's or checkpoint's folder; the newest of the last stage is taken",
-    )
+    parser.add_generation()
     add("--out", type=Path, required=True, metavar="DIR", help="where to write")
     add("--frames", type=int, metavar="T", help="length (default: stage 1's clip, unrolled)")
     add("--classes", metavar="A,B", help="numbers or names (default: all trained on, in turn)")
     add("--num", type=int, metavar="N", help="clips (default: one per class, at most 16)")
-    add("--sigma", type=float, default=1.0, help="standard deviation of z; 0.5 for pictures")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add(
-        "--passes",
-        type=int,
-        metavar="N",
-        help="dummy passes that fix the norm statistics (default: the configuration's)",
-    )
-    add("--batch", type=int, default=8, help="clips per dummy pass (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     options = parser.parse_args(arguments)
-    for name in ("frames", "num", "passes", "batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1")
-    if not 0 < options.sigma < math.inf:
-        parser.error("--sigma must be positive and finite")
-    if options.seed < 0:
-        parser.error("--seed must not be negative")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU was found")
+    parser.check_generation(options, frames=1, num=1)
     return options
 
 

@@ -245,6 +245,8 @@ def test_other_data_has_no_held_out_clips_unless_they_are_named(
     line = f"too few videos in {tiny.data} to compare with: 8 of a class, of 6 frames or more"
     assert line in measure(*options).error
     beside = tiny.data.with_name("data-held-out")
+    line = f"--held-out {tiny.data} holds the videos that were trained on"
+    assert line in measure("--checkpoint", cascade_run, "--held-out", tiny.data).error
     named = measured(cascade_run, tmp_path / "a.json", "--data", tiny.data, "--held-out", beside)
     assert named["rows"] == unnamed["rows"]
 
@@ -301,8 +303,14 @@ def test_a_place_that_cannot_be_written_is_told_before_the_passes(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    for out in (file / "below.json", Path("/proc/nothing/figures.json"), tmp_path):
-        assert f"cannot write {out}" in measure("--checkpoint", cascade_run, "--out", out).error
+    for out, named in (
+        (file / "below.json", file),
+        (Path("/proc/nothing/figures.json"), Path("/proc/nothing")),
+        (tmp_path, tmp_path),
+    ):
+        error = measure("--checkpoint", cascade_run, "--out", out).error
+        assert f"cannot write {named}: " in error
+    assert file.read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_earlier_file(cascade_run: Path, tmp_path: Path) -> None:

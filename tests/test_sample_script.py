@@ -241,7 +241,7 @@ MISTAKES = [
     (["--sigma", "0"], "--sigma must be positive"),
     (["--sigma", "nan"], "--sigma must be positive"),
     (["--sigma", "inf"], "--sigma must be positive and finite"),
-    (["--seed", "-1"], "--seed must not be negative"),
+    (["--seed", "-1"], "--seed must be 0 to 2^63 - 1"),
     (["--classes", "2"], "--classes: '2' is neither a class name nor 0 to 1"),
     (["--classes", "²"], "--classes: '²' is neither a class name nor 0 to 1"),
     (["--classes", "zebra"], "--classes: 'zebra' is neither a class name nor 0 to 1"),

@@ -242,3 +242,20 @@ def test_stages_fit_their_discriminators() -> None:
     real = torch.rand(2, 6, 3, 16, 16)
     view = nearest_view(real, resolution=8, frame_step=2)
     assert network(real, LABELS, view, torch.tensor([[0, 5], [2, 3]])).all.shape == (2, 11)
+
+
+def test_a_configured_x_l_reaches_whole_videos() -> None:
+    """low_frames counts in windows and videos; edge_frames in videos, which `unroll` makes."""
+    raw = tree()
+    raw["stages"][2]["generator"] |= {"low_frames": "interpolate", "edge_frames": 2}
+    cascade_config = config_from_tree(raw, "test")
+    generators = [build_generator(cascade_config, number) for number in (1, 2)]
+    first, second = generators
+    assert isinstance(second, UpsamplingGenerator)
+    assert (second.low_frames, second.edge_frames) == ("interpolate", 2)
+    zs = [torch.randn(2, 16) for _ in range(2)]
+    with torch.no_grad():
+        low = first(zs[0], LABELS, 3)
+        generated = Cascade(generators, cascade_config).generate(zs, LABELS, 6)
+        assert torch.equal(generated, second.unroll(zs[1], LABELS, low))
+        assert not torch.allclose(generated, second(zs[1], LABELS, low))

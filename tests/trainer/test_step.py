@@ -100,6 +100,28 @@ def test_gradients_of_the_generators_step_do_not_reach_the_discriminators(
     assert differences(*map(weights, networks)) == []
 
 
+def test_reals_and_fakes_are_compared_within_themselves(tiny: Tiny, ranks: Ranks) -> None:
+    """With minibatch_stddev, one pass over both gives each the scores of a pass of its own."""
+    keys = ["training.micro_batch=4", "training.global_batch=4"]
+    config = tiny.config(*keys, "stages.1.discriminators.minibatch_stddev=true")
+    trainer = make(ranks, config, 1)
+    network, found = trainer.d_engine.module, []
+    hook = network.register_forward_hook(
+        lambda _, args, scores: found.append((args, scores.all.detach())), with_kwargs=False
+    )
+    network_state = {name: value.clone() for name, value in network.state_dict().items()}
+    trainer.d_step()
+    hook.remove()
+    ((args, both),) = found
+    network.load_state_dict(network_state)
+    with torch.no_grad():
+        for half in range(2):
+            alone = [None if given is None else given.chunk(2)[half] for given in args]
+            torch.testing.assert_close(
+                both.chunk(2)[half], network(*alone).all, rtol=1e-4, atol=1e-5
+            )
+
+
 class RepeatedFakes:
     """For G's update the inputs of the last D update again, generated anew."""
 
