@@ -25,7 +25,9 @@ from setuptools.errors import CompileError
 
 # Lower bounds are what the code needs; constraints.txt holds what was tested.
 REQUIREMENTS = [
-    "av>=14",  # PyAV: decoding what DALI's CPU backend cannot, and all encoding
+    # PyAV: decoding what DALI's CPU backend cannot, and all encoding. Older ones convert all
+    # colours as BT.601.
+    "av>=17",
     "deepspeed>=0.18",
     "matplotlib>=3.8",
     "numpy>=1.26",

@@ -31,6 +31,7 @@ from engine.video.dataset import describe
 from engine.video.decoding import decode_window
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
+from engine.video.keyframes import unpack
 from engine.video.pipeline import PREFETCHED_BATCHES, ClipStream, Decoder, decoded
 from engine.video.procedural import FPS, render_clip
 from engine.video.sampler import ClipRequest, ClipSampler
@@ -123,6 +124,7 @@ def decode(source: Source) -> Iterator[Pull]:
                     num_frames=stage.num_frames,
                     frame_stride=stage.frame_stride,
                     video_frames=source.index.entries[request.video].num_frames,
+                    keyframes=unpack(source.index.entries[request.video].keyframes),
                 )
 
             in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()

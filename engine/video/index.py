@@ -16,8 +16,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from engine.durable_files import put_in_place, writing
 from engine.errors import UserError
 from engine.video.inspection import VideoFacts
+from engine.video.keyframes import unpack
 
-FORMAT, VERSION = "ssw-gan video index", 2
+FORMAT, VERSION = "ssw-gan video index", 3
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -184,6 +185,7 @@ def _checked(entry: VideoEntry, num_classes: int) -> VideoEntry:
         raise ValueError("num_frames, width and height must be positive")
     if entry.rotation not in (0, 90, 180, 270):
         raise ValueError(f"rotation {entry.rotation} is no quarter turn")
+    unpack(entry.keyframes)
     return entry
 
 

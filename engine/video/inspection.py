@@ -1,39 +1,36 @@
-"""Judging one video file: decode all of it, and say what it holds or why it cannot be used.
+"""Judging one video file: decode all of it, and say what it holds or why it cannot be used."""
 
-Everything that opens a video file in this project opens it here, so that no file name and no
-file's content can make libav read anything but that one local file.
-"""
-
+import contextlib
 import hashlib
-import stat
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import av
+import av.logging
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-# Without the whitelists a text file that begins with "ffconcat" opens the files it lists, and a
-# playlist or an odd file name opens a network connection.
-_CONTAINER_OPTIONS = {
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi",
-}
-MAX_FRAME_PIXELS = 8192 * 4320
-"""8K, the largest common format: 100 MB as RGB. A larger frame is a mistake or an attack."""
-_LIMIT = {"max_pixels": str(MAX_FRAME_PIXELS)}
-# PyAV to 18 stops at a tag that is not UTF-8 unless told not to; from 19 on it never does.
-_ANY_TAGS: dict[str, Any] = (
-    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+from engine.video.colour import Colour, colour_of
+from engine.video.containers import (
+    MAX_FRAME_PIXELS,
+    RejectedError,
+    films,
+    number_packet,
+    open_video,
+    packet_number,
+    video_stream,
 )
-# By default libav conceals damage: it would hand us invented pixels.
-_STRICT = {"err_detect": "crccheck+explode", **_LIMIT}
-# A stream may end this much before its header says: encoders round the last frame's duration.
-_DURATION_TOLERANCE = 0.1
+from engine.video.keyframes import NUM_COMPARED, Keyframe, checksum, find_starts, pack
+from engine.video.truncation import check_whole
+
 # The linear part of a display matrix, 16.16 fixed point, row by row -> degrees counterclockwise.
 _ONE = 1 << 16
 _ROTATIONS = {
@@ -42,10 +39,13 @@ _ROTATIONS = {
     (-_ONE, 0, 0, -_ONE): 180,
     (0, _ONE, -_ONE, 0): 270,
 }
-
-
-class RejectedError(Exception):
-    """The file cannot be trained on; the message is the reason, without the file's name."""
+_MOST_STRETCHED = 10  # times; a pixel's sides
+# When a packet is lost, decoders go on from whatever picture they have. These say so,
+_SAY_WHAT_IS_LOST = ("h264", "hevc")
+_GAP = "Frame num gap"  # in a message that is not an error's
+_LAYERED = 0.25
+# and others cannot know; but then the pictures' times have a gap.
+_REGULAR = 0.95  # the share of intervals that makes a gap among them an exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,107 +54,247 @@ class VideoFacts:
 
     num_frames: int
     fps: float
+    """Frames per second of the times that the frames have, which headers may contradict."""
     width: int
-    """As displayed, after the rotation."""
+    """As displayed, with square pixels and after the rotation."""
     height: int
     rotation: int
     """Degrees counterclockwise from the coded frames, which decoders give, to the displayed ones:
     0, 90, 180 or 270. Phones and dashboard cameras (BDD100K) turn the frame by metadata only."""
+    sample_aspect_ratio: str
+    """A coded pixel's width to its height, "64:45"; "1:1" where the file is silent."""
     codec: str
     """libav's name: h264, vp9, mjpeg, ..."""
     pixel_format: str
     """libav's name: yuv420p, yuvj420p, ..."""
+    matrix: str
+    """These four as `engine.video.colour` names them."""
+    range: str
+    primaries: str
+    transfer: str
+    times_number_frames: bool
+    """Whether the n-th frame shown is the packet with the n-th time of the file's only film, none
+    hidden: so DALI counts."""
+    keyframes: str
+    """Where decoding can start: `engine.video.keyframes.unpack`."""
     sha256: str
-
-
-def open_video(path: Path) -> InputContainer:
-    """Open a local video file, and nothing else. Raises RejectedError."""
-    # Absolute, so that a name like "http:x.mp4" is a path; regular, because a pipe would block.
-    path = path.absolute()
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise RejectedError("not a regular file")
-        return av.open(str(path), options=_CONTAINER_OPTIONS | _LIMIT, **_ANY_TAGS)
-    except av.error.FFmpegError as error:
-        if isinstance(error, OSError) and not isinstance(error, av.error.InvalidDataError):
-            raise RejectedError(f"cannot be read: {error.strerror}") from None
-        raise RejectedError("not a video (no mp4, mov, matroska, webm or avi header)") from None
-    except OSError as error:
-        raise RejectedError(f"cannot be read: {error.strerror}") from None
-
-
-def video_stream(container: InputContainer, *, num_threads: int = 1) -> VideoStream:
-    """The container's main video stream, set to fail on damage. Raises RejectedError."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, VideoStream):
-        raise RejectedError("has no video stream")
-    if stream.codec_context is None:
-        raise RejectedError("has a codec that cannot be decoded")
-    if stream.width * stream.height > MAX_FRAME_PIXELS:
-        raise RejectedError(
-            f"frames of {stream.width} x {stream.height} pixels: more than {MAX_FRAME_PIXELS}"
-        )
-    stream.codec_context.options = _STRICT
-    stream.codec_context.thread_count = num_threads
-    return stream
 
 
 def inspect_video(path: Path) -> VideoFacts:
     """Decode every frame of `path`. Raises RejectedError with the reason."""
     with open_video(path) as container:
         stream = video_stream(container)
-        facts = _decode_all(container, stream)
+        check_whole(path)
+        pictures = _decode_all(container, stream)
+        facts = _facts(container, stream, pictures)
+    starts = find_starts(
+        path, pictures.keyframes(), pictures.checksums, intra_only=pictures.intra_only
+    )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return VideoFacts(**facts, sha256=digest)
+    return VideoFacts(**facts, keyframes=pack(starts), sha256=digest)
 
 
-def _decode_all(container: InputContainer, stream: VideoStream) -> dict:
-    num_frames = 0
-    size, pixel_format, rotation = None, "", None
-    end_seconds = Fraction(0)
+@dataclass
+class _Packet:
+    position: int
+    pts: int | None
+    dts: int | None
+    is_keyframe: bool
+    is_shown: bool
+
+
+@dataclass
+class _Pictures:
+    """What a full decode gave, in the order shown."""
+
+    packets: list[_Packet] = field(default_factory=list)
+    origins: list[int | None] = field(default_factory=list)
+    """The number of the packet of each picture."""
+    times: list[int | None] = field(default_factory=list)
+    are_key: list[bool] = field(default_factory=list)
+    checksums: dict[int, int] = field(default_factory=dict)
+    """Of a keyframe's picture and those that follow it."""
+    size: tuple[int, int] = (0, 0)
+    pixel_format: str = ""
+    rotation: int = 0
+    colour: Colour = field(default_factory=lambda: Colour("", "", "", ""))
+
+    @property
+    def intra_only(self) -> bool:
+        return all(packet.is_keyframe for packet in self.packets)
+
+    def keyframes(self) -> list[Keyframe]:
+        """Those whose packet and picture are known to belong together."""
+        found = []
+        for number, (origin, is_key) in enumerate(zip(self.origins, self.are_key, strict=True)):
+            packet = None if origin is None else self.packets[origin]
+            if is_key and packet and packet.is_keyframe and packet.position >= 0:
+                found.append(Keyframe(number, packet.position, packet.pts, packet.dts))
+        return found
+
+
+def _decode_all(container: InputContainer, stream: VideoStream) -> _Pictures:
+    pictures = _Pictures()
+    gaps = []  # before the first keyframe they cost nothing: nothing is shown
     try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise RejectedError(f"damaged at frame {num_frames}")
-            if packet.pts is not None and packet.time_base is not None:
-                end = (packet.pts + (packet.duration or 0)) * packet.time_base
-                end_seconds = max(end_seconds, end)
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise RejectedError(f"damaged at frame {num_frames}")
-                if size not in (None, (frame.width, frame.height)):
-                    raise RejectedError(f"frame size changes at frame {num_frames}")
-                if rotation not in (None, _rotation(frame)):
-                    raise RejectedError(f"orientation changes at frame {num_frames}")
-                size, pixel_format = (frame.width, frame.height), frame.format.name
-                rotation = _rotation(frame)
-                num_frames += 1
+        with _messages(stream) as messages:
+            for packet in container.demux(stream):
+                _add(pictures, packet)
+                lost = _check_messages(messages, len(pictures.times))
+                if lost and any(packet.is_keyframe for packet in pictures.packets):
+                    gaps.append(len(pictures.times))
     except av.error.FFmpegError as error:
         reason = (error.strerror or "undecodable").lower()
         if isinstance(error, av.error.ArgumentError):  # also what libav says of a frame past _LIMIT
             reason += f", or a frame of more than {MAX_FRAME_PIXELS} pixels"
-        raise RejectedError(f"damaged after {num_frames} frames: {reason}") from None
-    if size is None or rotation is None:
+        raise RejectedError(f"damaged after {len(pictures.times)} frames: {reason}") from None
+    if not pictures.times:
         raise RejectedError("holds no frames")
-    # Durations, not the header's frame count: an edit list rightly hides some frames of a clip that
-    # was cut without re-encoding.
-    duration = _header_duration(container, stream)
-    if duration is not None and end_seconds < duration * (1 - _DURATION_TOLERANCE):
-        raise RejectedError(f"truncated: {float(end_seconds):.1f} of {float(duration):.1f} seconds")
-    rate = stream.average_rate or stream.guessed_rate
-    if not rate:
-        raise RejectedError("has no frame rate")
-    width, height = size if rotation in (0, 180) else reversed(size)
+    # Streams in layers leave frame numbers out all the time, and lose nothing by it.
+    if gaps and len(gaps) < len(pictures.times) * _LAYERED:
+        raise RejectedError(f"damaged near frame {gaps[0]}: an earlier one is lost")
+    return pictures
+
+
+@contextlib.contextmanager
+def _messages(stream: VideoStream) -> Iterator[list[tuple[int, str, str]]]:
+    """What a decoder that conceals losses says: (level, who, text), as it comes."""
+    if stream.codec_context.codec.canonical_name not in _SAY_WHAT_IS_LOST:
+        yield []
+        return
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.DEBUG)
+    av.logging.set_skip_repeated(False)  # two files may be damaged alike
+    try:
+        with av.logging.Capture() as messages:
+            yield messages
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
+
+
+def _check_messages(messages: list[tuple[int, str, str]], number: int) -> bool:
+    """Whether frame numbers have a gap. Raises RejectedError for an error, and forgets them."""
+    has_gap = False
+    for level, _, text in messages:
+        if level <= av.logging.ERROR:
+            raise RejectedError(f"damaged at frame {number}: {text.strip()}")
+        has_gap = has_gap or text.startswith(_GAP)
+    messages.clear()
+    return has_gap
+
+
+def _add(pictures: _Pictures, packet: Packet) -> None:
+    """Decode one packet. Raises RejectedError for what no clip may hold."""
+    number = len(pictures.times)
+    if packet.is_corrupt:
+        raise RejectedError(f"damaged at frame {number}")
+    number_packet(packet, len(pictures.packets))
+    if packet.size:
+        pictures.packets.append(
+            _Packet(
+                packet.pos if packet.pos is not None else -1,
+                packet.pts,
+                packet.dts,
+                packet.is_keyframe,
+                not packet.is_discard,
+            )
+        )
+    for frame in packet.decode():
+        assert isinstance(frame, VideoFrame)
+        number = len(pictures.times)
+        if frame.is_corrupt:
+            raise RejectedError(f"damaged at frame {number}")
+        seen = (frame.width, frame.height), frame.format.name, _rotation(frame), colour_of(frame)
+        if not number:
+            pictures.size, pictures.pixel_format, pictures.rotation, pictures.colour = seen
+            if not (frame.key_frame or pictures.packets[0].is_keyframe):
+                raise RejectedError("starts between keyframes: its first pictures are invented")
+        for what, now, before in zip(
+            ("frame size", "pixel format", "orientation", "colour description"),
+            seen,
+            (pictures.size, pictures.pixel_format, pictures.rotation, pictures.colour),
+            strict=True,
+        ):
+            if now != before:
+                raise RejectedError(f"{what} changes at frame {number}")
+        pictures.origins.append(packet_number(frame))
+        pictures.times.append(frame.pts)
+        pictures.are_key.append(frame.key_frame)
+        if any(pictures.are_key[-NUM_COMPARED:]):
+            pictures.checksums[number] = checksum(frame)
+
+
+def _facts(container: InputContainer, stream: VideoStream, pictures: _Pictures) -> dict[str, Any]:
+    _check_for_gaps(stream, pictures)
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    if not 1 / _MOST_STRETCHED <= aspect <= _MOST_STRETCHED:
+        raise RejectedError(f"has pixels of {aspect.numerator} x {aspect.denominator}")
+    width, height = round(pictures.size[0] * aspect), pictures.size[1]
+    if pictures.rotation in (90, 270):
+        width, height = height, width
     return {
-        "num_frames": num_frames,
-        "fps": round(float(rate), 6),
+        "num_frames": len(pictures.times),
+        "fps": _frames_per_second(stream, pictures.times),
         "width": width,
         "height": height,
-        "rotation": rotation,
+        "rotation": pictures.rotation,
+        "sample_aspect_ratio": f"{aspect.numerator}:{aspect.denominator}",
         "codec": stream.codec_context.codec.canonical_name,
-        "pixel_format": pixel_format,
+        "pixel_format": pictures.pixel_format,
+        **asdict(pictures.colour),
+        "times_number_frames": len(films(container)) == len(container.streams.video) == 1
+        and _times_number_frames(pictures),
     }
+
+
+def _frames_per_second(stream: VideoStream, times: list[int | None]) -> float:
+    """By the pictures' times; by the header where they agree or there are none, as in AVI."""
+    rate = stream.average_rate or stream.guessed_rate
+    first, last, tick = times[0], times[-1], stream.time_base
+    if stream.container.format.name != "avi" and tick and first is not None and last is not None:
+        num_intervals, span = len(times) - 1, (last - first) * tick
+        # Containers round times, and headers know 30000/1001.
+        if span > 0 and not (rate and abs(num_intervals / rate - span) <= 2 * tick):
+            rate = num_intervals / span
+    if not rate:
+        raise RejectedError("has no frame rate")
+    return round(float(rate), 6)
+
+
+def _times_number_frames(pictures: _Pictures) -> bool:
+    times = [packet.pts for packet in pictures.packets]
+    if any(time is None or time < 0 for time in times) or len(set(times)) < len(times):
+        return False
+    by_time = sorted(range(len(times)), key=lambda number: times[number] or 0)
+    return pictures.origins == by_time and all(packet.is_shown for packet in pictures.packets)
+
+
+def _check_for_gaps(stream: VideoStream, pictures: _Pictures) -> None:
+    """Raises RejectedError where a packet was lost that later pictures refer to.
+
+    Only where the pictures' times are otherwise regular: else a gap means nothing.
+    """
+    if pictures.intra_only:
+        return
+    times = [time for time in pictures.times if time is not None]
+    intervals = [after - before for before, after in pairwise(times)]
+    if len(times) < len(pictures.times) or len(intervals) < 2:
+        return
+    usual = median(intervals)
+    # A clock of milliseconds rounds intervals by one tick.
+    regular = sum(abs(interval - usual) <= 1 for interval in intervals)
+    for number, interval in enumerate(intervals, start=1):
+        if (
+            interval > 1.5 * usual + 1
+            and regular >= _REGULAR * (len(intervals) - 1)
+            and not pictures.are_key[number]
+        ):
+            raise RejectedError(
+                f"a gap before frame {number}, where {interval / usual - 1:.0f} are lost that the "
+                "next refer to"
+            )
 
 
 def _rotation(frame: VideoFrame) -> int:
@@ -165,13 +305,3 @@ def _rotation(frame: VideoFrame) -> int:
     if (a, b, c, d) not in _ROTATIONS:
         raise RejectedError("is displayed mirrored, scaled or turned by other than quarter turns")
     return _ROTATIONS[a, b, c, d]
-
-
-def _header_duration(container: InputContainer, stream: VideoStream) -> Fraction | None:
-    """Where the header says the stream's last frame ends, on the packets' clock; None if unsaid."""
-    if stream.duration is not None and stream.time_base is not None:
-        return ((stream.start_time or 0) + stream.duration) * stream.time_base
-    # Matroska knows only the file's duration, which may be that of a longer sound track.
-    if container.duration is not None and len(container.streams) == 1:
-        return Fraction(container.duration, av.time_base)
-    return None

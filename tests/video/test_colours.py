@@ -1,0 +1,157 @@
+"""One file, one set of colours: whatever its matrix and range, whichever decoder."""
+
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from engine.errors import UserError
+from engine.video import loader
+from engine.video.containers import RejectedError
+from engine.video.indexing import build_index
+from engine.video.inspection import inspect_video
+from engine.video.loader import ClipLoader
+
+# ITU-T H.273, table 4: the shares of red and blue in luma.
+MATRICES = {
+    "bt709": (1, 0.2126, 0.0722),
+    "bt470bg": (5, 0.299, 0.114),
+    "smpte170m": (6, 0.299, 0.114),
+    "smpte240m": (7, 0.212, 0.087),
+    "bt2020nc": (9, 0.2627, 0.0593),
+    "unspecified": (2, 0.299, 0.114),
+}
+RANGES = {"limited": 1, "full": 2}
+COLOURS = [(40, 200, 60), (200, 40, 30), (30, 40, 220), (128, 128, 128)]
+ENCODERS = {
+    "mp4": ("libx264", {"crf": "2"}),
+    "webm": ("libvpx-vp9", {"crf": "4", "b": "0"}),
+    "mkv": ("libx265", {"x265-params": "crf=2:log-level=none"}),
+}
+
+
+def write_colours(
+    path: Path, matrix: str, value_range: str, *, transfer: int = 2, code: int | None = None
+) -> Path:
+    """Bars of COLOURS, by the definition of the matrix, tagged with it."""
+    given, red, blue = MATRICES[matrix]
+    code = given if code is None else code
+    path.parent.mkdir(exist_ok=True)
+    encoder, options = ENCODERS[path.suffix[1:]]
+    levels = np.array(COLOURS) / 255
+    luma = levels @ (red, 1 - red - blue, blue)
+    chroma = [(levels[:, 2] - luma) / (2 - 2 * blue), (levels[:, 0] - luma) / (2 - 2 * red)]
+    low, luma_span, chroma_span = (16, 219, 224) if value_range == "limited" else (0, 255, 255)
+    planes = [low + luma_span * luma, *(128 + chroma_span * c for c in chroma)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(encoder, rate=25, options=options)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range, context.color_trc = (
+            code,
+            RANGES[value_range],
+            transfer,
+        )
+        for number in range(3):
+            frame = av.VideoFrame(stream.width, stream.height, "yuv420p")
+            frame.pts, frame.colorspace, frame.color_range = number, code, RANGES[value_range]
+            for plane, values in zip(frame.planes, planes, strict=True):
+                row = np.zeros(plane.line_size, np.uint8)
+                row[: plane.width] = np.round(values).repeat(plane.width // len(COLOURS))
+                plane.update(np.tile(row, plane.height).tobytes())
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def loaded(folder: Path, decoder: str) -> tuple[NDArray[np.float64], str]:
+    """The middles of the bars as the loader gives them, [4, C], and how it says it got them."""
+    index, _ = build_index(folder, folder.parent / "index.jsonl", num_workers=0, progress=False)
+    clips = ClipLoader(
+        index,
+        num_frames=2,
+        frame_stride=1,
+        resolution=64,
+        view_resolution=64,
+        batch_size=len(index.entries),
+        decoder=decoder,
+    )
+    levels = (next(clips).video_BTCHW[:, 0, :, 32, 8::16].mean(0) + 1) * 127.5
+    clips.close()
+    return levels.T.double().numpy(), clips.description
+
+
+@pytest.mark.parametrize("suffix", ENCODERS)
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_colours_are_those_that_were_written(
+    matrix: str, value_range: str, suffix: str, tmp_path: Path
+) -> None:
+    path = write_colours(tmp_path / "v" / f"x.{suffix}", matrix, value_range)
+    facts = inspect_video(path)
+    assert facts.matrix == matrix
+    if value_range == "full":  # what is not full is limited, said or not
+        assert facts.range == "full"
+    levels, _ = loaded(path.parent, "pyav")
+    assert np.abs(levels - COLOURS).max() <= 3
+
+
+@pytest.mark.parametrize("value_range", RANGES)
+@pytest.mark.parametrize("matrix", ["bt470bg", "smpte170m", "unspecified"])
+def test_dali_agrees_where_it_is_used(matrix: str, value_range: str, tmp_path: Path) -> None:
+    path = write_colours(tmp_path / "v" / "x.webm", matrix, value_range)
+    levels, description = loaded(path.parent, "auto")
+    assert "VP9 via DALI (CPU)" in description
+    assert np.abs(levels - COLOURS).max() <= 3
+    assert np.abs(levels - loaded(path.parent, "pyav")[0]).max() <= 3
+
+
+@pytest.mark.parametrize("matrix", ["bt709", "smpte240m", "bt2020nc"])
+def test_dali_is_not_used_where_its_colours_would_be_wrong(matrix: str, tmp_path: Path) -> None:
+    path = write_colours(tmp_path / "v" / "x.webm", matrix, "limited")
+    levels, description = loaded(path.parent, "auto")
+    assert (
+        f"VP9 via PyAV (CPU), because DALI (CPU) cannot decode 1 of 1 (1 vp9 in {matrix} colours"
+        in description
+    )
+    assert np.abs(levels - COLOURS).max() <= 3
+    with pytest.raises(UserError, match=f"cannot decode 1 of 1 .1 vp9 in {matrix} colours"):
+        loaded(path.parent, "dali-cpu")
+
+
+def test_it_would_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the test above: DALI takes every matrix for BT.601."""
+    path = write_colours(tmp_path / "v" / "x.webm", "bt709", "limited")
+    monkeypatch.setattr(loader, "BT601", {"bt709"})
+    assert np.abs(loaded(path.parent, "dali-cpu")[0] - COLOURS).max() > 20
+
+
+@pytest.mark.parametrize(("transfer", "kind"), [(16, "PQ"), (18, "HLG")])
+@pytest.mark.parametrize("suffix", ENCODERS)
+def test_high_dynamic_range_is_rejected(
+    suffix: str, transfer: int, kind: str, tmp_path: Path
+) -> None:
+    path = write_colours(tmp_path / f"x.{suffix}", "bt2020nc", "limited", transfer=transfer)
+    with pytest.raises(RejectedError, match=rf"high dynamic range \({kind}\)"):
+        inspect_video(path)
+
+
+def test_matrices_that_nobody_converts_are_rejected(tmp_path: Path) -> None:
+    path = write_colours(tmp_path / "x.mp4", "bt709", "limited", code=8)
+    with pytest.raises(RejectedError, match="the colour matrix ycgco"):
+        inspect_video(path)
+
+
+def test_pyav_is_new_enough_to_know_matrices(tmp_path: Path) -> None:
+    """The reason for setup.py's lower bound: PyAV before 17 converts all as BT.601."""
+    path = write_colours(tmp_path / "x.mp4", "bt709", "limited")
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.abs(frame[32, 8::16].astype(int) - COLOURS).max() <= 3
+    setup = Path(__file__).parents[2].joinpath("setup.py").read_text()
+    assert [int(bound) for bound in re.findall(r'"av>=(\d+)"', setup)] == [17]

@@ -1,0 +1,112 @@
+"""Whatever the codec, the container and the order of the packets: frame n is the n-th shown."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from av.video.frame import VideoFrame
+from encoded_videos import ENCODINGS, NUM_FRAMES, write_encoded
+from numbered_videos import decode_all, read_number
+
+from engine.video import decoding
+from engine.video.decoding import decode_window
+from engine.video.inspection import inspect_video
+from engine.video.keyframes import KeyframeTable, Start, pack, unpack
+
+
+def wrong_windows(path: Path, full: np.ndarray, table: KeyframeTable | None) -> list:
+    wrong = []
+    for num_frames, stride in ((1, 1), (3, 1), (4, 5)):
+        span = (num_frames - 1) * stride + 1
+        for start in range(len(full) - span + 1):
+            window = decode_window(
+                path,
+                start_frame=start,
+                num_frames=num_frames,
+                frame_stride=stride,
+                video_frames=len(full),
+                keyframes=table,
+            )
+            if not np.array_equal(window, full[start : start + span : stride]):
+                wrong.append((num_frames, stride, start))
+    return wrong
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_every_window_is_a_slice_of_the_full_decode(name: str, tmp_path: Path) -> None:
+    path = write_encoded(tmp_path, name)
+    full = decode_all(path)
+    assert [read_number(frame) for frame in full] == list(range(NUM_FRAMES))
+    facts = inspect_video(path)
+    assert (facts.num_frames, facts.fps) == (NUM_FRAMES, 25.0)
+    assert facts.codec == ENCODINGS[name].codec
+    table = unpack(facts.keyframes)
+    assert bool(len(table)) == ENCODINGS[name].starts
+    assert wrong_windows(path, full, table) == []
+
+
+@pytest.mark.parametrize("name", ["h264-mp4-gop12-b3", "mpeg4-avi-packed-gop12", "vp9-webm-plain"])
+def test_few_pictures_are_decoded_for_a_window(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the test above would pass by decoding from the beginning every time."""
+    path = write_encoded(tmp_path, name, num_frames=200)
+    facts = inspect_video(path)
+    decoded = []
+    frames_from = decoding.frames_from
+
+    def counted(*given: Any) -> Iterator[VideoFrame]:
+        for frame in frames_from(*given):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(decoding, "frames_from", counted)
+    window = decode_window(
+        path,
+        start_frame=190,
+        num_frames=3,
+        frame_stride=2,
+        video_frames=200,
+        keyframes=unpack(facts.keyframes),
+    )
+    assert [read_number(frame) for frame in window] == [190, 192, 194]
+    assert 5 <= len(decoded) <= 12 + 5
+
+
+@pytest.mark.parametrize("name", ["h264-mkv-gop12-b3", "mjpeg-avi"])
+def test_another_demuxer_is_noticed(name: str, tmp_path: Path) -> None:
+    """Where seeking leads elsewhere than when the table was made, decoding starts anew."""
+    path = write_encoded(tmp_path, name)
+    full = decode_all(path)
+    starts = unpack(inspect_video(path).keyframes)
+    start = starts.before(30)
+    assert start is not None
+    for elsewhere in (
+        replace(start, seek=0),
+        replace(start, dts=-5),
+        replace(start, pts=7),
+        replace(start, seek=2**40),
+    ):
+        assert wrong_windows(path, full[:40], unpack(pack([elsewhere]))) == []
+    # The control: what the table says is used.
+    other = replace(start, number=start.number + 1)
+    assert wrong_windows(path, full[:40], unpack(pack([other]))) != []
+
+
+def test_tables_are_small_and_come_back() -> None:
+    starts = [
+        Start(12 * n, 512 * n - 1024, None if n % 2 else 512 * n, 512 * n) for n in range(999)
+    ]
+    text = pack(starts)
+    table = unpack(text)
+    assert [table.before(start.number) for start in starts[1:]] == starts[1:]
+    assert table.before(12 * 998 + 7) == starts[-1]
+    regular = [Start(12 * n, 512 * n - 1024, 512 * n, 512 * n - 1024) for n in range(999)]
+    assert len(pack(regular)) < 150
+    assert unpack("").before(5) is None
+    for damaged in ("x", text[:-9], "AAAA"):
+        with pytest.raises(ValueError, match="damaged"):
+            unpack(damaged)
