@@ -7,15 +7,8 @@ import torch
 
 from engine.command_line import ArgumentParser, run
 from engine.models.construction import forbid_tf32
-from engine.sampling import (
-    SamplePlan,
-    beyond_training,
-    choose_labels,
-    fix_statistics,
-    generate,
-    make_writable,
-    write,
-)
+from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, make_writable, write
+from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, generate
 from engine.trainer.checkpoints import find_checkpoint, read_generators
 from engine.trainer.previous import load_cascade
 
@@ -23,11 +16,30 @@ EPILOG = """\
 examples:
   python engine/sample.py --checkpoint runs/sample --frames 50 --out samples
   python engine/sample.py --checkpoint runs/kinetics600/stage2 --frames 50 --classes 3,7 --sigma 0.5
+  python engine/sample.py --checkpoint runs/ucf101 --num 2048 --format npz --out samples
 
-Writes an mp4 per clip, grid.mp4 and contact-sheet.png with the first 64 of them, samples.json (what
-was asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos;
-more clips or other classes leave the clips that both have unchanged.
+Writes the clips, grid.mp4 and contact-sheet.png with the first 64 of them, samples.json (what was
+asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos; more
+clips or other classes leave the clips that both have unchanged.
+
+--format says what the clips are written as:
+  mp4  clip-000-NAME.mp4, H.264, to look at. It blurs colours and changes fine detail, and clips
+       below 128x128 are enlarged: do not compute metrics from it.
+  png  frames/clip-000-NAME/000000.png and so on, exact: a folder per clip, for tools that read
+       frames. Nothing but frames is below frames/.
+  npz  samples.npz, exact: "videos", uint8 [N, T, H, W, 3], "labels", [N], where there are classes,
+       and "fps". N * T * H * W * 3 bytes, which np.load(...)["videos"] reads into memory.
 """
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    named = [part.strip() for part in text.split(",")]
+    for name in named:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(FORMATS)}")
+        if named.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name} is named twice")
+    return tuple(name for name in FORMATS if name in named)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -37,8 +49,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_generation()
     add("--out", type=Path, required=True, metavar="DIR", help="where to write")
     add("--frames", type=int, metavar="T", help="length (default: stage 1's clip, unrolled)")
-    add("--classes", metavar="A,B", help="numbers or names (default: all trained on, in turn)")
+    add(
+        "--classes",
+        metavar="A,B",
+        help="numbers or names (default: all trained on, in turn); as in CSV, a name with a comma "
+        """stands in double quotes: --classes '3,"lifting, then dropping"'""",
+    )
     add("--num", type=int, metavar="N", help="clips (default: one per class, at most 16)")
+    add(
+        "--format",
+        type=_formats,
+        default="mp4",
+        metavar="A,B",
+        help="mp4 to look at; png or npz, which lose nothing, for metrics (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     parser.check_generation(options, frames=1, num=1)
     return options
@@ -64,13 +88,15 @@ def main(arguments: list[str]) -> None:
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
     for note in beyond_training(config, stage_number, plan.num_frames):
         print(f"note: {note}")
-    make_writable(options.out, plan)
+    make_writable(options.out, plan, options.format)
     forbid_tf32()
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()
     fix_statistics(cascade, plan, options.out)
-    write(options.out, generate(cascade, plan), plan)
+    write(options.out, generate(cascade, plan), plan, options.format)
     print(f"wrote: {len(plan.labels)} clips of {plan.num_frames} frames")
-    print(f"  {options.out / 'grid.mp4'}\n  {options.out / 'contact-sheet.png'}")
+    lossless = {"png": FRAMES, "npz": ARCHIVE}
+    for name in (GRID, SHEET, *(lossless[name] for name in options.format if name in lossless)):
+        print(f"  {options.out / name}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
-"""Sampling from a trained cascade: labels, norm statistics, videos, files."""
+"""Sampling from a trained cascade: labels, norm statistics, videos."""
 
-import hashlib
-import json
+import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.configuration import Config
-from engine.durable_files import make_writable_folder, writing
 from engine.errors import UserError
 from engine.models.cascade import Cascade
 from engine.models.norms import fix_norm_statistics, norm_statistics
@@ -22,14 +18,9 @@ from engine.trainer.checkpoints import GENERATOR, Checkpoint, read_tensors, writ
 from engine.trainer.fakes import LatentSource
 from engine.trainer.ranks import derived_seed
 from engine.trainer.standing_statistics import fix_standing_statistics
-from engine.video.writing import contact_sheet, grid, to_uint8, write_mp4
+from engine.video.writing import to_uint8
 
 STATISTICS = "norm-statistics.pt"
-SAMPLES = "samples.json"
-GRID = "grid.mp4"
-SHEET = "contact-sheet.png"
-NUM_SHOWN = 64
-"""Clips in the grid and the contact sheet, which lie in memory and are looked at."""
 _PASSES, _CLIPS = "sampling passes", "sampled clip"  # streams of random numbers
 
 
@@ -53,7 +44,8 @@ class SamplePlan:
 def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -> list[int | None]:
     """A label per clip: the wanted classes in turn, by default all that were trained on.
 
-    `wanted` holds numbers or names, separated by commas. Raises UserError for unknown ones.
+    `wanted` is one name, or numbers and names separated by commas; as in CSV, a name with a comma
+    stands in double quotes. Raises UserError for unknown ones.
     """
     num_classes = checkpoint.config().data.num_classes
     if num_classes is None:
@@ -64,7 +56,8 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
     # The data may have fewer classes than the networks.
     labels = [label for label, count in enumerate(checkpoint.class_counts) if count]
     if wanted is not None:
-        labels = [_class_number(text.strip(), num_classes, names) for text in wanted.split(",")]
+        asked = [wanted] if wanted in names else _separated(wanted)
+        labels = [_class_number(text.strip(), num_classes, names) for text in asked]
     num = num or min(len(labels), 16)
     return [labels[i % len(labels)] for i in range(num)]
 
@@ -88,14 +81,6 @@ def beyond_training(config: Config, stage_number: int, num_frames: int) -> list[
                 f"it generates {made}, and motion may fade after the {stage.num_frames}th"
             )
     return notes
-
-
-def make_writable(out: Path, plan: SamplePlan) -> None:
-    """Make the folder; UserError when it cannot be written to. Due before the long passes."""
-    make_writable_folder(out)
-    for file in (STATISTICS, GRID, SHEET, SAMPLES, *_clip_files(_names(plan))):
-        if (out / file).is_dir():
-            raise UserError(f"cannot write {out / file}: it is a folder")
 
 
 def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
@@ -179,80 +164,13 @@ def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
         yield to_uint8(video_BTCHW)[0].cpu()
 
 
-def write(out: Path, videos: Iterable[Tensor], plan: SamplePlan) -> None:
-    """An mp4 per clip as it comes, the first ones in one and in a sheet, and what was asked for.
-
-    Each clip is let go when it is written; only the NUM_SHOWN first ones are kept for the grid.
-    Written aside and moved when all are there: until then an earlier run's files stay as they are.
-    Those of its clips that this one does not write are removed. Raises UserError when something
-    cannot be written.
-    """
-    old_clips = _listed_clips(out)
-    with writing(out):
-        with TemporaryDirectory(prefix=".writing-", dir=out) as aside:
-            clip_files = _write_clips(Path(aside), videos, plan)
-            for file in (*clip_files, GRID, SHEET, SAMPLES):
-                (Path(aside) / file).replace(out / file)
-        for file in old_clips.difference(clip_files):
-            (out / file).unlink(missing_ok=True)
-
-
-def _write_clips(folder: Path, videos: Iterable[Tensor], plan: SamplePlan) -> list[str]:
-    """Everything that `write` writes, into `folder`; the names of the clips' files."""
-    names = _names(plan)
-    files = _clip_files(names)
-    fps = plan.checkpoint.meta["frames_per_second"]
-    stage = plan.checkpoint.config().stages[plan.checkpoint.stage_number]
-    scale = max(1, 128 // stage.resolution)
-    clips: list[dict[str, str]] = []
-    shown: list[Tensor] = []
-    with_files = zip(videos, files, strict=True)
-    for video_TCHW, file in tqdm(with_files, "generating", total=len(files), unit="clip"):
-        write_mp4(folder / file, video_TCHW, fps, scale=scale)
-        digest = hashlib.sha256(video_TCHW.numpy().tobytes()).hexdigest()
-        clips.append({"file": file, "sha256": digest})
-        if len(shown) < NUM_SHOWN:
-            shown.append(video_TCHW)
-    shown_BTCHW = torch.stack(shown)
-    columns = max(1, round(len(shown) ** 0.5))
-    write_mp4(folder / GRID, grid(shown_BTCHW, columns), fps, scale=scale)
-    contact_sheet(shown_BTCHW, folder / SHEET, labels=names[: len(shown)])
-    asked = {
-        "checkpoint": str(plan.checkpoint.path),
-        "labels": plan.labels,
-        "frames": plan.num_frames,
-        "sigma": plan.sigma,
-        "seed": plan.seed,
-        "passes": plan.num_passes,
-        "batch": plan.batch_size,
-        "frames_per_second": fps,
-        "clips": clips,
-    }
-    (folder / SAMPLES).write_text(json.dumps(asked, indent=1) + "\n")
-    return files
-
-
-def _names(plan: SamplePlan) -> list[str]:
-    """Each clip's class, by its number where the data set named none."""
-    names = dict(enumerate(plan.checkpoint.meta["classes"]))
-    return [
-        "video" if label is None else names.get(label, f"class {label}") for label in plan.labels
-    ]
-
-
-def _clip_files(names: list[str]) -> list[str]:
-    safe = [name.replace(" ", "-").replace("/", "-") for name in names]
-    return [f"clip-{number:03d}-{name}.mp4" for number, name in enumerate(safe)]
-
-
-def _listed_clips(out: Path) -> set[str]:
-    """The clips that samples.json in `out` lists; nothing when it is missing or not ours."""
+def _separated(wanted: str) -> list[str]:
+    """The cells of a line of CSV."""
     try:
-        files = [clip["file"] for clip in json.loads((out / SAMPLES).read_text())["clips"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    # Never beyond what `write` could have made.
-    return {file for file in files if fnmatch(str(file), "clip-*.mp4") and "/" not in file}
+        rows = list(csv.reader([wanted], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise UserError(f"--classes: {wanted!r} cannot be read as CSV: {error}") from None
+    return rows[0] if rows and rows[0] else [""]
 
 
 def _class_number(text: str, num_classes: int, names: list[str]) -> int:

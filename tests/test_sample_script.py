@@ -14,7 +14,8 @@ from PIL import Image
 from small_runs import Tiny, full_disk, sample
 
 from engine.errors import UserError
-from engine.sampling import SamplePlan, write
+from engine.sample_files import write
+from engine.sampling import SamplePlan
 from engine.trainer.checkpoints import find_checkpoint, open_checkpoint, read_tensors
 from engine.trainer.fakes import LatentSource
 
@@ -242,6 +243,10 @@ MISTAKES = [
     (["--sigma", "nan"], "--sigma must be positive"),
     (["--sigma", "inf"], "--sigma must be positive and finite"),
     (["--seed", "-1"], "--seed must be 0 to 2^63 - 1"),
+    (["--format", "gif"], "argument --format: 'gif' is none of mp4, png, npz"),
+    (["--format", ""], "argument --format: '' is none of mp4, png, npz"),
+    (["--format", "mp4,,png"], "argument --format: '' is none of mp4, png, npz"),
+    (["--format", "npz,mp4,npz"], "argument --format: npz is named twice"),
     (["--classes", "2"], "--classes: '2' is neither a class name nor 0 to 1"),
     (["--classes", "²"], "--classes: '²' is neither a class name nor 0 to 1"),
     (["--classes", "zebra"], "--classes: 'zebra' is neither a class name nor 0 to 1"),

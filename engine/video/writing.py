@@ -1,5 +1,7 @@
 """What a person watches: mp4 files, grids of clips, contact sheets.
 
+`lossless.py` has the files that a program measures.
+
 Shapes: B clips, T frames, C = 3 channels (RGB), H x W pixels.
 """
 
@@ -10,12 +12,16 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.codeccontext import VideoCodecContext
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine.durable_files import writing
 
+_BT709 = 1
+"""libav's number of BT.709 as a matrix, as primaries and as a transfer function alike."""
+_LIMITED = 1  # its number of the range 16..235, "MPEG"
 _SEPARATOR = 2  # pixels between clips
 _BACKGROUND = 24  # grey level around them
 
@@ -33,8 +39,12 @@ def write_mp4(
     `scale` enlarges each pixel to a square of so many (nearest neighbour), for small clips. Odd
     sizes gain a repeated row or column, since 4:2:0 colour needs even ones. The same frames give
     the same file. Raises ValueError for other shapes or types, UserError if it cannot be written.
+
+    Colours are converted by BT.709's matrix to limited range, and the stream and the container say
+    so: a decoder that heeds the tags returns flat colours within 3 levels of 255. Fine detail is
+    not kept (4:2:0 colour, quantisation): `lossless.py` is for what is to be measured.
     """
-    frames_THWC = _as_THWC(frames)
+    frames_THWC = as_THWC(frames)
     height, width = (scale * side for side in frames_THWC.shape[1:3])
     path = Path(path)
     aside = path.with_name(f".{path.name}.writing")
@@ -45,14 +55,37 @@ def write_mp4(
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height = width + width % 2, height + height % 2
             stream.pix_fmt = "yuv420p"
+            _tag_colours(stream.codec_context)
             # One thread: x264 divides a frame's rate control among threads, so bytes would differ.
             stream.options = {"crf": "16", "preset": "medium", "threads": "1"}
             for frame_HWC in frames_THWC:
                 frame_HWC = frame_HWC.repeat(scale, axis=0).repeat(scale, axis=1)
                 frame_HWC = np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+                container.mux(stream.encode(_to_yuv(frame_HWC)))
             container.mux(stream.encode())
         aside.replace(path)
+
+
+def _tag_colours(codec: VideoCodecContext) -> None:
+    """Say in the H.264 stream, and so in the mp4's `colr` box, what `_to_yuv` does.
+
+    Decided: BT.709 for small videos too. Of untagged ones players guess, mostly by size, and a
+    wrong guess between BT.601 and BT.709 is up to 39 levels off. Decided: BT.709's transfer
+    function; generated values are like those of decoded videos, and nothing converts either.
+    """
+    codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+    codec.color_range = _LIMITED
+
+
+def _to_yuv(frame_HWC: NDArray[np.uint8]) -> av.VideoFrame:
+    """One frame of limited-range BT.709; the encoder's own conversion would be BT.601's."""
+    return av.VideoFrame.from_ndarray(frame_HWC, format="rgb24").reformat(
+        format="yuv420p",
+        src_color_range="JPEG",
+        dst_colorspace="ITU709",
+        dst_color_range="MPEG",
+        interpolation="BICUBIC",
+    )
 
 
 def grid(videos_BTCHW: Tensor, columns: int) -> Tensor:
@@ -95,7 +128,7 @@ def contact_sheet(
     scale = max(1, -(-min_frame_pixels // min(height, width)))
     frames = videos_BTCHW[:, shown].reshape(-1, 1, *videos_BTCHW.shape[2:])
     enlarged = frames.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
-    sheet = Image.fromarray(_as_THWC(grid(enlarged, len(shown)))[0])
+    sheet = Image.fromarray(as_THWC(grid(enlarged, len(shown)))[0])
     if labels is not None:
         sheet = _with_labels(sheet, labels, row_pixels=height * scale + _SEPARATOR)
     path = Path(path)
@@ -124,7 +157,7 @@ def animation(
     row_pixels = height * scale + _SEPARATOR
     first, *others = (
         _with_labels(Image.fromarray(frame_HWC), labels, row_pixels)
-        for frame_HWC in _as_THWC(grid(videos, columns))
+        for frame_HWC in as_THWC(grid(videos, columns))
     )
     path = Path(path)
     aside = path.with_name(f".{path.name}.writing")
@@ -155,7 +188,8 @@ def _with_labels(sheet: Image.Image, labels: Sequence[str], row_pixels: int) -> 
     return labelled
 
 
-def _as_THWC(frames: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+def as_THWC(frames: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 frames [T, C, H, W] or [T, H, W, C] as the latter; ValueError for anything else."""
     array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else frames
     if array.dtype != np.uint8 or array.ndim != 4:
         raise ValueError(f"expected uint8 frames [T, C, H, W], got {array.dtype} {array.shape}")

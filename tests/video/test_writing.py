@@ -1,9 +1,13 @@
+import itertools
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from av.video.codeccontext import VideoCodecContext
 from numbered_videos import decode_all, numbered_frame, read_number
+from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from engine.errors import UserError
@@ -34,6 +38,64 @@ def test_mp4_holds_the_frames_in_order(channels_first: bool, tmp_path: Path) -> 
     write_mp4(path, given, fps=12.5)
     assert path.read_bytes() == first
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_mp4_says_its_colours_in_the_stream_and_in_the_container(tmp_path: Path) -> None:
+    """BT.709 is number 1 in H.264's tables, and so is limited range in libav's."""
+    path = tmp_path / "x.mp4"
+    write_mp4(path, np.zeros((2, 16, 16, 3), np.uint8), fps=25)
+    with av.open(str(path)) as container:
+        codec = container.streams.video[0].codec_context
+        assert tags(codec) == (1, 1, 1, 1)
+        # The stream alone: a decoder that was not told what the container says.
+        alone = av.CodecContext.create("h264", "r")
+        assert isinstance(alone, VideoCodecContext)
+        alone.extradata = codec.extradata
+        assert tags(alone) == (2, 2, 2, 0)  # unknown
+        assert [frame for packet in container.demux(video=0) for frame in alone.decode(packet)]
+        assert tags(alone) == (1, 1, 1, 1)
+    # The container alone, ISO/IEC 14496-12: three numbers of 16 bits, and a bit of full range.
+    assert b"colrnclx" + bytes([0, 1, 0, 1, 0, 1, 0]) in path.read_bytes()
+
+
+def tags(codec: VideoCodecContext) -> tuple[int, int, int, int]:
+    return codec.color_primaries, codec.color_trc, codec.colorspace, codec.color_range
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_mp4_colours_come_back_through_the_tagged_matrix(scale: int, tmp_path: Path) -> None:
+    """Written with BT.601's, which they would be by default, red would be 33 levels off.
+
+    A level of limited range is 1.2 of 255, and blue takes its own 2.1 times: rounding Y and Cb to
+    whole levels is an error of 0.58 + 1.06, and the quantiser may add as much.
+    """
+    levels = np.array(list(itertools.product([0, 128, 255], repeat=3)), dtype=np.uint8)
+    frames = np.broadcast_to(levels[:, None, None], (27, 16, 16, 3))
+    write_mp4(tmp_path / "x.mp4", frames, fps=25, scale=scale)
+
+    def largest_error(red: float, blue: float) -> float:
+        """Of decoding by the definition, with the weights of red and blue in luma."""
+        shown = [_rgb(frame, red, blue) for frame in decoded]
+        return max(float(abs(rgb - level).max()) for rgb, level in zip(shown, levels, strict=True))
+
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        decoded = list(container.decode(video=0))
+    assert largest_error(0.2126, 0.0722) < 3.3  # BT.709
+    assert largest_error(0.299, 0.114) > 20  # BT.601
+
+
+def _rgb(frame: av.VideoFrame, red: float, blue: float) -> NDArray[np.float64]:
+    y, cb, cr = (
+        np.frombuffer(bytes(plane), np.uint8).reshape(plane.height, plane.line_size)[
+            :, : plane.width
+        ]
+        for plane in frame.planes
+    )
+    luma = (y - 16.0) / 219
+    b_y, r_y = ((chroma.repeat(2, 0).repeat(2, 1) - 128.0) / 224 for chroma in (cb, cr))
+    r, b = luma + 2 * (1 - red) * r_y, luma + 2 * (1 - blue) * b_y
+    g = (luma - red * r - blue * b) / (1 - red - blue)
+    return np.clip(np.stack([r, g, b], axis=-1) * 255, 0, 255)
 
 
 def test_mp4_scale_enlarges_pixels(tmp_path: Path) -> None:

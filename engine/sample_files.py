@@ -1,0 +1,184 @@
+"""What a sampling run leaves in its folder: clips to look at or to measure, and what they are.
+
+- `clip-000-NAME.mp4` for mp4, to look at: small clips are enlarged.
+- `frames/clip-000-NAME/000000.png` and so on for png.
+- `samples.npz` for npz: `videos`, uint8 [N, T, H, W, 3]; `labels`, int64 [N], where there are
+  classes; and `fps`, a float64.
+- `grid.mp4`, `contact-sheet.png`: the NUM_SHOWN first clips.
+- `samples.json`: what was asked for, the formats, and each clip's files and hash.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.durable_files import make_writable_folder, reading, writing
+from engine.errors import UserError
+from engine.sampling import STATISTICS, SamplePlan
+from engine.video.lossless import clip_archive, write_pngs
+from engine.video.writing import contact_sheet, grid, write_mp4
+
+FORMATS = ("mp4", "png", "npz")
+"""Those that clips can be written in. All but mp4 keep every bit, at the size that is generated."""
+SAMPLES = "samples.json"
+GRID = "grid.mp4"
+SHEET = "contact-sheet.png"
+FRAMES = "frames"
+"""Only frames are below it: tools for metrics take every picture that they find."""
+ARCHIVE = "samples.npz"
+NUM_SHOWN = 64
+"""Clips in the grid and the contact sheet, which lie in memory and are looked at."""
+
+
+def make_writable(out: Path, plan: SamplePlan, formats: Collection[str] = ("mp4",)) -> None:
+    """Make the folder; UserError when it cannot be written to. Due before the long passes."""
+    make_writable_folder(out)
+    files = [STATISTICS, GRID, SHEET, SAMPLES]
+    files += [f"{name}.mp4" for name in _clip_names(plan) if "mp4" in formats]
+    files += [ARCHIVE] if "npz" in formats else []
+    for file in files:
+        if (out / file).is_dir():
+            raise UserError(f"cannot write {out / file}: it is a folder")
+    if "png" in formats or FRAMES in _earlier_files(out):
+        for path in _foreign(out / FRAMES):
+            raise UserError(f"{path} is not sample.py's: move it, or use another --out")
+
+
+def write(
+    out: Path, videos: Iterable[Tensor], plan: SamplePlan, formats: Collection[str] = ("mp4",)
+) -> None:
+    """Each clip, uint8 [T, 3, H, W], in each of the formats; the first ones in one and in a sheet.
+
+    Each clip is let go when it is written; only the NUM_SHOWN first ones are kept for the grid.
+    Written aside and moved when all are there: until then an earlier run's files stay as they are.
+    Those of its clips that this one does not write are removed. Raises UserError when something
+    cannot be written.
+    """
+    earlier = _earlier_files(out)
+    with writing(out), TemporaryDirectory(prefix=".writing-", dir=out) as aside:
+        files = _write_files(Path(aside), videos, plan, formats)
+        for file in files:
+            if file == FRAMES:  # nothing can be renamed to a folder that is not empty
+                _give_up(out / FRAMES, Path(aside))
+            (Path(aside) / file).replace(out / file)
+        for file in earlier.difference(files):
+            if file == FRAMES:
+                _give_up(out / FRAMES, Path(aside))
+            else:
+                (out / file).unlink(missing_ok=True)
+
+
+def _write_files(
+    folder: Path, videos: Iterable[Tensor], plan: SamplePlan, formats: Collection[str]
+) -> list[str]:
+    """Everything that `write` writes, into `folder`; the names there, samples.json's last."""
+    names = _clip_names(plan)
+    fps = plan.checkpoint.meta["frames_per_second"]
+    stage = plan.checkpoint.config().stages[plan.checkpoint.stage_number]
+    scale = max(1, 128 // stage.resolution)
+    clips: list[dict[str, str]] = []
+    shown: list[Tensor] = []
+    with ExitStack() as stack:
+        if "npz" in formats:
+            arrays = {"fps": np.array(fps, "<f8")}
+            if None not in plan.labels:
+                arrays["labels"] = np.array(plan.labels, "<i8")
+            archive = clip_archive(folder / ARCHIVE, len(names), **arrays)
+            add_to_archive = stack.enter_context(archive)
+        with_names = zip(videos, names, strict=True)
+        for video_TCHW, name in tqdm(with_names, "generating", total=len(names), unit="clip"):
+            clip = {}
+            if "mp4" in formats:
+                clip["file"] = f"{name}.mp4"
+                write_mp4(folder / clip["file"], video_TCHW, fps, scale=scale)
+            if "png" in formats:
+                clip["folder"] = f"{FRAMES}/{name}"
+                write_pngs(folder / clip["folder"], video_TCHW)
+            if "npz" in formats:
+                add_to_archive(video_TCHW)
+            clip["sha256"] = hashlib.sha256(video_TCHW.numpy().tobytes()).hexdigest()
+            clips.append(clip)
+            if len(shown) < NUM_SHOWN:
+                shown.append(video_TCHW)
+    shown_BTCHW = torch.stack(shown)
+    columns = max(1, round(len(shown) ** 0.5))
+    write_mp4(folder / GRID, grid(shown_BTCHW, columns), fps, scale=scale)
+    contact_sheet(shown_BTCHW, folder / SHEET, labels=_class_names(plan)[: len(shown)])
+    asked = {
+        "checkpoint": str(plan.checkpoint.path),
+        "labels": plan.labels,
+        "frames": plan.num_frames,
+        "sigma": plan.sigma,
+        "seed": plan.seed,
+        "passes": plan.num_passes,
+        "batch": plan.batch_size,
+        "frames_per_second": fps,
+        "formats": [name for name in FORMATS if name in formats],
+        "clips": clips,
+    }
+    (folder / SAMPLES).write_text(json.dumps(asked, indent=1) + "\n")
+    files = [clip["file"] for clip in clips if "file" in clip]
+    files += [FRAMES] if "png" in formats else []
+    files += [ARCHIVE] if "npz" in formats else []
+    return [*files, GRID, SHEET, SAMPLES]
+
+
+def _class_names(plan: SamplePlan) -> list[str]:
+    """Each clip's class, by its number where the data set named none."""
+    names = dict(enumerate(plan.checkpoint.meta["classes"]))
+    return [
+        "video" if label is None else names.get(label, f"class {label}") for label in plan.labels
+    ]
+
+
+def _clip_names(plan: SamplePlan) -> list[str]:
+    """Each clip's name in the file system, without a suffix."""
+    safe = [name.replace(" ", "-").replace("/", "-") for name in _class_names(plan)]
+    return [f"clip-{number:03d}-{name}" for number, name in enumerate(safe)]
+
+
+def _earlier_files(out: Path) -> set[str]:
+    """The clips' files that samples.json in `out` lists; nothing when it is missing or not ours."""
+    try:
+        listed = json.loads((out / SAMPLES).read_text())
+        files = {clip["file"] for clip in listed["clips"] if "file" in clip}
+        formats = listed.get("formats", ())
+        others = {FRAMES} if "png" in formats else set()
+        others |= {ARCHIVE} if "npz" in formats else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+    # Never beyond what `write` could have made.
+    return others | {file for file in files if fnmatch(str(file), "clip-*.mp4") and "/" not in file}
+
+
+def _foreign(frames: Path) -> Iterator[Path]:
+    """What `write` cannot have made, of the folder of frames and all in it."""
+    with reading(frames):
+        if not os.path.lexists(frames):
+            return
+        if frames.is_symlink() or not frames.is_dir():
+            yield frames
+            return
+        for clip in frames.iterdir():
+            if clip.is_symlink() or not (clip.is_dir() and clip.name.startswith("clip-")):
+                yield clip
+                continue
+            for file in clip.iterdir():
+                if not (file.suffix == ".png" and file.stem.isdecimal()):
+                    yield file
+
+
+def _give_up(folder: Path, aside: Path) -> None:
+    """Move a folder, if it is there, to where it is removed with all that was left aside."""
+    if folder.exists():
+        folder.replace(aside / "given-up")
