@@ -7,18 +7,30 @@ from pathlib import Path
 from engine.command_line import ArgumentParser, run
 from engine.video.index import Reject, VideoIndex, rejects_path
 from engine.video.indexing import build_index
+from engine.video.reasons import by_kind
 
 EPILOG = """\
 layouts:
-  class folders      DIR/archery/a.mp4, DIR/bowling/b.mp4   (Kinetics-600, UCF101)
-  flat               DIR/a.mp4, DIR/b.mp4                   (BDD100K: no classes)
-  with --annotations clips <youtube_id>_<start>_<end>.mp4 or <youtube_id>.mp4 anywhere below DIR
+  class folders      DIR/archery/a.mp4, DIR/bowling/b.mp4   (Kinetics-600, UCF101's UCF-101)
+  flat               DIR/a.mp4, DIR/b.mp4                   (BDD100K's videos/train: no classes)
+  with --annotations clips anywhere below DIR: <youtube_id>_<start>_<end>.mp4 or <youtube_id>.mp4 of
+                     a Kinetics CSV, Archery/v_Archery_g01_c01.avi of UCF101's trainlist01.txt
+
+A label is a class's position among all classes: those of --classes FILE or of the classInd.txt
+beside a UCF101 list, in their order; else those of the CSV or the folders, sorted by name. Where
+only some classes are there yet, --classes keeps the labels that the whole data set will have.
+
+Of several files with a clip's name, the one that can be decoded is taken; where two can and differ,
+neither is. Captions and thumbnails beside the clips do no harm.
 
 Interrupt it at any time: the same command goes on where it stopped. Run again, it decodes only
 files that are new or changed; delete INDEX to judge everything afresh.
 
 example:
   python engine/prepare.py videos/kinetics600/train --out indexes/kinetics600.jsonl --workers 16
+
+UCF101 as unpacked, its first training split:
+  python engine/prepare.py UCF-101 --annotations ucfTrainTestlist/trainlist01.txt --out ucf101.jsonl
 """
 
 
@@ -35,9 +47,16 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--annotations",
-        metavar="CSV",
+        metavar="FILE",
         type=Path,
-        help="Kinetics CSV: label, youtube_id, time_start, time_end",
+        help="Kinetics CSV (label, youtube_id, time_start, time_end) or UCF101 trainlist, testlist",
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        type=Path,
+        help="all classes in the order of their labels: a name per line, or as in UCF101's "
+        "classInd.txt; videos of others are rejected",
     )
     parser.add_argument(
         "--workers",
@@ -50,7 +69,12 @@ def main(arguments: list[str]) -> None:
     if options.workers < 1:
         parser.error(f"--workers {options.workers}: must be at least 1")
     index, rejects = build_index(
-        options.folder, options.out, annotations=options.annotations, num_workers=options.workers
+        options.folder,
+        options.out,
+        annotations=options.annotations,
+        classes=options.classes,
+        num_workers=options.workers,
+        say=lambda line: print(f"note: {line}"),
     )
     print(summary(index, rejects, options.out))
 
@@ -67,11 +91,7 @@ def summary(index: VideoIndex, rejects: list[Reject], out: Path) -> str:
         f"codecs    {', '.join(f'{name} {count}' for name, count in codecs.most_common())}",
         f"rejected  {len(rejects)}" + (f", listed in {rejects_path(out)}" if rejects else ""),
     ]
-    # Numbers differ from file to file ("damaged after 18 frames"): count reasons without them.
-    reasons = Counter("".join("N" if c.isdigit() else c for c in r.reason) for r in rejects)
-    examples = {"".join("N" if c.isdigit() else c for c in r.reason): r for r in reversed(rejects)}
-    for kind, count in reasons.most_common(5):
-        example = examples[kind]
+    for count, example in by_kind(rejects)[:5]:
         lines.append(f"  {count:6d}  {example.reason}  (e.g. {example.path})")
     unused = set(range(len(index.classes))) - {entry.label for entry in index.entries}
     if unused:

@@ -5,6 +5,8 @@ the norm statistics they run with. From then on stage N does not depend on their
 """
 
 import shutil
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from engine.models.cascade import Cascade
 from engine.models.construction import build_generator
 from engine.models.norms import fix_norm_statistics, norm_statistics
 from engine.trainer.checkpoints import (
+    META,
     Checkpoint,
     read_generators,
     read_tensors,
@@ -74,6 +77,26 @@ def check_same_networks(
                     f"{checkpoint.path} was trained with another stages.{number}.{key} than "
                     f"{config_name} describes"
                 )
+
+
+def check_same_classes(classes: Sequence[str], data: str, checkpoint: Checkpoint) -> None:
+    """UserError when the labels of the data set at `data` mean other classes than the checkpoint's.
+
+    Decided: a list that only goes on where the other ends differs too. An earlier stage knows
+    nothing of a class that it was not trained on, and a resumed run goes on exactly.
+    """
+    trained = checkpoint.meta["classes"]
+    for number, (now, was) in enumerate(zip_longest(classes, trained)):
+        if now != was:
+            raise UserError(
+                f"class {number} is {_named(now)} in {data}, {_named(was)} in {checkpoint.path}: "
+                "labels must mean the same in all stages; index the videos with engine/prepare.py "
+                f"--classes FILE, where FILE lists the classes as its {META} does"
+            )
+
+
+def _named(class_name: str | None) -> str:
+    return "not there" if class_name is None else repr(class_name)
 
 
 def freeze_previous(

@@ -14,7 +14,12 @@ from engine.trainer.console import Console
 from engine.trainer.interruption import Interruption
 from engine.trainer.logbook import Logbook, memory_megabytes
 from engine.trainer.networks import SAMPLES, STATISTICS, StageBuilder
-from engine.trainer.previous import copy_previous, freeze_previous, load_previous
+from engine.trainer.previous import (
+    check_same_classes,
+    copy_previous,
+    freeze_previous,
+    load_previous,
+)
 from engine.trainer.ranks import Ranks
 from engine.trainer.reals import Reals
 from engine.trainer.run_state import apply_optimizer_settings, load_run, save_run
@@ -23,7 +28,7 @@ from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
 from engine.trainer.window_figures import measure_real_windows
-from engine.video.dataset import describe
+from engine.video.dataset import describe, untrained_classes
 from engine.video.index import VideoIndex
 
 if TYPE_CHECKING:
@@ -44,6 +49,11 @@ def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> 
     check_shared(plan.options.folder, ranks)
     stage = plan.config.stages[plan.options.stage_number]
     facts = describe(index, plan.config.data, stage.num_source_frames)
+    for checkpoint in (*plan.resume_from[:1], plan.previous):
+        if checkpoint is not None:
+            check_same_classes(facts.classes, str(plan.config.data.path), checkpoint)
+    if note := untrained_classes(facts, plan.config.data):
+        console.say(f"note: {note}")
     builder = StageBuilder(plan.config, plan.options.stage_number, ranks, facts)
     loader = builder.loader(index)
     console.say(f"data: {loader.description}")

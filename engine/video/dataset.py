@@ -87,7 +87,7 @@ def describe(index: VideoIndex, data: Data, num_source_frames: int = 1) -> DataF
     if len(index.classes) > data.num_classes:
         raise UserError(
             f"the data set has {len(index.classes)} classes, but data.num_classes is "
-            f"{data.num_classes}"
+            f"{data.num_classes}; raise it, or list fewer with engine/prepare.py --classes FILE"
         )
     if not index.classes:
         raise UserError(
@@ -96,6 +96,21 @@ def describe(index: VideoIndex, data: Data, num_source_frames: int = 1) -> DataF
         )
     counts = Counter(e.label for e in index.entries if e.num_frames >= num_source_frames)
     return DataFacts(index.classes, tuple(counts[n] for n in range(data.num_classes)), fps)
+
+
+def untrained_classes(facts: DataFacts, data: Data) -> str | None:
+    """A line that tells which of data.num_classes classes have no videos; None where all have."""
+    if data.num_classes is None or all(facts.class_counts):
+        return None
+    num_named, parts = len(facts.classes), []
+    if num_named < data.num_classes:
+        counted = f"{num_named} class{'es' if num_named > 1 else ''}"
+        parts = [f"the data set has {counted}, data.num_classes is {data.num_classes}"]
+    # One count more than names for every class that the data set does not know.
+    named = zip(facts.classes, facts.class_counts, strict=False)
+    if unused := [name for name, count in named if not count]:
+        parts.append(f"{len(unused)} of {num_named} have no usable video, e.g. {unused[0]!r}")
+    return "; ".join([*parts, "classes without videos are not trained"])
 
 
 def _check_small(folder: Path, index: Path) -> None:
@@ -123,7 +138,7 @@ def _say_changes(index: VideoIndex, index_path: Path, say: Callable[[str], None]
     if changes:
         say(
             f"files in {index.root}: {', '.join(changes)}; to index it again, with the same "
-            f"--annotations if any: {_prepare(index.root, index_path)}"
+            f"--annotations and --classes if any: {_prepare(index.root, index_path)}"
         )
 
 

@@ -5,15 +5,14 @@ come: an interrupted run goes on where it stopped, and a second run judges only 
 """
 
 import contextlib
-import csv
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,9 @@ from tqdm import tqdm
 
 from engine.durable_files import writing
 from engine.errors import UserError
+from engine.video.annotated_files import AnnotatedFiles
+from engine.video.annotations import CLASS_IND, read_annotations
+from engine.video.class_list import ClassList, read_class_list
 from engine.video.index import (
     Reject,
     VideoEntry,
@@ -33,6 +35,8 @@ from engine.video.index import (
     write_lines,
 )
 from engine.video.inspection import RejectedError, VideoFacts, inspect_video
+from engine.video.layouts import ClassFolders
+from engine.video.reasons import by_kind
 
 # Verdicts come in path order within a pool, give or take what each worker holds.
 _IN_FLIGHT_PER_WORKER = 4
@@ -41,32 +45,31 @@ _FACTS = {field.name for field in fields(VideoFacts)}
 _FILES_QUEUED = 4096
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    path: str  # relative to the root, with forward slashes
-    class_name: str | None
-
-
 def build_index(
     root: str | Path,
     out: str | Path,
     *,
     annotations: str | Path | None = None,
+    classes: str | Path | None = None,
     num_workers: int = 1,
     progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[VideoIndex, list[Reject]]:
     """Index the videos under `root` into the file `out`, and list rejects beside it.
 
     Three layouts: a folder of class folders (Kinetics, UCF101: the class is the first folder's
-    name); a flat folder (BDD100K: no classes); or, with `annotations`, a Kinetics CSV (columns
-    label, youtube_id, time_start, time_end) whose clips `<id>_<start>_<end>.*` or `<id>.*` lie
-    anywhere below root. Classes are sorted by name; a label is the position in that order.
+    name); a flat folder (BDD100K: no classes); or, with `annotations`, a Kinetics CSV or UCF101's
+    list (`engine.video.annotations`) whose clips lie anywhere below root. A label is a position
+    among the classes: those of the file `classes` or of UCF101's classInd.txt in their order, else
+    those of the folders or of the whole CSV, sorted by name.
 
     `num_workers` processes judge files; 0 judges in this process, which is for files known to be
-    harmless, because a crash inside a decoder then ends this process.
+    harmless, because a crash inside a decoder then ends this process. `say` receives a line where
+    classes are told by something else than a user may expect.
 
-    Raises UserError for a missing, empty or unreadable folder, an unreadable CSV, no usable video,
-    or an `out` that is something else than an earlier index of this folder.
+    Raises UserError for a missing, empty or unreadable folder, one that is a level too high, an
+    unreadable list, no usable video, or an `out` that is something else than an earlier index of
+    this folder.
     """
     root, out = Path(root), Path(out)
     if not root.is_dir():
@@ -84,35 +87,27 @@ def build_index(
     files = files_below(root, out)
     if not files:
         raise UserError(f"{root} is empty")
-    if annotations is not None:
-        candidates, rejects = _from_annotations(Path(annotations), files)
-    else:
-        candidates, rejects = _from_folders(files)
-    classes = tuple(sorted({c.class_name for c in candidates if c.class_name is not None}))
-    for name in classes:
-        if as_text(name) != name:
-            raise UserError(f"{root / as_text(name)}: the class's name is not UTF-8; rename it")
-    labels: dict[str | None, int | None] = {name: label for label, name in enumerate(classes)}
+    listed = None if classes is None else read_class_list(Path(classes))
+    layout = _layout(root, files, annotations, listed, say)
+    verdicts = _judge(root, layout.to_judge, out, partial, num_workers, progress)
+    accepted = {path: v["sha256"] for path, v in verdicts.items() if "reason" not in v}
+    class_of, refused = layout.assign(accepted)
+    names = layout.class_names(accepted)
+    labels: dict[str | None, int | None] = {name: label for label, name in enumerate(names)}
     labels[None] = None
-
-    verdicts = _judge(root, candidates, out, partial, num_workers, progress)
-    entries = []
-    for candidate in candidates:
-        verdict = verdicts[candidate.path]
-        if "reason" in verdict:
-            rejects.append(Reject(**verdict))
-        else:
-            entries.append(VideoEntry(**verdict, label=labels[candidate.class_name]))
+    entries = [VideoEntry(**verdicts[p], label=labels[name]) for p, name in class_of.items()]
+    judged = [Reject(**verdict) for verdict in verdicts.values() if "reason" in verdict]
+    rejects = layout.rejects + judged + refused
     rejects = [replace(reject, path=as_text(reject.path)) for reject in rejects]
     rejects.sort(key=lambda reject: reject.path)
     write_lines(rejects_path(out), map(asdict, rejects))
     if not entries:
-        first = rejects[0]
+        _, example = by_kind(rejects)[0]
         raise UserError(
-            f"no usable video in {root}: {len(rejects)} rejected, e.g. {first.path}: "
-            f"{first.reason} (all in {rejects_path(out)})"
+            f"no usable video in {root}: {len(rejects)} rejected, e.g. {example.path}: "
+            f"{example.reason} (all in {rejects_path(out)})"
         )
-    index = VideoIndex(root, classes, tuple(entries))
+    index = VideoIndex(root, names, tuple(entries))
     index.save(out)
     partial.unlink(missing_ok=True)
     return index, rejects
@@ -164,80 +159,42 @@ def _partial_path(index_path: Path) -> Path:
     return index_path.with_name(f"{index_path.stem}.partial.jsonl")
 
 
-def _from_folders(files: list[str]) -> tuple[list[_Candidate], list[Reject]]:
-    in_folders = [path for path in files if "/" in path]
-    if not in_folders:
-        return [_Candidate(path, None) for path in files], []
-    loose = [Reject(path, "lies outside the class folders") for path in files if "/" not in path]
-    return [_Candidate(path, path.partition("/")[0]) for path in in_folders], loose
-
-
-def _from_annotations(table: Path, files: list[str]) -> tuple[list[_Candidate], list[Reject]]:
-    """Candidates by a Kinetics CSV; rows without a file and files without a row become rejects."""
-    by_stem: dict[str, list[str]] = {}
-    for path in files:
-        by_stem.setdefault(Path(path).stem, []).append(path)
-    labels: dict[str, str] = {}
-    rejects, matched = [], set()
-    for number, row in _rows(table):
-        try:
-            start, end = (int(float(row[column])) for column in ("time_start", "time_end"))
-        except (ValueError, OverflowError):
-            raise UserError(
-                f"{table}, line {number}: time_start and time_end must be numbers of seconds"
-            ) from None
-        stem = f"{row['youtube_id']}_{start:06d}_{end:06d}"
-        paths = by_stem.get(stem) or by_stem.get(row["youtube_id"]) or []
-        matched.update(paths)
-        if not paths:
-            rejects.append(Reject(stem, f"missing (line {number} of the annotations)"))
-        elif len(paths) > 1:
-            rejects.append(Reject(paths[0], f"ambiguous: {len(paths)} files have this name"))
-        elif labels.setdefault(paths[0], row["label"]) != row["label"]:
-            raise UserError(
-                f"{table}, line {number}: {paths[0]} is already labelled {labels[paths[0]]!r}"
-            )
-    rejects += [Reject(path, "not in the annotations") for path in files if path not in matched]
-    return [_Candidate(path, labels[path]) for path in sorted(labels)], rejects
-
-
-def _rows(table: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    columns = ("label", "youtube_id", "time_start", "time_end")
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            if missing:
-                raise UserError(
-                    f"{table} has no column {missing[0]!r}; a Kinetics CSV has {', '.join(columns)}"
-                )
-            for row in reader:
-                if any(not row[name] for name in columns):
-                    raise UserError(f"{table}, line {reader.line_num}: a column is empty")
-                yield reader.line_num, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read the annotations {table}: {what}") from None
+def _layout(
+    root: Path,
+    files: list[str],
+    annotations: str | Path | None,
+    listed: ClassList | None,
+    say: Callable[[str], None],
+) -> AnnotatedFiles | ClassFolders:
+    if annotations is None:
+        return ClassFolders(root, files, listed)
+    read = read_annotations(Path(annotations))
+    if read.in_folders and read.classes is None and listed is None:
+        say(
+            f"no {CLASS_IND} beside {read.file}: its folders are the classes, sorted by name; "
+            "--classes FILE gives another order"
+        )
+    return AnnotatedFiles(read, files, listed)
 
 
 def _judge(
     root: Path,
-    candidates: Sequence[_Candidate],
+    paths: Sequence[str],
     out: Path,
     partial: Path,
     num_workers: int,
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
-    """A verdict for each candidate: a VideoEntry's fields without the label, or a Reject's."""
+    """A verdict for each file: a VideoEntry's fields without the label, or a Reject's."""
     known = _known_verdicts(out, partial)
     verdicts: dict[str, dict[str, Any]] = {}
     todo = []
-    for candidate in candidates:
-        verdict = known.get(candidate.path)
-        if verdict is not None and _stamp(root / candidate.path).items() <= verdict.items():
-            verdicts[candidate.path] = verdict
+    for path in paths:
+        verdict = known.get(path)
+        if verdict is not None and _stamp(root / path).items() <= verdict.items():
+            verdicts[path] = verdict
         else:
-            todo.append(candidate.path)
+            todo.append(path)
     with writing(partial):
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("a", encoding="utf-8") as file:
@@ -245,8 +202,8 @@ def _judge(
                 file.write(json.dumps(header_for(out, root)) + "\n")
             for verdict in tqdm(
                 _judge_files(root, todo, num_workers),
-                total=len(candidates),
-                initial=len(candidates) - len(todo),
+                total=len(paths),
+                initial=len(paths) - len(todo),
                 desc="decoding",
                 unit="video",
                 disable=not progress,

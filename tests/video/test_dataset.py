@@ -9,7 +9,7 @@ from numbered_videos import write_numbered
 from engine.configuration import Data, ProceduralClips
 from engine.errors import UserError
 from engine.video import dataset
-from engine.video.dataset import describe, open_dataset
+from engine.video.dataset import describe, open_dataset, untrained_classes
 
 
 def opened(path: Path, *, make: bool = True) -> list[str]:
@@ -34,6 +34,27 @@ def test_videos_too_short_for_a_clip_count_for_no_class(tmp_path: Path) -> None:
         describe(index, data.model_copy(update={"num_classes": 2}))
 
 
+def test_classes_without_videos_are_one_line(tmp_path: Path) -> None:
+    for folder, length in (("a", 20), ("b", 5), ("c", 5)):
+        write_numbered(tmp_path / folder, "mjpeg", num_frames=length)
+    data = Data(path=str(tmp_path), num_classes=3, num_threads=1)
+    index = open_dataset(data, make=True, say=lambda line: None)
+
+    def line(num_classes: int | None, num_source_frames: int) -> str | None:
+        asked = data.model_copy(update={"num_classes": num_classes})
+        return untrained_classes(describe(index, asked, num_source_frames), asked)
+
+    assert line(None, 20) is None
+    assert line(3, 5) is None
+    untrained = "classes without videos are not trained"
+    assert line(4, 5) == f"the data set has 3 classes, data.num_classes is 4; {untrained}"
+    assert line(3, 20) == f"2 of 3 have no usable video, e.g. 'b'; {untrained}"
+    assert line(4, 20) == (
+        "the data set has 3 classes, data.num_classes is 4; 2 of 3 have no usable video, e.g. 'b'; "
+        f"{untrained}"
+    )
+
+
 def test_files_that_came_or_went_since_the_index_was_made_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +70,7 @@ def test_files_that_came_or_went_since_the_index_was_made_are_said(
     (tmp_path / "2.mkv").unlink()
     assert opened(tmp_path) == [
         f"files in {tmp_path}: 2 not in its index (e.g. 3.mkv), 1 gone from it (e.g. 2.mkv); to "
-        "index it again, with the same --annotations if any: "
+        "index it again, with the same --annotations and --classes if any: "
         f"python engine/prepare.py {tmp_path} --out {tmp_path / 'index.jsonl'}"
     ]
     assert opened(tmp_path, make=False) == []

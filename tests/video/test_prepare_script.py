@@ -40,6 +40,32 @@ def test_index_of_class_folders(tmp_path: Path) -> None:
     assert len(VideoIndex.load(out).entries) == 2
 
 
+def test_ucf101_as_unpacked_in_two_downloads(tmp_path: Path) -> None:
+    """The level above is refused; a part of the classes has the whole data set's labels."""
+    lists = tmp_path / "ucf" / "ucfTrainTestlist"
+    write_numbered(tmp_path / "ucf" / "UCF-101" / "YoYo", "mjpeg", num_frames=25)
+    lists.mkdir()
+    (lists / "classInd.txt").write_text("1 Archery\n2 YoYo\n")
+    (lists / "trainlist01.txt").write_text("YoYo/mjpeg.avi 2\n")
+    out = tmp_path / "ucf.jsonl"
+    refused = prepare(tmp_path / "ucf", "--out", out, "--workers", "1")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"give {tmp_path / 'ucf' / 'UCF-101'}," in refused.stderr
+    right = (tmp_path / "ucf" / "UCF-101", "--out", out, "--workers", "1")
+    for option in (
+        ("--annotations", lists / "trainlist01.txt"),
+        ("--classes", lists / "classInd.txt"),
+    ):
+        done = prepare(*right, *option)
+        assert done.returncode == 0, done.stderr
+        assert "warning   1 classes have no usable video, e.g. Archery" in done.stdout
+        index = VideoIndex.load(out)
+        assert (index.classes, index.entries[0].label) == (("Archery", "YoYo"), 1)
+    (lists / "classInd.txt").unlink()
+    done = prepare(*right, "--annotations", lists / "trainlist01.txt")
+    assert done.stdout.startswith("note: no classInd.txt beside")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -48,6 +74,7 @@ def test_index_of_class_folders(tmp_path: Path) -> None:
         (["bad", "--out", "i.jsonl"], "no usable video in"),
         (["bad", "--out", "empty"], "--out names the index file"),
         (["bad", "--out", "i.jsonl", "--annotations", "no.csv"], "cannot read the annotations"),
+        (["bad", "--out", "i.jsonl", "--classes", "no.txt"], "cannot read the class list"),
         (["bad"], "required: --out"),
         (["bad", "--out", "i.jsonl", "--workers", "0"], "must be at least 1"),
         (["bad", "--out", "i.jsonl", "--worker", "1"], "unrecognized arguments: --worker"),
@@ -73,5 +100,5 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_help_explains_the_layouts() -> None:
     done = prepare("--help")
     assert done.returncode == 0
-    for word in ("class folders", "BDD100K", "--annotations", "example:"):
+    for word in ("class folders", "BDD100K", "--annotations", "--classes", "example:"):
         assert word in done.stdout
