@@ -251,13 +251,15 @@ def _facts(container: InputContainer, stream: VideoStream, pictures: _Pictures) 
 
 def _frames_per_second(stream: VideoStream, times: list[int | None]) -> float:
     """By the pictures' times; by the header where they agree or there are none, as in AVI."""
-    rate = stream.average_rate or stream.guessed_rate
+    told = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
+    rate = told[0] if told else None
     first, last, tick = times[0], times[-1], stream.time_base
     if stream.container.format.name != "avi" and tick and first is not None and last is not None:
         num_intervals, span = len(times) - 1, (last - first) * tick
         # Containers round times, and headers know 30000/1001.
-        if span > 0 and not (rate and abs(num_intervals / rate - span) <= 2 * tick):
-            rate = num_intervals / span
+        agreeing = [each for each in told if abs(num_intervals / each - span) <= 2 * tick]
+        if span > 0:
+            rate = agreeing[0] if agreeing else num_intervals / span
     if not rate:
         raise RejectedError("has no frame rate")
     return round(float(rate), 6)
