@@ -31,7 +31,8 @@ REQUIREMENTS = [
     "deepspeed>=0.18",
     "matplotlib>=3.8",
     "numpy>=1.26",
-    "nvidia-dali-cuda130>=2.2; platform_machine == 'x86_64'",
+    # Older ones take full range for limited.
+    "nvidia-dali-cuda130>=2.3; platform_machine == 'x86_64'",
     "nvidia-ml-py>=12",
     "pillow>=10",
     "pydantic>=2.7",

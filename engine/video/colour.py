@@ -5,10 +5,12 @@ range alone, in the file's own primaries and transfer: as players show standard 
 A file that does not say its matrix is taken for BT.601, as FFmpeg takes it, whatever its size.
 """
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from engine.video.containers import RejectedError
@@ -64,6 +66,7 @@ _TRANSFERS = {
     17: "smpte428",
     18: "arib-std-b67",
 }
+_OF_THREAD = threading.local()
 _HIGH_DYNAMIC_RANGE = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 
 
@@ -96,7 +99,12 @@ def colour_of(frame: VideoFrame) -> Colour:
 
 def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
     """uint8 [H, W, 3] as coded, by the frame's own matrix and range."""
-    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+    # Kept, and with one thread: making a converter, and its threads, takes ten times as long as a
+    # small frame's conversion.
+    if not hasattr(_OF_THREAD, "converter"):
+        _OF_THREAD.converter = VideoReformatter()
+    converted = _OF_THREAD.converter.reformat(frame, format="rgb24", threads=1)
+    return converted.to_ndarray().astype(np.uint8, copy=False)
 
 
 def _name(names: dict[int, str], value: int | None) -> str:
