@@ -8,7 +8,7 @@ from statistics import median
 
 from engine.configuration import Data
 from engine.errors import UserError
-from engine.video.index import VideoIndex, as_text, load_rejects
+from engine.video.index import VideoIndex, as_text, is_outdated, load_rejects
 from engine.video.indexing import build_index, files_below
 from engine.video.procedural import ensure_procedural
 
@@ -38,9 +38,11 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
     if not path.is_dir():
         raise UserError(f"no data at {path}: neither an index nor a folder of videos")
     index_path = path / INDEX_NAME
-    if make and not index_path.exists():
+    # The sample set's is ours to make again; another one's options are not known here.
+    outdated = data.procedural is not None and is_outdated(index_path)
+    if make and (outdated or not index_path.exists()):
         _check_small(path, index_path)
-        say(f"indexing the videos in {path}")
+        say(f"indexing the videos in {path}{' again, in the present format' if outdated else ''}")
         build_index(path, index_path, num_workers=data.num_threads, progress=False)
         return VideoIndex.load(index_path)
     index = VideoIndex.load(index_path)

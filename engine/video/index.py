@@ -141,6 +141,16 @@ def indexed_folder(path: Path) -> Path | None:
     return (path.parent / header.root).resolve() if header.format == FORMAT else None
 
 
+def is_outdated(path: Path) -> bool:
+    """Whether there is an index of an older version at `path`."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = _HEADER.validate_json(file.readline())
+    except (OSError, ValueError):
+        return False
+    return header.format == FORMAT and header.version < VERSION
+
+
 def as_text(path: str) -> str:
     """The path; with escapes where it is not UTF-8, as an index can hold and a console show it."""
     return path.encode(errors="backslashreplace").decode()

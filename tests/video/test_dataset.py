@@ -86,3 +86,17 @@ def test_the_sample_data_set_is_quiet_once_made(tmp_path: Path) -> None:
     open_dataset(data, make=True, say=said.append)
     open_dataset(data, make=True, say=said.append)
     assert said == [f"making 2 sample clips in {tmp_path / 'clips'}"]
+
+
+def test_an_index_of_an_older_version_is_made_again_where_it_is_ours(tmp_path: Path) -> None:
+    made = ProceduralClips(num_clips=2, num_frames=4, resolution=16)
+    data = Data(path=str(tmp_path / "sample"), num_classes=2, num_threads=1, procedural=made)
+    first = open_dataset(data, make=True, say=lambda line: None)
+    file = tmp_path / "sample" / dataset.INDEX_NAME
+    file.write_text(file.read_text().replace('"version": 3', '"version": 2'))
+    said: list[str] = []
+    assert open_dataset(data, make=True, say=said.append) == first
+    assert said == [f"indexing the videos in {data.path} again, in the present format"]
+    file.write_text(file.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(UserError, match="version 2, not .* make it again with engine/prepare"):
+        open_dataset(data.model_copy(update={"procedural": None}), make=True, say=said.append)
