@@ -31,8 +31,6 @@ REQUIREMENTS = [
     "deepspeed>=0.18",
     "matplotlib>=3.8",
     "numpy>=1.26",
-    # Older ones take full range for limited.
-    "nvidia-dali-cuda130>=2.3; platform_machine == 'x86_64'",
     "nvidia-ml-py>=12",
     "pillow>=10",
     "pydantic>=2.7",
@@ -42,6 +40,8 @@ REQUIREMENTS = [
     "tqdm>=4.66",
     "triton>=3.6",  # torch's CPU wheel does not bring it; the kernels are written in it
 ]
+# Decoding on GPUs; without it PyAV decodes. Older ones take full range for limited.
+DALI = ["nvidia-dali-cuda130>=2.3; platform_machine == 'x86_64'"]
 TEST = [
     "hypothesis>=6",
     "pytest>=8",
@@ -156,7 +156,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["engine", "engine.*", "kernels", "kernels.*"]),
     install_requires=REQUIREMENTS,
-    extras_require={"test": TEST, "dev": TEST + DEV},
+    extras_require={"dali": DALI, "test": TEST, "dev": DALI + TEST + DEV},
     ext_modules=list(LIBRARIES.values()),
     cmdclass={"build_ext": BuildForTorch},
 )

@@ -20,7 +20,7 @@ from engine.configuration import Config, load_config
 from engine.trainer.ranks import Ranks
 from engine.video.dataset import open_dataset
 from engine.video.index import VideoIndex
-from engine.video.pipeline import Decoder
+from engine.video.streams import Decoder
 
 # Stage 2's aim on an H100, from which its two D updates per sample take a clip each.
 AIMED_SECONDS_PER_SAMPLE = 0.017

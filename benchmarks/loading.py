@@ -22,19 +22,22 @@ import numpy as np
 import torch
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def
 
 from engine.configuration import Config
 from engine.trainer.networks import CLIPS, StageBuilder
 from engine.trainer.ranks import Ranks
 from engine.video.dataset import describe
-from engine.video.decoding import decode_window
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
-from engine.video.keyframes import unpack
-from engine.video.pipeline import PREFETCHED_BATCHES, ClipStream, Decoder, decoded
 from engine.video.procedural import FPS, render_clip
 from engine.video.sampler import ClipRequest, ClipSampler
+from engine.video.streams import (
+    PREFETCHED_BATCHES,
+    Decoder,
+    IndexedFiles,
+    StreamSettings,
+    open_stream,
+)
 
 Pull = Callable[[], object]
 BATCHES_PER_ROUND = 2
@@ -116,28 +119,31 @@ def decode(source: Source) -> Iterator[Pull]:
     stage, requests = source.config.stages[source.stage_number], source.requests()
     if source.decoder == "pyav":
         with ThreadPoolExecutor(source.num_threads) as pool:
+            files = IndexedFiles(source.index)
 
             def window(request: ClipRequest) -> NDArray[np.uint8]:
-                return decode_window(
-                    source.index.path(request.video),
+                return files.window(
+                    request.video,
                     start_frame=request.start_frame,
                     num_frames=stage.num_frames,
                     frame_stride=stage.frame_stride,
-                    video_frames=source.index.entries[request.video].num_frames,
-                    keyframes=unpack(source.index.entries[request.video].keyframes),
                 )
 
             in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
 
             def windows() -> list[NDArray[np.uint8]]:
-                while len(in_flight) < 2:  # as ClipStream, so that no thread waits for a batch
+                while len(in_flight) < 2:  # so that no thread waits for a batch
                     in_flight.append([pool.submit(window, each) for each in next(requests)])
                 return [future.result() for future in in_flight.popleft()]
 
             yield windows
         return
 
-    def files() -> tuple[list[Any], list[Any]]:
+    from nvidia.dali import fn, pipeline_def
+
+    from engine.video.dali_stream import decoded
+
+    def paths_and_frames() -> tuple[list[Any], list[Any]]:
         batch = next(requests)
         paths = [str(source.index.path(request.video)).encode() for request in batch]
         return (
@@ -146,11 +152,13 @@ def decode(source: Source) -> Iterator[Pull]:
         )
 
     on_gpu = source.decoder == "dali-gpu"
-    decoding = _decode_pipeline(
-        files,
-        source.decoder,
-        stage.num_frames,
-        stage.frame_stride,
+
+    @pipeline_def
+    def decode_pipeline() -> Any:
+        video = fn.external_source(paths_and_frames, num_outputs=2, batch=True)
+        return decoded(cast(list[Any], video), source.decoder, stage.num_frames, stage.frame_stride)
+
+    decoding = decode_pipeline(
         batch_size=source.batch_size,
         num_threads=source.num_threads,
         device_id=(source.device.index or 0) if on_gpu else None,
@@ -161,29 +169,19 @@ def decode(source: Source) -> Iterator[Pull]:
     yield _finished(decoding.run, source.device)
 
 
-@pipeline_def
-def _decode_pipeline(
-    files: Callable[[], tuple], decoder: Decoder, num_frames: int, frame_stride: int
-) -> Any:
-    video = fn.external_source(files, num_outputs=2, batch=True)
-    return decoded(cast(list[Any], video), decoder, num_frames, frame_stride)
-
-
 @contextmanager
 def pipeline(source: Source) -> Iterator[Pull]:
     """The whole pipeline, uint8 clips at the configuration's resolution."""
     stage = source.config.stages[source.stage_number]
-    stream = ClipStream(
-        source.index,
-        source.requests(),
+    settings = StreamSettings(
         batch_size=source.batch_size,
         num_frames=stage.num_frames,
         frame_stride=stage.frame_stride,
         resolution=source.config.resolution,
-        decoder=source.decoder,
         device=source.device,
         num_threads=source.num_threads,
     )
+    stream = open_stream(source.index, source.requests(), source.decoder, settings)
     with closing(stream):
         yield _finished(partial(next, stream), source.device)
 

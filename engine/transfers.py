@@ -1,4 +1,6 @@
-"""Small tensors on their way to the device."""
+"""Tensors on their way to the device, and what a GPU has not read yet."""
+
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -10,3 +12,30 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+class HeldUntilRead:
+    """Keeps tensors until a GPU has run what was launched so far, without making the host wait.
+
+    For memory of another library, which may be written again as soon as nobody holds it. Where the
+    GPU is `most` tensors behind, the host waits for the oldest.
+    """
+
+    def __init__(self, most: int = 8) -> None:
+        self._most = most
+        self._held: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def add(self, tensor: Tensor) -> None:
+        """Hold a tensor that was read by what is launched on the current stream."""
+        if tensor.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(tensor.device))
+        self._held.append((tensor, event))
+        while self._held and self._held[0][1].query():
+            self._held.popleft()
+        if len(self._held) > self._most:
+            self._held.popleft()[1].synchronize()
+
+    def __len__(self) -> int:
+        return len(self._held)

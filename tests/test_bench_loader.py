@@ -12,7 +12,7 @@ from benchmarks import loading
 from benchmarks.calls import CONFIGS
 from benchmarks.loading import Source, pace
 from engine.configuration import load_config
-from engine.video.pipeline import Decoder
+from engine.video.streams import Decoder
 from engine.views import nearest_view
 
 

@@ -188,7 +188,7 @@ def test_console_is_ours_and_chatter_goes_to_the_log(tiny: Tiny, tmp_path: Path)
         "norm statistics: over 4 samples",
         f"writes: {out / 'stage1'}",
     ]
-    assert lines[4].startswith("data: 8 videos, 2 classes, MJPEG via DALI")
+    assert lines[4].startswith("data: 8 videos, 2 classes, MJPEG via PyAV")
     assert lines[5].startswith("stage 1: step 2/2, loss_D ")
     assert lines[6:] == [f"done: {checkpoint}"]
     assert checkpoint.is_dir()

@@ -1,9 +1,12 @@
 """Small tensors reach the device as they are, and nobody waits for them."""
 
+import weakref
+from typing import ClassVar
+
 import pytest
 import torch
 
-from engine.transfers import to_device
+from engine.transfers import HeldUntilRead, to_device
 
 
 def test_values_are_kept() -> None:
@@ -23,3 +26,51 @@ def test_a_gpu_is_not_waited_for() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert there.cpu().equal(values)
+
+
+class FakeEvent:
+    """Passes when told to."""
+
+    passed: ClassVar[list["FakeEvent"]] = []
+    waited: ClassVar[list["FakeEvent"]] = []
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self in self.passed
+
+    def synchronize(self) -> None:
+        self.waited.append(self)
+
+
+class OnAGpu:
+    device = torch.device("cuda", 0)
+
+
+def test_what_a_gpu_still_reads_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[FakeEvent] = []
+
+    def event() -> FakeEvent:
+        events.append(FakeEvent())
+        return events[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(FakeEvent, "passed", [])
+    monkeypatch.setattr(FakeEvent, "waited", [])
+    held = HeldUntilRead(most=3)
+    held.add(torch.zeros(2))  # on the CPU nothing is pending
+    assert len(held) == 0
+    clips = [OnAGpu() for _ in range(6)]
+    gone = [weakref.ref(each) for each in clips]
+    while clips:
+        held.add(clips.pop(0))  # type: ignore[arg-type]
+        if len(events) == 3:
+            assert [ref() is None for ref in gone[:3]] == [False] * 3
+            FakeEvent.passed += events[:2]
+    # The first two went when they were read; the host waited for none.
+    assert len(held) == 3
+    assert [ref() is None for ref in gone] == [True, True, True, False, False, False]
+    # One more than three are pending: the host waits for the oldest.
+    assert FakeEvent.waited == [events[2]]

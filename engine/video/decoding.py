@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.video.colour import rgb
 from engine.video.containers import RejectedError, open_video, video_stream
-from engine.video.keyframes import KeyframeTable, frames_from
+from engine.video.keyframes import KeyframeTable, frames_from, intra_frames
 
 
 def decode_window(
@@ -34,14 +34,18 @@ def decode_window(
     numbers = range(start_frame, start_frame + num_frames * frame_stride, frame_stride)
     if numbers[-1] >= video_frames:
         raise RejectedError(f"has no frame {numbers[-1]}")
-    start = keyframes.before(start_frame) if keyframes is not None else None
     try:
         found: list[NDArray[np.uint8]] = []
-        if start is not None:
+        if keyframes is not None and (start := keyframes.before(start_frame)):
             with open_video(path) as container:
-                shown = frames_from(container, video_stream(container), start)
-                found = _chosen(shown, start.number, numbers)
-        if len(found) < num_frames:  # no keyframe, or another libav does not find it
+                stream = video_stream(container)
+                starts = keyframes.at(numbers) if stream.codec_context.codec.intra_only else []
+                if starts:
+                    found = [rgb(frame) for frame in intra_frames(container, stream, starts)]
+                else:
+                    shown = frames_from(container, stream, start)
+                    found = _chosen(shown, start.number, numbers)
+        if len(found) != num_frames:  # no keyframe, or another libav does not find it
             # Opened afresh: rewinding a container does not undo what a seek did to every demuxer.
             with open_video(path) as container:
                 found = _chosen(container.decode(video_stream(container)), 0, numbers)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -40,11 +41,11 @@ _ROTATIONS = {
     (0, _ONE, -_ONE, 0): 270,
 }
 _MOST_STRETCHED = 10  # times; a pixel's sides
-# When a packet is lost, decoders go on from whatever picture they have. These say so,
-_SAY_WHAT_IS_LOST = ("h264", "hevc")
-_GAP = "Frame num gap"  # in a message that is not an error's
+# When something is lost, decoders go on from whatever picture they have. These say so as an error,
+_SAY_WHAT_IS_LOST = ("h264", "hevc", "ffv1", "libdav1d")
+_GAP = "Frame num gap"  # or H.264's in a message that is not an error's,
 _LAYERED = 0.25
-# and others cannot know; but then the pictures' times have a gap.
+# and others cannot know, or call harmless things errors; but then the pictures' times have a gap.
 _REGULAR = 0.95  # the share of intervals that makes a gap among them an exception
 
 
@@ -103,6 +104,10 @@ class _Packet:
     is_keyframe: bool
     is_shown: bool
 
+    @property
+    def time(self) -> int | None:
+        return self.dts if self.pts is None else self.pts
+
 
 @dataclass
 class _Pictures:
@@ -125,11 +130,17 @@ class _Pictures:
         return all(packet.is_keyframe for packet in self.packets)
 
     def keyframes(self) -> list[Keyframe]:
-        """Those whose packet and picture are known to belong together."""
+        """Those whose packet and picture are known to belong together.
+
+        Not where another packet has the same time: who seeks might come to that one.
+        """
         found = []
+        num_at = Counter(packet.time for packet in self.packets)
         for number, (origin, is_key) in enumerate(zip(self.origins, self.are_key, strict=True)):
             packet = None if origin is None else self.packets[origin]
-            if is_key and packet and packet.is_keyframe and packet.position >= 0:
+            if not (is_key and packet and packet.is_keyframe and packet.position >= 0):
+                continue
+            if num_at[packet.time] == 1:
                 found.append(Keyframe(number, packet.position, packet.pts, packet.dts))
         return found
 
@@ -141,7 +152,7 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> _Pictures:
         with _messages(stream) as messages:
             for packet in container.demux(stream):
                 _add(pictures, packet)
-                lost = _check_messages(messages, len(pictures.times))
+                lost = _check_messages(messages, stream.codec_context.name, len(pictures.times))
                 if lost and any(packet.is_keyframe for packet in pictures.packets):
                     gaps.append(len(pictures.times))
     except av.error.FFmpegError as error:
@@ -159,12 +170,10 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> _Pictures:
 
 @contextlib.contextmanager
 def _messages(stream: VideoStream) -> Iterator[list[tuple[int, str, str]]]:
-    """What a decoder that conceals losses says: (level, who, text), as it comes."""
-    if stream.codec_context.codec.canonical_name not in _SAY_WHAT_IS_LOST:
-        yield []
-        return
+    """What libav says of damage that it conceals: (level, who, text), as it comes."""
+    wanted = av.logging.DEBUG if stream.codec_context.name == "h264" else av.logging.ERROR
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.DEBUG)
+    av.logging.set_level(wanted)
     av.logging.set_skip_repeated(False)  # two files may be damaged alike
     try:
         with av.logging.Capture() as messages:
@@ -174,11 +183,14 @@ def _messages(stream: VideoStream) -> Iterator[list[tuple[int, str, str]]]:
         av.logging.set_skip_repeated(skips)
 
 
-def _check_messages(messages: list[tuple[int, str, str]], number: int) -> bool:
-    """Whether frame numbers have a gap. Raises RejectedError for an error, and forgets them."""
+def _check_messages(messages: list[tuple[int, str, str]], decoder: str, number: int) -> bool:
+    """Whether frame numbers have a gap. Raises RejectedError for an error, and forgets them.
+
+    A demuxer that finds its place again after damage has lost packets, and every one says so.
+    """
     has_gap = False
-    for level, _, text in messages:
-        if level <= av.logging.ERROR:
+    for level, who, text in messages:
+        if level <= av.logging.ERROR and (who != decoder or decoder in _SAY_WHAT_IS_LOST):
             raise RejectedError(f"damaged at frame {number}: {text.strip()}")
         has_gap = has_gap or text.startswith(_GAP)
     messages.clear()
@@ -231,7 +243,7 @@ def _facts(container: InputContainer, stream: VideoStream, pictures: _Pictures) 
     aspect = stream.sample_aspect_ratio or Fraction(1)
     if not 1 / _MOST_STRETCHED <= aspect <= _MOST_STRETCHED:
         raise RejectedError(f"has pixels of {aspect.numerator} x {aspect.denominator}")
-    width, height = round(pictures.size[0] * aspect), pictures.size[1]
+    width, height = max(1, round(pictures.size[0] * aspect)), pictures.size[1]
     if pictures.rotation in (90, 270):
         width, height = height, width
     return {
@@ -260,9 +272,10 @@ def _frames_per_second(stream: VideoStream, times: list[int | None]) -> float:
         agreeing = [each for each in told if abs(num_intervals / each - span) <= 2 * tick]
         if span > 0:
             rate = agreeing[0] if agreeing else num_intervals / span
-    if not rate:
+    per_second = round(float(rate or 0), 6)
+    if per_second <= 0:
         raise RejectedError("has no frame rate")
-    return round(float(rate), 6)
+    return per_second
 
 
 def _times_number_frames(pictures: _Pictures) -> bool:

@@ -59,8 +59,16 @@ class KeyframeTable:
     def before(self, number: int) -> Start | None:
         """The last start at or before picture `number`; None where that is the file's beginning."""
         place = int(np.searchsorted(self._starts[:, 0], number, side="right")) - 1
-        if place < 0:
-            return None
+        return self._start(place) if place >= 0 else None
+
+    def at(self, numbers: range) -> list[Start]:
+        """The starts that are these pictures; empty where one of them is none."""
+        places = np.searchsorted(self._starts[:, 0], np.array(numbers))
+        if places[-1] == len(self._starts) or (self._starts[places, 0] != numbers).any():
+            return []
+        return [self._start(place) for place in places]
+
+    def _start(self, place: int) -> Start:
         first, seek, pts, dts = self._starts[place].tolist()
         return Start(first, seek, None if pts == _ABSENT else pts, None if dts == _ABSENT else dts)
 
@@ -119,12 +127,33 @@ def frames_from(
                 yield frame
 
 
+def intra_frames(
+    container: InputContainer, stream: VideoStream, starts: Sequence[Start]
+) -> Iterator[VideoFrame]:
+    """The pictures of these starts, in their order; no other is decoded.
+
+    For codecs whose every packet is one picture by itself. Fewer where the demuxer does not come
+    to one of them. Raises FFmpegError on damage.
+    """
+    container.seek(starts[0].seek, stream=stream, backward=True)
+    wanted = iter(starts)
+    start = next(wanted, None)
+    for packet in container.demux(stream):
+        if start is not None and (packet.pts, packet.dts) == (start.pts, start.dts):
+            yield from packet.decode()
+            start = next(wanted, None)
+        if start is None or (packet.dts or 0) > max(start.dts or 0, start.pts or 0):
+            return
+
+
 def checksum(frame: VideoFrame) -> int:
     """Of the picture as decoded: of its luma where that has a plane of bytes, else of its RGB."""
     if not _LUMA_OF_BYTES.fullmatch(frame.format.name):
         return zlib.crc32(rgb(frame).tobytes())
     luma = frame.planes[0]
-    rows = np.frombuffer(luma, np.uint8).reshape(-1, luma.line_size)  # type: ignore[call-overload]
+    # Negative where the picture lies in memory upside down.
+    line_bytes = abs(luma.line_size)
+    rows = np.frombuffer(luma, np.uint8).reshape(-1, line_bytes)  # type: ignore[call-overload]
     return zlib.crc32(rows[: frame.height, : frame.width].tobytes())
 
 

@@ -5,24 +5,18 @@ Shapes: B batch, T frames, C = 3 channels (RGB), H x W pixels.
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.video.colour import BT601
-from engine.video.index import VideoEntry, VideoIndex
-from engine.video.pipeline import ClipStream, Decoder
+from engine.transfers import HeldUntilRead, to_device
+from engine.video.decoder_choice import NAMES, choose_decoder
+from engine.video.index import VideoIndex
 from engine.video.sampler import ClipRequest, ClipSampler, batch_numbers
+from engine.video.streams import ClipStream, StreamSettings, open_stream
 from engine.views import nearest_view
-
-_DALI_CPU_CODECS = {"vp8", "vp9", "mjpeg"}
-_DALI_GPU_CODECS = {*_DALI_CPU_CODECS, "h264", "hevc", "av1", "mpeg4"}
-# NVDEC's common ground over codecs and GPU generations.
-_DALI_GPU_PIXEL_FORMATS = {"yuv420p", "yuvj420p"}
-
-_NAMES = {"dali-cpu": "DALI (CPU)", "dali-gpu": "DALI (GPU)", "pyav": "PyAV (CPU)"}
 
 
 class Clips(NamedTuple):
@@ -95,18 +89,18 @@ class ClipLoader:
                 f"{frame_stride}th, need {(num_frames - 1) * frame_stride + 1}; the longest has "
                 f"{longest}"
             ) from None
-        self._used = [index.entries[video] for video in self._sampler.usable_videos]
-        self._decoder = self._choose_decoder(decoder)
+        used = self._sampler.usable_videos.tolist()
+        self._used = [index.entries[video] for video in used]
+        self._decoder, self._why = choose_decoder(decoder, index, used, self._device)
         self._decoder_is_asked_for = decoder != "auto"
-        self._stream_settings: dict[str, Any] = {
-            "batch_size": batch_size,
-            "num_frames": num_frames,
-            "frame_stride": frame_stride,
-            "resolution": resolution,
-            "decoder": self._decoder,
-            "device": self._device,
-            "num_threads": num_threads,
-        }
+        self._stream_settings = StreamSettings(
+            batch_size=batch_size,
+            num_frames=num_frames,
+            frame_stride=frame_stride,
+            resolution=resolution,
+            device=self._device,
+            num_threads=num_threads,
+        )
         # Not the rank count: clip numbers are global, so that another sharding of the same global
         # batch goes on with the same clips.
         self._identity = {
@@ -122,6 +116,7 @@ class ClipLoader:
         }
         self._position = 0  # clip numbers below it have been handed out, on all ranks together
         self._stream: ClipStream | None = None
+        self._held = HeldUntilRead()
         self._expected = self._request_batches(0)
 
     @property
@@ -139,10 +134,9 @@ class ClipLoader:
             text += f", {len(self._index.classes)} classes"
             if num_unseen := len(self._index.classes) - len({e.label for e in self._used}):
                 text += f" ({num_unseen} without a usable video)"
-        text += f", {names} via {_NAMES[self._decoder]}"
-        fastest = self._preferred()[0]
-        if not self._decoder_is_asked_for and (obstacle := self._undecodable(fastest)):
-            text += f", because {_NAMES[fastest]} cannot decode {obstacle}"
+        text += f", {names} via {NAMES[self._decoder]}"
+        if self._why:
+            text += f", {self._why}"
         if self._sampler.num_too_short:
             text += f"; {self._sampler.num_too_short} videos too short, left out"
         sides = [min(entry.width, entry.height) for entry in self._used]
@@ -157,8 +151,11 @@ class ClipLoader:
         """The next batch of this rank."""
         if self._stream is None:
             self._expected = self._request_batches(self._position)
-            self._stream = ClipStream(
-                self._index, self._request_batches(self._position), **self._stream_settings
+            self._stream = open_stream(
+                self._index,
+                self._request_batches(self._position),
+                self._decoder,
+                self._stream_settings,
             )
         numbers, clips_BTHWC = next(self._stream)
         requests = next(self._expected)
@@ -167,7 +164,10 @@ class ClipLoader:
             raise RuntimeError(f"expected clip {requests[0].number}, got {numbers.tolist()}")
         self._position += self._batch_size * self._world_size
         labels = [self._index.entries[request.video].label or 0 for request in requests]
-        return Clips(self._video(clips_BTHWC), torch.tensor(labels, device=self._device))
+        clips = Clips(self._video(clips_BTHWC), to_device(torch.tensor(labels), self._device))
+        # DALI takes back memory that nobody holds, without asking the GPU that reads it.
+        self._held.add(clips_BTHWC)
+        return clips
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on all ranks, and what it is a position in."""
@@ -225,50 +225,3 @@ class ClipLoader:
         view_BTHWC = view_BTCHW.permute(0, 1, 3, 4, 2).contiguous()
         video_BTHWC = view_BTHWC.float().div_(127.5).sub_(1)
         return video_BTHWC.permute(0, 1, 4, 2, 3)
-
-    def _preferred(self) -> list[Decoder]:
-        """What "auto" tries, fastest first."""
-        # On the CPU PyAV is at least as fast as DALI, which reads and indexes whole files.
-        return ["dali-gpu", "pyav"] if self._device.type == "cuda" else ["pyav"]
-
-    def _choose_decoder(self, asked: str) -> Decoder:
-        if asked == "auto":
-            return next(each for each in self._preferred() if not self._undecodable(each))
-        if asked not in get_args(Decoder):
-            raise UserError(f"decoder {asked!r}: use auto, {', '.join(get_args(Decoder))}")
-        if asked == "dali-gpu" and self._device.type != "cuda":
-            raise UserError(f"decoder dali-gpu needs a GPU, but this run is on {self._device}")
-        chosen = cast(Decoder, asked)
-        if problem := self._undecodable(chosen):
-            raise UserError(f"decoder {asked} cannot decode {problem}; use decoder auto or pyav")
-        return chosen
-
-    def _undecodable(self, decoder: Decoder) -> str | None:
-        """How many videos `decoder` cannot decode, why, and the first; None when it can all."""
-        if decoder == "pyav":
-            return None
-        reasons: Counter[str] = Counter()
-        first = ""
-        for entry in self._used:
-            if reason := _obstacle(entry, decoder):
-                reasons[reason] += 1
-                first = first or entry.path
-        if not reasons:
-            return None
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        return f"{sum(reasons.values())} of {len(self._used)} ({counts}; e.g. {first})"
-
-
-def _obstacle(entry: VideoEntry, decoder: Decoder) -> str:
-    """Why a video is not for DALI; empty if it is."""
-    if entry.codec not in (_DALI_GPU_CODECS if decoder == "dali-gpu" else _DALI_CPU_CODECS):
-        return entry.codec
-    if decoder == "dali-gpu" and entry.pixel_format not in _DALI_GPU_PIXEL_FORMATS:
-        return f"{entry.codec} in {entry.pixel_format}"
-    # DALI knows no other matrix (dali/operators/video/color_space.cu, and swscale's default), and
-    # counts packets by their times (frames_decoder_base.cc).
-    if entry.matrix not in BT601:
-        return f"{entry.codec} in {entry.matrix} colours"
-    if not entry.times_number_frames:
-        return f"{entry.codec} whose times do not number its frames"
-    return ""

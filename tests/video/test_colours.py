@@ -10,7 +10,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from engine.errors import UserError
-from engine.video import loader
+from engine.video import decoder_choice
 from engine.video.containers import RejectedError
 from engine.video.indexing import build_index
 from engine.video.inspection import inspect_video
@@ -119,9 +119,12 @@ def test_dali_is_not_used_where_its_colours_would_be_wrong(matrix: str, tmp_path
 
 
 def test_it_would_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the test above: DALI takes every matrix for BT.601."""
+    """Guards the test above: DALI takes every matrix for BT.601, and a trial would find it."""
     path = write_colours(tmp_path / "v" / "x.webm", "bt709", "limited")
-    monkeypatch.setattr(loader, "BT601", {"bt709"})
+    monkeypatch.setattr(decoder_choice, "BT601", {"bt709"})
+    with pytest.raises(UserError, match=r"cannot decode x\.webm: it is \d+ levels off what PyAV"):
+        loaded(path.parent, "dali-cpu")
+    monkeypatch.setattr(decoder_choice, "try_dali", lambda *_: None)
     assert np.abs(loaded(path.parent, "dali-cpu") - COLOURS).max() > 20
 
 

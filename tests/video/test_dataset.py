@@ -98,5 +98,5 @@ def test_an_index_of_an_older_version_is_made_again_where_it_is_ours(tmp_path: P
     assert open_dataset(data, make=True, say=said.append) == first
     assert said == [f"indexing the videos in {data.path} again, in the present format"]
     file.write_text(file.read_text().replace('"version": 3', '"version": 2'))
-    with pytest.raises(UserError, match="version 2, not .* make it again with engine/prepare"):
+    with pytest.raises(UserError, match=r"version 2, not .* make it again with engine/prepare"):
         open_dataset(data.model_copy(update={"procedural": None}), make=True, say=said.append)

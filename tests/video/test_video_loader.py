@@ -18,11 +18,12 @@ from PIL import Image
 from small_runs import environment
 
 from engine.errors import UserError
+from engine.video.dali_stream import DaliStream
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
 from engine.video.loader import ClipLoader, Clips
-from engine.video.pipeline import ClipStream, Decoder
 from engine.video.sampler import ClipSampler
+from engine.video.streams import Decoder, StreamSettings, open_stream
 
 
 def index_of(root: Path) -> VideoIndex:
@@ -110,17 +111,15 @@ def test_videos_of_the_right_size_are_as_if_resized(
     moved = [replace(r, video=places[numbered.entries[r.video].path]) for r in asked]
     clips = []
     for index, batch in ((numbered, asked), (mixed, moved)):
-        stream = ClipStream(
-            index,
-            itertools.repeat(batch),
+        settings = StreamSettings(
             batch_size=12,
             num_frames=4,
             frame_stride=3,
             resolution=64,
-            decoder=decoder,
             device=torch.device("cpu"),
             num_threads=1,
         )
+        stream = open_stream(index, itertools.repeat(batch), decoder, settings)
         clips.append(next(stream)[1])
         stream.close()
     assert torch.equal(clips[0], clips[1])
@@ -133,23 +132,13 @@ def reference(index: VideoIndex, request: Any, resolution: int) -> NDArray[np.fl
     """The same clip by other means: full decode, slice, Pillow's antialiased bilinear, numpy."""
     frames = decode_once(index.path(request.video))[request.start_frame :: 3][:4]
     frames = np.rot90(frames, index.entries[request.video].rotation // 90, axes=(1, 2))
-    height, width = frames.shape[1:3]
     shown = index.entries[request.video].width, index.entries[request.video].height
-    scales = [resolution / min(shown) * s / c for s, c in zip(shown, (width, height), strict=True)]
-    size = (round(width * scales[0]), round(height * scales[1]))
-    # The long side is rounded to whole pixels without a change of aspect, and centred; beyond the
-    # borders their pixels repeat, which Pillow does not do by itself.
-    margin = 16
-    padded = np.pad(frames, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge")
-    centre, half = (width / 2 + margin, height / 2 + margin), (size[0] / 2, size[1] / 2)
-    low = [c - h / scale for c, h, scale in zip(centre, half, scales, strict=True)]
-    high = [c + h / scale for c, h, scale in zip(centre, half, scales, strict=True)]
-    box = (low[0], low[1], high[0], high[1])
+    size = (
+        int(shown[0] * resolution / min(shown) + 0.5),
+        int(shown[1] * resolution / min(shown) + 0.5),
+    )
     resized = np.stack(
-        [
-            np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR, box=box))
-            for f in padded
-        ]
+        [np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR)) for f in frames]
     )
     top = int((size[1] - resolution) * request.crop_y + 0.5)
     left = int((size[0] - resolution) * request.crop_x + 0.5)
@@ -166,9 +155,9 @@ def test_real_clips_equal_an_independent_reference(real: VideoIndex, resolution:
     assert {request.flip for request in wanted} == {True, False}
     for video, request in zip(got, wanted, strict=True):
         error = np.abs(video - reference(real, request, resolution))
-        # Pillow rounds to 8 bits between its two passes, DALI only at the end: one level.
+        # Where a video is enlarged, PyTorch and Pillow round a few values differently.
         assert error.max() < 1.01
-        assert error.mean() < 0.2
+        assert error.mean() < 0.02
 
 
 @pytest.mark.parametrize("decoder", ["dali-cpu", "pyav"])
@@ -332,7 +321,7 @@ import os, sys, threading, time
 from pathlib import Path
 import numpy as np
 from nvidia.dali import fn, pipeline_def
-from engine.video.pipeline import decoded
+from engine.video.dali_stream import decoded
 
 path, num_frames = Path(sys.argv[1]), int(sys.argv[2])
 whole = path.read_bytes()
@@ -387,7 +376,8 @@ def dali_error(operator: str, reason: str) -> RuntimeError:
 
 
 def test_memory_is_no_files_fault(numbered: VideoIndex) -> None:
-    clips = loader(numbered, resolution=10_000_000, view_resolution=10_000_000)
+    size = {"resolution": 10_000_000, "view_resolution": 10_000_000}
+    clips = loader(numbered, decoder="dali-cpu", **size)
     with pytest.raises(RuntimeError, match="bad_alloc"):
         next(clips)
     clips.close()
@@ -406,9 +396,9 @@ def test_memory_is_no_files_fault(numbered: VideoIndex) -> None:
 def test_only_a_decoders_error_is_blamed_on_files(
     error: RuntimeError, shown: type[Exception], numbered: VideoIndex
 ) -> None:
-    clips = loader(numbered)
+    clips = loader(numbered, decoder="dali-cpu")
     next(clips)
-    assert clips._stream is not None
+    assert isinstance(clips._stream, DaliStream)
 
     def failing() -> Iterator:
         raise error
@@ -431,26 +421,6 @@ def test_a_copied_data_set_is_recognised_by_content(numbered: VideoIndex, tmp_pa
     assert torch.equal(next(clips).video_BTCHW, next(copied).video_BTCHW)
     clips.close()
     copied.close()
-
-
-def test_decoder_choice(numbered: VideoIndex, real: VideoIndex) -> None:
-    assert loader(numbered).description.endswith("via PyAV (CPU)")
-    assert loader(numbered, decoder="dali-cpu").description.endswith("via DALI (CPU)")
-    with pytest.raises(UserError, match=r"cannot decode 2 of 2 \(2 h264; e\.g\. .*clip é\.mp4\)"):
-        loader(real, decoder="dali-cpu")
-    with pytest.raises(UserError, match="dali-gpu needs a GPU"):
-        loader(real, decoder="dali-gpu")
-    with pytest.raises(UserError, match="decoder 'dali'"):
-        loader(real, decoder="dali")
-
-
-def test_what_keeps_a_data_set_off_the_gpu_is_named(numbered: VideoIndex) -> None:
-    text = loader(numbered, device=torch.device("cuda")).description
-    problem = "3 of 12 (3 mjpeg in yuvj444p; e.g. mjpeg444/brief.avi)"
-    assert f"via PyAV (CPU), because DALI (GPU) cannot decode {problem}" in text
-    fit = tuple(entry for entry in numbered.entries if entry.pixel_format != "yuvj444p")
-    index = VideoIndex(numbered.root, numbered.classes, fit)
-    assert loader(index, device=torch.device("cuda")).description.endswith("via DALI (GPU)")
 
 
 def test_another_decoder_is_not_taken_unasked(numbered: VideoIndex) -> None:

@@ -1,0 +1,129 @@
+"""Clip requests in, uint8 clips of one size out: what both kinds of streams have in common.
+
+    requests -> read file -> decode the window -> resize -> turn -> crop -> mirror
+
+The requests come from our sampler, so a stream has no state that a checkpoint would have to hold.
+Clips are [B, T, H, W, C], C = 3 (RGB), H = W = resolution.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.video.containers import RejectedError
+from engine.video.decoding import decode_window
+from engine.video.index import VideoIndex
+from engine.video.keyframes import unpack
+from engine.video.sampler import ClipRequest
+
+Decoder = Literal["dali-cpu", "dali-gpu", "pyav"]
+# Batches in preparation ahead of the one in use.
+PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What is cut from videos, and where it goes."""
+
+    batch_size: int
+    num_frames: int
+    frame_stride: int
+    resolution: int
+    device: torch.device
+    num_threads: int
+
+
+class ClipStream(Protocol):
+    """Decoded batches for a stream of request batches, in order."""
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """Clip numbers as they came, int64 [B], and clips, uint8 [B, T, H, W, C] on the device.
+
+        Raises UserError that names the file when one cannot be decoded.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop decoding."""
+        ...
+
+
+def open_stream(
+    index: VideoIndex,
+    batches: Iterator[list[ClipRequest]],
+    decoder: Decoder,
+    settings: StreamSettings,
+) -> ClipStream:
+    """The stream of a decoder. Raises UserError where it needs DALI and that is not installed."""
+    if decoder == "pyav":
+        from engine.video.pyav_stream import PyAVStream
+
+        return PyAVStream(index, batches, settings)
+    try:
+        from engine.video.dali_stream import DaliStream
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        raise UserError(
+            f"decoder {decoder} needs NVIDIA DALI, which is not installed: pip install "
+            "nvidia-dali-cuda130, or use decoder pyav"
+        ) from None
+    return DaliStream(index, batches, decoder, settings)
+
+
+class IndexedFiles:
+    """The files of an index, each checked once to be the one that was indexed."""
+
+    def __init__(self, index: VideoIndex) -> None:
+        self._index = index
+        self._same_content: set[int] = set()
+
+    def check(self, video: int) -> None:
+        """Refuse a file that is not the one indexed: what libav makes of it was never judged.
+
+        Size and time tell at once; a copied data set has new times, so there the hash decides.
+        Raises UserError.
+        """
+        if video in self._same_content:
+            return
+        entry, path = self._index.entries[video], self._index.path(video)
+        try:
+            status = path.stat()
+            same = status.st_size == entry.size_bytes
+            if same and status.st_mtime_ns != entry.modified_ns:
+                with path.open("rb") as file:
+                    same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+                if same:
+                    self._same_content.add(video)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {path}: {error.strerror}; run engine/prepare.py again"
+            ) from None
+        if not same:
+            raise UserError(f"{path} has changed since it was indexed; run engine/prepare.py again")
+
+    def window(
+        self, video: int, *, start_frame: int, num_frames: int, frame_stride: int
+    ) -> NDArray[np.uint8]:
+        """Frames as coded, uint8 [T, H, W, C]. Raises UserError that names the file."""
+        entry, path = self._index.entries[video], self._index.path(video)
+        try:
+            return decode_window(
+                path,
+                start_frame=start_frame,
+                num_frames=num_frames,
+                frame_stride=frame_stride,
+                video_frames=entry.num_frames,
+                keyframes=unpack(entry.keyframes),
+            )
+        except RejectedError as rejected:
+            raise UserError(
+                f"cannot decode {path}: {rejected}; run engine/prepare.py again"
+            ) from None
