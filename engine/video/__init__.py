@@ -1,6 +1,9 @@
-"""Video files in, clips out: our index, the seeded sampler, the DALI loader, and writers.
+"""Video files in, clips out.
 
-`index` what a data set is; `indexing` makes one; `inspection` judges a file; `sampler` chooses
-clips; `pipeline`, `decoding` and `loader` turn the choice into tensors; `procedural` makes the
-sample data set; `writing` makes mp4s and contact sheets.
+What a data set is: `index`, made by `indexing` from `layouts` or `annotations` and the verdicts of
+`inspection`, which decodes every file once (`containers` opens it, `colour` and `truncation` judge
+it, `keyframes` notes where decoding can start). Clips of it: `sampler` chooses them, `decoding`
+takes the frames from a file, `pyav_stream` or `dali_stream` makes batches of them, as
+`decoder_choice` decides, and `loader` makes tensors. `procedural` makes the sample data set;
+`writing` and `lossless` write videos.
 """
