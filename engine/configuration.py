@@ -53,8 +53,8 @@ class Data(Section):
     random_crop: bool = True
     horizontal_flip: bool = False
     decoder: Literal["auto", "dali-cpu", "dali-gpu", "pyav"] = "auto"
-    num_threads: PositiveInt = 2
-    """Decoding threads per rank."""
+    num_threads: PositiveInt | None = None
+    """Decoding threads per rank; None: its share of the machine's cores."""
 
 
 class Generator(Section):

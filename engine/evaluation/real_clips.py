@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.configuration import Config, Data
 from engine.errors import UserError
 from engine.evaluation.classifier import reduced
+from engine.processors import cores_per_process
 from engine.trainer.ranks import derived_seed
 from engine.video.dataset import held_out, open_dataset
 from engine.video.index import VideoEntry, VideoIndex
@@ -193,7 +194,7 @@ def _batches(
         horizontal_flip=data.horizontal_flip,
         decoder=data.decoder,
         device=device,
-        num_threads=data.num_threads,
+        num_threads=data.num_threads or cores_per_process(),
     )
     with contextlib.closing(loader):
         while num_left > 0:  # an epoch has each video once

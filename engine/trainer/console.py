@@ -100,12 +100,15 @@ class Progress:
             disable=not (enabled and self._is_terminal),
         )
 
-    def update(self, step: int, measures: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Show step `step`."""
+    def update(
+        self, step: int, measures: Mapping[str, float] = MappingProxyType({}), note: str = ""
+    ) -> None:
+        """Show step `step`; `note` is a few words more."""
         shown: dict[str, object] = {
             name: f"{measures[name]:.3f}" for name in ("loss_D", "loss_G") if name in measures
         }
-        self._bar.set_postfix(shown, refresh=False)
+        words = [f"{name}={value}" for name, value in shown.items()]
+        self._bar.set_postfix_str(", ".join([*words, *([note] if note else [])]), refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if (
@@ -119,7 +122,7 @@ class Progress:
             values = "".join(f"{k} {v}, " for k, v in shown.items())
             print(
                 f"{self._label}: {self._unit} {step}/{self._total}, {values}"
-                f"{seconds:.2f} s/{self._unit}, {left} left",
+                f"{seconds:.2f} s/{self._unit}, {left} left{f', {note}' if note else ''}",
                 file=self._out,
                 flush=True,
             )

@@ -13,6 +13,7 @@ from engine.models.construction import (
     build_joint_generator,
 )
 from engine.models.norms import synchronize_norms
+from engine.processors import cores_per_process
 from engine.trainer.averaging import WeightAverage
 from engine.trainer.deepspeed_engines import make_engine
 from engine.trainer.fakes import (
@@ -133,7 +134,7 @@ class StageBuilder:
             horizontal_flip=data.horizontal_flip,
             decoder=data.decoder,
             device=self.ranks.device,
-            num_threads=data.num_threads,
+            num_threads=data.num_threads or cores_per_process(),
         )
 
     def bank(self, random: torch.Generator) -> BankedWindows:

@@ -1,5 +1,6 @@
 """Real examples: (x, f(x), y) from the loader's clips."""
 
+import time
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -53,10 +54,14 @@ class Reals:
         self._loader = loader
         self._has_classes = config.data.num_classes is not None
         self._upsampling = config.upsampling(number) if number > 1 else None
+        self.seconds_waited = 0.0
+        """How long `next` has waited for clips that were not ready."""
 
     def next(self) -> Real:
         """The next batch."""
+        began = time.perf_counter()
         clips = next(self._loader)
+        self.seconds_waited += time.perf_counter() - began
         low_BTCHW = None
         if self._upsampling is not None:
             low_BTCHW = nearest_view(

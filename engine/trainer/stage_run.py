@@ -27,6 +27,7 @@ from engine.trainer.shared_folder import check_shared
 from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
 from engine.trainer.step import Trainer
+from engine.trainer.waits import Waits
 from engine.trainer.window_figures import measure_real_windows
 from engine.video.dataset import describe, untrained_classes
 from engine.video.index import VideoIndex
@@ -190,22 +191,28 @@ class _Run:
             if logbook:
                 self._snapshots.write(0, fake, logbook)
         # Seconds are averaged over the steps since the last logged one.
-        began, began_step = time.monotonic(), trainer.step
+        began, began_step, began_waits = time.monotonic(), trainer.step, trainer.seconds_waited
+        waits = Waits(self._config.data.num_threads)
         while trainer.step < last_step:
+            step_began, had_waited = time.monotonic(), trainer.seconds_waited
             measures = profile.train_step() if profile else trainer.train_step()
             step = trainer.step
-            progress.update(step, measures)
+            waits.add(trainer.seconds_waited - had_waited, time.monotonic() - step_began)
+            progress.update(step, measures, note=waits.shown)
+            if remedy := waits.remedy():
+                self._console.say(remedy)
             stopping = step == last_step or self._told_to_stop()
             sampled = step % training.sample_every == 0
             now = time.monotonic()
             samples = self._snapshots.generate(trainer) if sampled or stopping else None
             if logbook and (step % training.log_every == 0 or step == 1 or sampled or stopping):
                 values = measures | self._speed((now - began) / (step - began_step))
+                values["waiting_for_clips"] = (trainer.seconds_waited - began_waits) / (now - began)
                 # At their own steps only, also where the run stops between them.
                 if samples is not None and sampled:
                     values |= self._snapshots.figures(samples)
                 logbook.scalars(step, values)
-                began, began_step = now, step
+                began, began_step, began_waits = now, step, trainer.seconds_waited
             if logbook and samples is not None:
                 self._snapshots.write(step, samples, logbook)
             if step % training.checkpoint_every == 0 or stopping:

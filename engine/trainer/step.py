@@ -61,6 +61,11 @@ class Trainer:
         self._g_update = EngineUpdate(g_engine, zero_stage)
         self._d_update = EngineUpdate(d_engine, zero_stage)
 
+    @property
+    def seconds_waited(self) -> float:
+        """How long this rank has waited for real clips."""
+        return self._reals.seconds_waited
+
     def train_step(self) -> dict[str, float]:
         """One iteration (paper): `discriminator_steps` D updates and one G update.
 

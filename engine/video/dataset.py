@@ -8,6 +8,7 @@ from statistics import median
 
 from engine.configuration import Data
 from engine.errors import UserError
+from engine.processors import cores_per_process
 from engine.video.index import VideoIndex, as_text, is_outdated, load_rejects
 from engine.video.indexing import build_index, files_below
 from engine.video.procedural import ensure_procedural
@@ -26,13 +27,11 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
     """
     if data.path is None:
         raise UserError("no data: name an index or a folder of videos with --data PATH")
-    path = Path(data.path)
+    path, workers = Path(data.path), data.num_threads or cores_per_process()
     if data.procedural is not None and make:
         if data.num_classes is None:
             raise UserError("data.procedural needs data.num_classes")
-        ensure_procedural(
-            path, data.procedural, data.num_classes, say, num_workers=data.num_threads
-        )
+        ensure_procedural(path, data.procedural, data.num_classes, say, num_workers=workers)
     if path.is_file():
         return VideoIndex.load(path)
     if not path.is_dir():
@@ -43,7 +42,7 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
     if make and (outdated or not index_path.exists()):
         _check_small(path, index_path)
         say(f"indexing the videos in {path}{' again, in the present format' if outdated else ''}")
-        build_index(path, index_path, num_workers=data.num_threads, progress=False)
+        build_index(path, index_path, num_workers=workers, progress=False)
         return VideoIndex.load(index_path)
     index = VideoIndex.load(index_path)
     if make and data.procedural is None and len(index.entries) <= MAX_FILES_INDEXED_HERE:
