@@ -25,8 +25,7 @@ from setuptools.errors import CompileError
 
 # Lower bounds are what the code needs; constraints.txt holds what was tested.
 REQUIREMENTS = [
-    # PyAV: decoding what DALI's CPU backend cannot, and all encoding. Older ones convert all
-    # colours as BT.601.
+    # PyAV: decoding on CPUs, and all encoding. Older ones convert all colours as BT.601.
     "av>=17",
     "deepspeed>=0.18",
     "matplotlib>=3.8",

@@ -11,6 +11,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from fnmatch import fnmatch
@@ -36,6 +37,7 @@ SHEET = "contact-sheet.png"
 FRAMES = "frames"
 """Only frames are below it: tools for metrics take every picture that they find."""
 ARCHIVE = "samples.npz"
+_ASIDE = ".writing-"
 NUM_SHOWN = 64
 """Clips in the grid and the contact sheet, which lie in memory and are looked at."""
 
@@ -43,12 +45,16 @@ NUM_SHOWN = 64
 def make_writable(out: Path, plan: SamplePlan, formats: Collection[str] = ("mp4",)) -> None:
     """Make the folder; UserError when it cannot be written to. Due before the long passes."""
     make_writable_folder(out)
+    for left in out.glob(f"{_ASIDE}*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     files = [STATISTICS, GRID, SHEET, SAMPLES]
     files += [f"{name}.mp4" for name in _clip_names(plan) if "mp4" in formats]
     files += [ARCHIVE] if "npz" in formats else []
     for file in files:
         if (out / file).is_dir():
             raise UserError(f"cannot write {out / file}: it is a folder")
+    if "npz" in formats and (out / ARCHIVE).exists() and ARCHIVE not in _earlier_files(out):
+        raise UserError(f"{out / ARCHIVE} is not sample.py's: move it, or use another --out")
     if "png" in formats or FRAMES in _earlier_files(out):
         for path in _foreign(out / FRAMES):
             raise UserError(f"{path} is not sample.py's: move it, or use another --out")
@@ -65,7 +71,7 @@ def write(
     cannot be written.
     """
     earlier = _earlier_files(out)
-    with writing(out), TemporaryDirectory(prefix=".writing-", dir=out) as aside:
+    with writing(out), TemporaryDirectory(prefix=_ASIDE, dir=out) as aside:
         files = _write_files(Path(aside), videos, plan, formats)
         for file in files:
             if file == FRAMES:  # nothing can be renamed to a folder that is not empty
@@ -144,7 +150,8 @@ def _class_names(plan: SamplePlan) -> list[str]:
 def _clip_names(plan: SamplePlan) -> list[str]:
     """Each clip's name in the file system, without a suffix."""
     safe = [name.replace(" ", "-").replace("/", "-") for name in _class_names(plan)]
-    return [f"clip-{number:03d}-{name}" for number, name in enumerate(safe)]
+    digits = max(3, len(str(len(safe) - 1)))  # sorted names are in the clips' order
+    return [f"clip-{number:0{digits}d}-{name}" for number, name in enumerate(safe)]
 
 
 def _earlier_files(out: Path) -> set[str]:

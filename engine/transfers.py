@@ -35,7 +35,9 @@ class HeldUntilRead:
         while self._held and self._held[0][1].query():
             self._held.popleft()
         if len(self._held) > self._most:
-            self._held.popleft()[1].synchronize()
+            oldest, event = self._held.popleft()
+            event.synchronize()
+            del oldest  # not before: what nobody holds may be written again
 
     def __len__(self) -> int:
         return len(self._held)

@@ -16,6 +16,15 @@ from small_runs import Tiny, write_tiny
 from engine.trainer.ranks import Ranks
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--mutants",
+        default="600",
+        metavar="N or M:N",
+        help="how many damaged videos tests/video/test_fuzzed_files.py makes, or which of them",
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The tiny configuration."""

@@ -33,6 +33,8 @@ class FakeEvent:
 
     passed: ClassVar[list["FakeEvent"]] = []
     waited: ClassVar[list["FakeEvent"]] = []
+    clips: ClassVar[list[weakref.ref]] = []
+    held_meanwhile: ClassVar[list[list[bool]]] = []
 
     def record(self, stream: object) -> None:
         pass
@@ -42,6 +44,7 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         self.waited.append(self)
+        self.held_meanwhile.append([ref() is not None for ref in self.clips])
 
 
 class OnAGpu:
@@ -64,6 +67,8 @@ def test_what_a_gpu_still_reads_is_held(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(held) == 0
     clips = [OnAGpu() for _ in range(6)]
     gone = [weakref.ref(each) for each in clips]
+    monkeypatch.setattr(FakeEvent, "clips", gone)
+    monkeypatch.setattr(FakeEvent, "held_meanwhile", [])
     while clips:
         held.add(clips.pop(0))  # type: ignore[arg-type]
         if len(events) == 3:
@@ -74,3 +79,5 @@ def test_what_a_gpu_still_reads_is_held(monkeypatch: pytest.MonkeyPatch) -> None
     assert [ref() is None for ref in gone] == [True, True, True, False, False, False]
     # One more than three are pending: the host waits for the oldest.
     assert FakeEvent.waited == [events[2]]
+    # And holds it until then.
+    assert FakeEvent.held_meanwhile == [[False, False, True, True, True, True]]

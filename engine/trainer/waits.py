@@ -1,8 +1,6 @@
 """Whether training waits for clips: told while it runs, and once with what to do about it."""
 
-import os
-
-from engine.processors import cores_per_process
+from engine.processors import cores_per_process, usable_cores
 
 _SHOWN_FROM = 0.05
 _TOLD_FROM = 0.2
@@ -37,7 +35,7 @@ class Waits:
         if self._told or len(self._last) < _STEPS or self.share < _TOLD_FROM:
             return None
         self._told = True
-        threads, cores = self._num_threads or cores_per_process(), os.cpu_count() or 1
+        threads, cores = self._num_threads or cores_per_process(), usable_cores()
         named = f"{threads} decoding thread{'s' if threads > 1 else ''} per process"
         return (
             f"note: {self.share:.0%} of the time is spent waiting for clips, with {named} on "

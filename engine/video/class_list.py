@@ -17,8 +17,6 @@ class ClassList:
 
     file: Path
     names: tuple[str, ...]
-    numbered: bool
-    """Whether the file numbers them, from 1 as UCF101's classInd.txt does."""
 
     @cached_property
     def _names(self) -> frozenset[str]:
@@ -55,7 +53,7 @@ def read_class_list(file: Path) -> ClassList:
         if name in seen:
             raise UserError(f"{file} lists the class {name!r} twice")
         seen.add(name)
-    return ClassList(file, tuple(names), numbered=all(numbered))
+    return ClassList(file, tuple(names))
 
 
 def read_text(file: Path, what: str) -> str:

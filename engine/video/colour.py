@@ -67,6 +67,7 @@ _TRANSFERS = {
     18: "arib-std-b67",
 }
 _OF_THREAD = threading.local()
+_FROM_LIMITED = ((np.arange(256) - 16) * 255 / 219).round().clip(0, 255).astype(np.uint8)
 _HIGH_DYNAMIC_RANGE = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 
 
@@ -104,6 +105,8 @@ def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
     if not hasattr(_OF_THREAD, "converter"):
         _OF_THREAD.converter = VideoReformatter()
     converted = _OF_THREAD.converter.reformat(frame, format="rgb24", threads=1)
+    if frame.format.name.startswith("gray") and _RANGES.get(frame.color_range) == "limited":
+        return _FROM_LIMITED[converted.to_ndarray()]  # swscale takes all grey for full range
     return converted.to_ndarray().astype(np.uint8, copy=False)
 
 

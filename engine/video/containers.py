@@ -4,6 +4,7 @@ Everything that opens a video file in this project opens it here, so that no fil
 file's content can make libav read anything but that one local file.
 """
 
+import errno
 import stat
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ def open_video(path: Path) -> InputContainer:
         return av.open(str(path), options=_CONTAINER_OPTIONS | _LIMIT, **_ANY_TAGS)
     except av.error.FFmpegError as error:
         if isinstance(error, OSError) and not isinstance(error, av.error.InvalidDataError):
-            raise RejectedError(f"cannot be read: {error.strerror}") from None
+            reason = f"cannot be read: {error.strerror}"
+            if error.errno == errno.EIO:  # what Matroska's demuxer says of a file that is cut
+                reason += ", or it ends within its header"
+            raise RejectedError(reason) from None
         raise RejectedError("not a video (no mp4, mov, matroska, webm or avi header)") from None
     except OSError as error:
         raise RejectedError(f"cannot be read: {error.strerror}") from None
@@ -61,7 +65,7 @@ def films(container: InputContainer) -> list[VideoStream]:
     ]
 
 
-def video_stream(container: InputContainer, *, num_threads: int = 1) -> VideoStream:
+def video_stream(container: InputContainer) -> VideoStream:
     """The container's main video stream, set to fail on damage. Raises RejectedError.
 
     libav's choice, but never a cover: then the first that is none.
@@ -78,7 +82,7 @@ def video_stream(container: InputContainer, *, num_threads: int = 1) -> VideoStr
             f"frames of {stream.width} x {stream.height} pixels: more than {MAX_FRAME_PIXELS}"
         )
     stream.codec_context.options = _STRICT
-    stream.codec_context.thread_count = num_threads
+    stream.codec_context.thread_count = 1  # files are decoded in parallel
     stream.codec_context.flags |= av.codec.context.Flags.copy_opaque
     return stream
 

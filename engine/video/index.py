@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.video.inspection import VideoFacts
 from engine.video.keyframes import unpack
 
-FORMAT, VERSION = "ssw-gan video index", 3
+FORMAT, VERSION = "ssw-gan video index", 4
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -74,10 +74,14 @@ class VideoIndex:
         return self.root / self.entries[number].path
 
     def fingerprint(self) -> str:
-        """A hash of what training can see: paths, contents and labels; not of where they lie."""
+        """A hash of what training can see: paths, contents, how they are read, and labels.
+
+        Not of where the files lie.
+        """
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for entry in self.entries:
-            digest.update(json.dumps([entry.path, entry.sha256, entry.label]).encode())
+            read = entry.num_frames, entry.width, entry.height, entry.rotation, entry.matrix
+            digest.update(json.dumps([entry.path, entry.sha256, entry.label, *read]).encode())
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -133,22 +137,23 @@ def header_for(path: Path, root: Path, classes: Iterable[str] = ()) -> dict[str,
 
 def indexed_folder(path: Path) -> Path | None:
     """Which folder the index at `path` is of, of whatever version; None where it is no index."""
+    header = _header(path)
+    return None if header is None else (path.parent / header.root).resolve()
+
+
+def is_outdated(path: Path) -> bool:
+    """Whether there is an index of an older version at `path`."""
+    header = _header(path)
+    return header is not None and header.version < VERSION
+
+
+def _header(path: Path) -> _Header | None:
     try:
         with path.open(encoding="utf-8") as file:
             header = _HEADER.validate_json(file.readline())
     except (OSError, ValueError):
         return None
-    return (path.parent / header.root).resolve() if header.format == FORMAT else None
-
-
-def is_outdated(path: Path) -> bool:
-    """Whether there is an index of an older version at `path`."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            header = _HEADER.validate_json(file.readline())
-    except (OSError, ValueError):
-        return False
-    return header.format == FORMAT and header.version < VERSION
+    return header if header.format == FORMAT else None
 
 
 def as_text(path: str) -> str:

@@ -285,6 +285,8 @@ def _verdict(root: Path, path: str) -> dict[str, Any]:
         facts: VideoFacts = inspect_video(root / path)
     except RejectedError as rejected:
         return {"path": path, "reason": str(rejected), **stamp}
+    except Exception as error:  # one file must not end hours of work
+        return {"path": path, "reason": f"cannot be judged: {error!r}", **stamp}
     return {"path": path, **asdict(facts), **stamp}
 
 

@@ -41,12 +41,17 @@ _ROTATIONS = {
     (0, _ONE, -_ONE, 0): 270,
 }
 _MOST_STRETCHED = 10  # times; a pixel's sides
-# When something is lost, decoders go on from whatever picture they have. These say so as an error,
+_STAYS = ("frame size", "pixel format", "orientation", "colour description", "pixel shape")
+# When a packet is lost, decoders go on from whatever picture they have. These decoders say so, as
+# an error; H.264's also in a message that is none.
 _SAY_WHAT_IS_LOST = ("h264", "hevc", "ffv1", "libdav1d")
-_GAP = "Frame num gap"  # or H.264's in a message that is not an error's,
-_LAYERED = 0.25
-# and others cannot know, or call harmless things errors; but then the pictures' times have a gap.
-_REGULAR = 0.95  # the share of intervals that makes a gap among them an exception
+_GAP = "Frame num gap"
+# Streams in layers skip frame numbers for a larger share of their pictures than this.
+_MOST_GAPS = 0.25
+# Other decoders cannot know what is lost. There a gap in the pictures' times tells, if this share
+# of the times is regular, and if it is shorter than a pause.
+_REGULAR = 0.95
+_SECONDS_OF_A_PAUSE = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,8 @@ class VideoFacts:
     primaries: str
     transfer: str
     times_number_frames: bool
-    """Whether the n-th frame shown is the packet with the n-th time of the file's only film, none
-    hidden: so DALI counts."""
+    """Whether counting packets in the order of their times counts the frames that are shown, in a
+    file with one video stream. DALI counts so."""
     keyframes: str
     """Where decoding can start: `engine.video.keyframes.unpack`."""
     sha256: str
@@ -83,7 +88,13 @@ class VideoFacts:
 
 def inspect_video(path: Path) -> VideoFacts:
     """Decode every frame of `path`. Raises RejectedError with the reason."""
-    with open_video(path) as container:
+    try:
+        container = open_video(path)
+    except RejectedError:
+        if path.is_file():
+            check_whole(path)  # an mp4 that was cut has lost the header, which comes last
+        raise
+    with container:
         stream = video_stream(container)
         check_whole(path)
         pictures = _decode_all(container, stream)
@@ -104,10 +115,6 @@ class _Packet:
     is_keyframe: bool
     is_shown: bool
 
-    @property
-    def time(self) -> int | None:
-        return self.dts if self.pts is None else self.pts
-
 
 @dataclass
 class _Pictures:
@@ -124,36 +131,35 @@ class _Pictures:
     pixel_format: str = ""
     rotation: int = 0
     colour: Colour = field(default_factory=lambda: Colour("", "", "", ""))
+    first: tuple[Any, ...] = ()
+    """What _STAYS names, of the first picture."""
 
     @property
     def intra_only(self) -> bool:
         return all(packet.is_keyframe for packet in self.packets)
 
     def keyframes(self) -> list[Keyframe]:
-        """Those whose packet and picture are known to belong together.
-
-        Not where another packet has the same time: who seeks might come to that one.
-        """
+        """Those whose packet and picture are known to belong together, the packet by its place."""
         found = []
-        num_at = Counter(packet.time for packet in self.packets)
+        num_at = Counter(packet.position for packet in self.packets)
         for number, (origin, is_key) in enumerate(zip(self.origins, self.are_key, strict=True)):
             packet = None if origin is None else self.packets[origin]
-            if not (is_key and packet and packet.is_keyframe and packet.position >= 0):
+            if not (is_key and packet and packet.is_keyframe):
                 continue
-            if num_at[packet.time] == 1:
+            if packet.position >= 0 and num_at[packet.position] == 1:
                 found.append(Keyframe(number, packet.position, packet.pts, packet.dts))
         return found
 
 
 def _decode_all(container: InputContainer, stream: VideoStream) -> _Pictures:
     pictures = _Pictures()
-    gaps = []  # before the first keyframe they cost nothing: nothing is shown
+    gaps = []
     try:
         with _messages(stream) as messages:
             for packet in container.demux(stream):
                 _add(pictures, packet)
                 lost = _check_messages(messages, stream.codec_context.name, len(pictures.times))
-                if lost and any(packet.is_keyframe for packet in pictures.packets):
+                if lost and _is_past_the_first_keyframe(pictures):
                     gaps.append(len(pictures.times))
     except av.error.FFmpegError as error:
         reason = (error.strerror or "undecodable").lower()
@@ -162,10 +168,18 @@ def _decode_all(container: InputContainer, stream: VideoStream) -> _Pictures:
         raise RejectedError(f"damaged after {len(pictures.times)} frames: {reason}") from None
     if not pictures.times:
         raise RejectedError("holds no frames")
-    # Streams in layers leave frame numbers out all the time, and lose nothing by it.
-    if gaps and len(gaps) < len(pictures.times) * _LAYERED:
+    if gaps and len(gaps) < len(pictures.times) * _MOST_GAPS:
         raise RejectedError(f"damaged near frame {gaps[0]}: an earlier one is lost")
     return pictures
+
+
+def _is_past_the_first_keyframe(pictures: _Pictures) -> bool:
+    """Whether the newest packet is shown after the first keyframe: what is not, nobody sees."""
+    first = next((packet for packet in pictures.packets if packet.is_keyframe), None)
+    newest = pictures.packets[-1]
+    if first is None or newest is first:
+        return False
+    return first.pts is None or newest.pts is None or newest.pts > first.pts
 
 
 @contextlib.contextmanager
@@ -218,17 +232,19 @@ def _add(pictures: _Pictures, packet: Packet) -> None:
         number = len(pictures.times)
         if frame.is_corrupt:
             raise RejectedError(f"damaged at frame {number}")
-        seen = (frame.width, frame.height), frame.format.name, _rotation(frame), colour_of(frame)
+        seen = (
+            (frame.width, frame.height),
+            frame.format.name,
+            _rotation(frame),
+            colour_of(frame),
+            packet.stream.codec_context.sample_aspect_ratio,
+        )
         if not number:
-            pictures.size, pictures.pixel_format, pictures.rotation, pictures.colour = seen
+            pictures.size, pictures.pixel_format, pictures.rotation, pictures.colour, _ = seen
+            pictures.first = seen
             if not (frame.key_frame or pictures.packets[0].is_keyframe):
                 raise RejectedError("starts between keyframes: its first pictures are invented")
-        for what, now, before in zip(
-            ("frame size", "pixel format", "orientation", "colour description"),
-            seen,
-            (pictures.size, pictures.pixel_format, pictures.rotation, pictures.colour),
-            strict=True,
-        ):
+        for what, now, before in zip(_STAYS, seen, pictures.first, strict=True):
             if now != before:
                 raise RejectedError(f"{what} changes at frame {number}")
         pictures.origins.append(packet_number(frame))
@@ -243,7 +259,7 @@ def _facts(container: InputContainer, stream: VideoStream, pictures: _Pictures) 
     aspect = stream.sample_aspect_ratio or Fraction(1)
     if not 1 / _MOST_STRETCHED <= aspect <= _MOST_STRETCHED:
         raise RejectedError(f"has pixels of {aspect.numerator} x {aspect.denominator}")
-    width, height = max(1, round(pictures.size[0] * aspect)), pictures.size[1]
+    width, height = round(pictures.size[0] * aspect), pictures.size[1]
     if pictures.rotation in (90, 270):
         width, height = height, width
     return {
@@ -287,28 +303,30 @@ def _times_number_frames(pictures: _Pictures) -> bool:
 
 
 def _check_for_gaps(stream: VideoStream, pictures: _Pictures) -> None:
-    """Raises RejectedError where a packet was lost that later pictures refer to.
+    """Raises RejectedError where a packet seems lost, and later pictures refer to it.
 
-    Only where the pictures' times are otherwise regular: else a gap means nothing.
+    Only where no decoder would tell, and where the pictures' times are otherwise regular.
     """
-    if pictures.intra_only:
+    if pictures.intra_only or stream.codec_context.name in _SAY_WHAT_IS_LOST:
         return
     times = [time for time in pictures.times if time is not None]
     intervals = [after - before for before, after in pairwise(times)]
     if len(times) < len(pictures.times) or len(intervals) < 2:
         return
     usual = median(intervals)
+    if usual <= 0 or stream.time_base is None:
+        return
     # A clock of milliseconds rounds intervals by one tick.
     regular = sum(abs(interval - usual) <= 1 for interval in intervals)
     for number, interval in enumerate(intervals, start=1):
         if (
-            interval > 1.5 * usual + 1
+            1.5 * usual + 1 < interval < _SECONDS_OF_A_PAUSE / stream.time_base
             and regular >= _REGULAR * (len(intervals) - 1)
             and not pictures.are_key[number]
         ):
             raise RejectedError(
-                f"a gap before frame {number}, where {interval / usual - 1:.0f} are lost that the "
-                "next refer to"
+                f"frames are lost ({interval / usual - 1:.0f}) before frame {number}, which refers "
+                "to them"
             )
 
 

@@ -3,7 +3,8 @@
 A table is made once, after a full decode, and kept in the index. It holds the keyframes from which
 decoding gives, from the keyframe's own picture on, exactly what the full decode gave: that was
 tried. It knows frames by their number in the order shown, never by a timestamp, because AVI has
-none for pictures and other containers round theirs.
+none for pictures and other containers round theirs. It knows keyframes by their place in the file:
+where an index in the file is wrong, a demuxer gives the time that was sought to whatever it finds.
 """
 
 import base64
@@ -12,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,23 +33,21 @@ NUM_COMPARED = 4
 the keyframe shows early: whatever follows refers to it."""
 _MOST_TRIED = 16
 _LUMA_OF_BYTES = re.compile(r"yuvj?4\d\dp|gray")
-_ABSENT = np.iinfo(np.int64).min  # libav's AV_NOPTS_VALUE
-_COLUMNS = 4
+_COLUMNS = 3
 _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A keyframe to start from; times are in ticks of its stream's clock."""
+    """A keyframe to start from."""
 
     number: int
     """The number of its picture in the order shown."""
     seek: int
-    """The time to seek to. The demuxer then stands at the keyframe's packet,"""
-    pts: int | None
-    """whose presentation time is this,"""
-    dts: int | None
-    """and whose decoding time is this: so a demuxer that has come elsewhere is noticed."""
+    """The time to seek to, in ticks of the stream's clock."""
+    position: int
+    """Where the keyframe's packet begins, in bytes: a demuxer that stands elsewhere after seeking
+    has not found it."""
 
 
 class KeyframeTable:
@@ -69,20 +69,17 @@ class KeyframeTable:
         return [self._start(place) for place in places]
 
     def _start(self, place: int) -> Start:
-        first, seek, pts, dts = self._starts[place].tolist()
-        return Start(first, seek, None if pts == _ABSENT else pts, None if dts == _ABSENT else dts)
+        return Start(*self._starts[place].tolist())
 
     def __len__(self) -> int:
         return len(self._starts)
 
 
 def pack(starts: Sequence[Start]) -> str:
-    """Starts as text for the index: differences, compressed. Regular keyframes take 50 bytes."""
+    """Starts as text for the index: differences, compressed. Some four bytes per keyframe."""
     if not starts:
         return ""
-    rows = [
-        (s.number, s.seek, *(_ABSENT if t is None else t for t in (s.pts, s.dts))) for s in starts
-    ]
+    rows = [(start.number, start.seek, start.position) for start in starts]
     table = np.array(rows, dtype="<i8")
     steps = np.diff(table, axis=0, prepend=np.zeros((1, _COLUMNS), dtype="<i8"))
     return base64.b64encode(zlib.compress(steps.T.tobytes(), 9)).decode()
@@ -111,7 +108,7 @@ def frames_from(
     container.seek(start.seek, stream=stream, backward=True)
     shown = False
     for number, packet in enumerate(container.demux(stream)):
-        if number == 0 and (packet.pts, packet.dts) != (start.pts, start.dts):
+        if number == 0 and packet.pos != start.position:
             return
         number_packet(packet, number)
         try:
@@ -135,14 +132,15 @@ def intra_frames(
     For codecs whose every packet is one picture by itself. Fewer where the demuxer does not come
     to one of them. Raises FFmpegError on damage.
     """
+    wanted = {start.number: start for start in starts}
     container.seek(starts[0].seek, stream=stream, backward=True)
-    wanted = iter(starts)
-    start = next(wanted, None)
-    for packet in container.demux(stream):
-        if start is not None and (packet.pts, packet.dts) == (start.pts, start.dts):
-            yield from packet.decode()
-            start = next(wanted, None)
-        if start is None or (packet.dts or 0) > max(start.dts or 0, start.pts or 0):
+    for number, packet in enumerate(container.demux(stream), starts[0].number):
+        if number not in wanted:
+            continue
+        if packet.pos != wanted[number].position:
+            return
+        yield from packet.decode()
+        if number == starts[-1].number:
             return
 
 
@@ -167,6 +165,7 @@ class Keyframe:
     """Of its packet, in bytes from the file's beginning."""
     pts: int | None
     dts: int | None
+    """The packet's times in ticks of the stream's clock."""
 
 
 def find_starts(
@@ -186,8 +185,8 @@ def find_starts(
         stream = video_stream(container)
         starts = [
             start
-            for keyframe in inner
-            if (start := _reached(container, stream, keyframe))
+            for keyframe, later in zip_longest(inner, inner[1:])
+            if (start := _reached(container, stream, keyframe, later))
             and _same_pictures(container, stream, start, checksums)
         ]
     # So far one container was rewound time and again. A window's is opened for it.
@@ -206,7 +205,7 @@ def _all_alike(
         seek = keyframe.dts if by_dts else keyframe.pts
         if seek is None:
             return None
-        starts.append(Start(keyframe.number, seek, keyframe.pts, keyframe.dts))
+        starts.append(Start(keyframe.number, seek, keyframe.position))
     return starts if all(_holds(path, start, checksums) for start in _spread(starts)) else None
 
 
@@ -215,9 +214,14 @@ def _spread(items: Sequence[_Item]) -> list[_Item]:
     return [items[place] for place in places]
 
 
-def _reached(container: InputContainer, stream: VideoStream, keyframe: Keyframe) -> Start | None:
-    """The start at a keyframe, if seeking leads there."""
-    for seek in (keyframe.dts, keyframe.pts):
+def _reached(
+    container: InputContainer, stream: VideoStream, keyframe: Keyframe, later: Keyframe | None
+) -> Start | None:
+    """The start at a keyframe, if seeking leads there.
+
+    In an mp4 with an edit list the time of the next keyframe may lead to this one.
+    """
+    for seek in (keyframe.dts, keyframe.pts, None if later is None else later.dts):
         if seek is None:
             continue
         try:
@@ -226,7 +230,7 @@ def _reached(container: InputContainer, stream: VideoStream, keyframe: Keyframe)
         except (av.error.FFmpegError, StopIteration):
             continue
         if packet.pos == keyframe.position:
-            return Start(keyframe.number, seek, packet.pts, packet.dts)
+            return Start(keyframe.number, seek, keyframe.position)
     return None
 
 

@@ -157,7 +157,11 @@ class ClipLoader:
                 self._decoder,
                 self._stream_settings,
             )
-        numbers, clips_BTHWC = next(self._stream)
+        try:
+            numbers, clips_BTHWC = next(self._stream)
+        except BaseException:
+            self.close()  # `next` may be asked again, and then starts at the same position
+            raise
         requests = next(self._expected)
         # DALI works ahead on its own; a lost or reordered batch would show here.
         if numbers.tolist() != [request.number for request in requests]:

@@ -51,4 +51,4 @@ def _rank(reject: Reject) -> int:
 
 def _kind(reason: str) -> str:
     """The reason without what differs from file to file: numbers and quoted names."""
-    return re.sub(r"""\d|'[^']*'|"[^"]*\"""", "#", reason)
+    return re.sub(r"""\d+|'[^']*'|"[^"]*\"""", "#", reason)

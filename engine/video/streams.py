@@ -79,11 +79,12 @@ def open_stream(
 
 
 class IndexedFiles:
-    """The files of an index, each checked once to be the one that was indexed."""
+    """The files of an index, checked to be those that were indexed."""
 
     def __init__(self, index: VideoIndex) -> None:
         self._index = index
-        self._same_content: set[int] = set()
+        self._same_content: dict[int, tuple[int, int]] = {}
+        """The size and the time of a file whose content was compared."""
 
     def check(self, video: int) -> None:
         """Refuse a file that is not the one indexed: what libav makes of it was never judged.
@@ -91,17 +92,16 @@ class IndexedFiles:
         Size and time tell at once; a copied data set has new times, so there the hash decides.
         Raises UserError.
         """
-        if video in self._same_content:
-            return
         entry, path = self._index.entries[video], self._index.path(video)
         try:
             status = path.stat()
+            stamp = status.st_size, status.st_mtime_ns
             same = status.st_size == entry.size_bytes
-            if same and status.st_mtime_ns != entry.modified_ns:
+            if same and stamp[1] != entry.modified_ns and self._same_content.get(video) != stamp:
                 with path.open("rb") as file:
                     same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
                 if same:
-                    self._same_content.add(video)
+                    self._same_content[video] = stamp
         except OSError as error:
             raise UserError(
                 f"cannot read {path}: {error.strerror}; run engine/prepare.py again"

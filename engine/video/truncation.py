@@ -12,28 +12,34 @@ from typing import BinaryIO
 from engine.video.containers import RejectedError
 
 _EBML, _SEGMENT = 0x1A45DFA3, 0x18538067
+_FIRST_BOXES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}
 _MOST_BOXES = 10_000
 
 
 def check_whole(path: Path) -> None:
-    """Raises RejectedError for a file that ends before its outermost boxes do."""
+    """Raises RejectedError for a file that ends before its outermost boxes do.
+
+    Not for one that begins as none of these formats does.
+    """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        signature = file.read(8)
+        signature = file.read(12)
         file.seek(0)
-        if signature[:4] == b"RIFF":
+        end = 0
+        if signature[:4] == b"RIFF" and signature[8:] == b"AVI ":
             end = _riff_end(file)
         elif signature[:4] == _EBML.to_bytes(4):
             end = _segment_end(file)
-        else:
+        elif signature[4:8] in _FIRST_BOXES:
             end = _boxes_end(file, size)
     if end > size:
         raise RejectedError(f"truncated: {size} of {end} bytes")
 
 
 def _riff_end(file: BinaryIO) -> int:
-    # Files of more than a gigabyte have several RIFF chunks; the first tells of most cuts.
-    return 8 + int.from_bytes(file.read(8)[4:], "little")
+    # The first chunk's: files of more than a gigabyte have several; a cut behind it goes unseen.
+    length = int.from_bytes(file.read(8)[4:], "little")
+    return 0 if length == 0xFFFFFFFF else 8 + length  # a writer that did not come back
 
 
 def _boxes_end(file: BinaryIO, size: int) -> int:

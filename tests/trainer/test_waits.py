@@ -69,9 +69,19 @@ def test_the_wait_for_a_batch_is_measured() -> None:
 def test_a_process_has_its_share_of_the_cores(
     environment: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in processors._LOCAL_PROCESSES:
+    for name in (*processors._LOCAL_PROCESSES, processors._BY_SRUN):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processors.os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr(processors.os, "cpu_count", lambda: 16)
     assert cores_per_process() == cores
+
+
+def test_cores_that_srun_gave_to_one_task_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in processors._LOCAL_PROCESSES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(processors._BY_SRUN, "8(x4)")
+    monkeypatch.setattr(processors.os, "sched_getaffinity", lambda process: set(range(12)))
+    monkeypatch.setattr(processors.os, "cpu_count", lambda: 96)
+    assert cores_per_process() == 12

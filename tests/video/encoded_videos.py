@@ -1,15 +1,21 @@
 """Numbered videos in every codec and container that is read, as encoders write them."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from av.video.stream import VideoStream
 from numbered_videos import numbered_frame
+from numpy.typing import NDArray
 
 NUM_FRAMES, WIDTH, HEIGHT = 45, 96, 64
+Picture = Callable[[int, int, int], NDArray[np.uint8]]
+"""Of a number, a width and a height in pixels: uint8 [H, W, 3]."""
+_REPEATABLE = {"fflags": "+bitexact"}  # Matroska's identifiers would be random
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Encoding:
     container: str
     encoder: str
     options: dict[str, str] = field(default_factory=dict)
+    container_options: dict[str, str] = field(default_factory=dict)
     pixel_format: str = "yuv420p"
     packed: bool = False
     """As Xvid and DivX write B-frames into AVI, for players that expect a picture per packet."""
@@ -62,6 +69,10 @@ ENCODINGS = {
         f"h264-{container}-open-gop": _h264(container, 12, 3, open_gop="1")
         for container in ("mp4", "mkv", "avi")
     },
+    # As streaming servers write it.
+    "h264-mp4-fragments": replace(
+        _h264("mp4", 12, 3), container_options={"movflags": "frag_keyframe+empty_moov"}
+    ),
     "h264-mp4-pyramid": _h264("mp4", 16, 7, b_pyramid="normal", ref="4"),
     # No keyframe but the first; pictures are renewed column by column.
     "h264-mkv-intra-refresh": replace(_h264("mkv", 15, 0, intra_refresh="1"), starts=False),
@@ -96,39 +107,50 @@ ENCODINGS = {
     },
     **{
         f"mjpeg-{container}": Encoding(
-            "mjpeg", container, "mjpeg", {"qmin": "2", "qmax": "2"}, "yuvj420p"
+            "mjpeg", container, "mjpeg", {"qmin": "2", "qmax": "2"}, pixel_format="yuvj420p"
         )
         for container in ("avi", "mkv", "mov")
     },
     "mpeg2video-mkv": Encoding("mpeg2video", "mkv", "mpeg2video", {"g": "12", "bf": "2"}),
     "msmpeg4v3-avi": Encoding("msmpeg4v3", "avi", "msmpeg4", {"g": "12"}),
-    "prores-mov": Encoding("prores", "mov", "prores_ks", {}, "yuv422p10le"),
+    "prores-mov": Encoding("prores", "mov", "prores_ks", pixel_format="yuv422p10le"),
     "ffv1-mkv": Encoding("ffv1", "mkv", "ffv1", {"g": "1"}),
 }
 
 
 def write_encoded(
-    folder: Path, name: str, *, num_frames: int = NUM_FRAMES, width: int = WIDTH
+    folder: Path,
+    name: str,
+    *,
+    num_frames: int = NUM_FRAMES,
+    width: int = WIDTH,
+    picture: Picture = numbered_frame,
 ) -> Path:
-    """A numbered video, named after its encoding."""
+    """A numbered video, or one of other pictures, named after its encoding.
+
+    The same bytes every time.
+    """
     encoding = ENCODINGS[name]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.{encoding.container}"
     if encoding.packed:
-        _write_packed(path, encoding, num_frames, width)
+        _write_packed(path, encoding, num_frames, width, picture)
         return path
-    with av.open(str(path), "w") as container:
+    options = _REPEATABLE | encoding.container_options
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(encoding.encoder, rate=25, options=encoding.options)
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, HEIGHT, encoding.pixel_format
         for number in range(num_frames):
-            frame = numbered_frame(number, width, HEIGHT)
+            frame = picture(number, width, HEIGHT)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
     return path
 
 
-def _write_packed(path: Path, encoding: Encoding, num_frames: int, width: int) -> None:
+def _write_packed(
+    path: Path, encoding: Encoding, num_frames: int, width: int, picture: Picture
+) -> None:
     """[P B] [B] [a picture that is not coded], as UCF101's and HMDB51's files are."""
     encoder = av.codec.CodecContext.create(encoding.encoder, "w")
     assert isinstance(encoder, av.VideoCodecContext)
@@ -137,10 +159,10 @@ def _write_packed(path: Path, encoding: Encoding, num_frames: int, width: int) -
     encoder.options = encoding.options
     coded = []
     for number in range(num_frames):
-        picture = av.VideoFrame.from_ndarray(numbered_frame(number, width, HEIGHT), format="rgb24")
-        picture = picture.reformat(format=encoding.pixel_format)
-        picture.pts = number
-        coded += encoder.encode(picture)
+        frame = av.VideoFrame.from_ndarray(picture(number, width, HEIGHT), format="rgb24")
+        frame = frame.reformat(format=encoding.pixel_format)
+        frame.pts = number
+        coded += encoder.encode(frame)
     coded += encoder.encode()
     # The encoder's name, in the stream, is what tells decoders that it packs.
     data = [
@@ -158,7 +180,7 @@ def _write_packed(path: Path, encoding: Encoding, num_frames: int, width: int) -
         else:
             chunks.append((content, packet.is_keyframe))
             place += 1
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=_REPEATABLE) as container:
         stream = container.add_stream(encoding.encoder, rate=25)
         assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, HEIGHT, encoding.pixel_format

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from engine.errors import UserError
 from engine.video import decoder_choice
 from engine.video.containers import RejectedError
+from engine.video.decoding import decode_window
 from engine.video.indexing import build_index
 from engine.video.inspection import inspect_video
 from engine.video.loader import ClipLoader
@@ -126,6 +127,23 @@ def test_it_would_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         loaded(path.parent, "dali-cpu")
     monkeypatch.setattr(decoder_choice, "try_dali", lambda *_: None)
     assert np.abs(loaded(path.parent, "dali-cpu") - COLOURS).max() > 20
+
+
+def test_grey_has_a_range_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "gray"
+        stream.codec_context.color_range = RANGES["limited"]
+        levels = np.array([16, 60, 126, 235], np.uint8).repeat(16)
+        frame = av.VideoFrame.from_ndarray(np.tile(levels, (64, 1)), format="gray")
+        frame.color_range = RANGES["limited"]
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert inspect_video(path).range == "limited"
+    window = decode_window(path, start_frame=0, num_frames=1, frame_stride=1, video_frames=1)
+    assert window[0, 32, 8::16].tolist() == [[n] * 3 for n in (0, 51, 128, 255)]
 
 
 @pytest.mark.parametrize(("transfer", "kind"), [(16, "PQ"), (18, "HLG")])

@@ -10,6 +10,7 @@ from engine.configuration import Data, ProceduralClips
 from engine.errors import UserError
 from engine.video import dataset
 from engine.video.dataset import describe, open_dataset, untrained_classes
+from engine.video.index import VERSION
 
 
 def opened(path: Path, *, make: bool = True) -> list[str]:
@@ -93,10 +94,11 @@ def test_an_index_of_an_older_version_is_made_again_where_it_is_ours(tmp_path: P
     data = Data(path=str(tmp_path / "sample"), num_classes=2, num_threads=1, procedural=made)
     first = open_dataset(data, make=True, say=lambda line: None)
     file = tmp_path / "sample" / dataset.INDEX_NAME
-    file.write_text(file.read_text().replace('"version": 3', '"version": 2'))
+    older = file.read_text().replace(f'"version": {VERSION}', '"version": 2')
+    file.write_text(older)
     said: list[str] = []
     assert open_dataset(data, make=True, say=said.append) == first
     assert said == [f"indexing the videos in {data.path} again, in the present format"]
-    file.write_text(file.read_text().replace('"version": 3', '"version": 2'))
+    file.write_text(older)
     with pytest.raises(UserError, match=r"version 2, not .* make it again with engine/prepare"):
         open_dataset(data.model_copy(update={"procedural": None}), make=True, say=said.append)

@@ -55,6 +55,7 @@ def test_windows_of_a_clip_cut_without_encoding(tmp_path: Path) -> None:
     full = decode_all(path)
     assert [read_number(frame) for frame in full] == list(range(30, 80))
     check_windows(path, full, num_windows=12)
+    assert len(unpack(inspect_video(path).keyframes)) == 2  # of 40 and 60
 
 
 def test_a_damaged_or_shortened_file_is_refused(tmp_path: Path) -> None:
