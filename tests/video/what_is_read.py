@@ -46,7 +46,7 @@ and was **not run yet**.
 - Of several video streams PyAV reads the main one; a picture that is attached to a file, such as a
   cover, is no video.
 - High dynamic range (PQ, HLG) is rejected, because without tone mapping its white would be grey.
-- Damaged files are rejected where libav notices; it does not where VP8's or VP9's packets end early.
+- Damaged files are rejected where libav notices. VP8's and VP9's packets may end early unnoticed.
 - Pixels that are not square are resampled to square ones, and turned videos are turned upright."""
 
 
