@@ -270,7 +270,7 @@ def contents(checkpoint: Path) -> dict[str, Any]:
 
 
 MEASURED = (
-    *("seconds_per_step", "clips_per_second", "memory_MB"),
+    *("seconds_per_step", "clips_per_second", "waiting_for_clips", "memory_MB"),
     *("gpu_memory_MB", "gpu_utilization", "gpu_clock_MHz", "gpu_power_W"),
 )
 

@@ -29,7 +29,7 @@ def check_whole(path: Path) -> None:
         if signature[:4] == b"RIFF" and signature[8:] == b"AVI ":
             end = _riff_end(file)
         elif signature[:4] == _EBML.to_bytes(4):
-            end = _segment_end(file)
+            end = _segment_end(file, size)
         elif signature[4:8] in _FIRST_BOXES:
             end = _boxes_end(file, size)
     if end > size:
@@ -62,7 +62,7 @@ def _boxes_end(file: BinaryIO, size: int) -> int:
     return end
 
 
-def _segment_end(file: BinaryIO) -> int:
+def _segment_end(file: BinaryIO, size: int) -> int:
     """Where a Matroska file's Segment ends; 0 where it does not say."""
     for _ in range(2):  # the EBML header, then the Segment
         element = _number(file, with_marker=True)
@@ -71,6 +71,8 @@ def _segment_end(file: BinaryIO) -> int:
             return 0
         if element == _SEGMENT:
             return file.tell() + length
+        if length > size:  # a damaged header may say more than a file can be long
+            return 0
         file.seek(length, os.SEEK_CUR)
     return 0
 

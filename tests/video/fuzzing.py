@@ -148,15 +148,16 @@ class _Worker:
 
     def next(self, most_seconds: float) -> Verdict | None:
         """None where the process ends, or takes too long."""
-        with contextlib.suppress(EOFError, ConnectionError):
+        try:
             if self._ours.poll(most_seconds):
                 verdict: Verdict = self._ours.recv()
                 return verdict
+        except (EOFError, ConnectionError):
+            self._process.join(30)  # its memory may have to be written to a core first
         return None
 
     def end(self) -> str:
         """Make sure that the process is gone. How it ended, if by itself."""
-        self._process.join(1 if self._ours.poll() else 0)  # at the pipe's end it is about to be
         code = self._process.exitcode
         if code is None:
             self._process.kill()
@@ -181,18 +182,18 @@ def _work(connection: Connection, seeds: Sequence[int], judge: Judge) -> None:
 
 def _verdict(seed: int, folder: Path, judge: Judge) -> Verdict:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-    before_mib, before = _peak_mib(), time.monotonic()
+    before_kib, before = _peak_kib(), time.monotonic()
     reason = defect = ""
     try:
         reason = judge(seed, folder)
     except Exception as error:
         defect = f"{type(error).__name__}: {error}"
-    seconds, more_mib = time.monotonic() - before, _peak_mib() - before_mib
+    seconds, more_kib = time.monotonic() - before, _peak_kib() - before_kib
     if av.logging.get_level() is not None:
         defect = defect or "leaves libav's messages switched on"
-    return Verdict(seed, seconds, more_mib, reason, defect)
+    return Verdict(seed, seconds, more_kib >> 10, reason, defect)
 
 
-def _peak_mib() -> int:
+def _peak_kib() -> int:
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) >> 10
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))

@@ -358,6 +358,13 @@ class TestDamage:
         with pytest.raises(RejectedError, match="truncated: 130 of"):
             inspect_video(path)
 
+    def test_an_impossible_length_is_no_cut(self, tmp_path: Path) -> None:
+        path = write_encoded(tmp_path, "vp9-webm-plain")
+        content = path.read_bytes()
+        path.write_bytes(content[:4] + b"\x01" + b"\xff" * 6 + b"\xfe" + content[12:])
+        with pytest.raises(RejectedError, match="not a video"):
+            inspect_video(path)
+
     def test_what_follows_a_file_is_no_cut(self, tmp_path: Path) -> None:
         for name in ("h264-mp4-gop12-b3", "mpeg4-avi-gop12-b0", "vp9-webm-plain"):
             path = write_encoded(tmp_path, name)
