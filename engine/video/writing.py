@@ -85,6 +85,7 @@ def _to_yuv(frame_HWC: NDArray[np.uint8]) -> av.VideoFrame:
         dst_colorspace="ITU709",
         dst_color_range="MPEG",
         interpolation="BICUBIC",
+        threads=1,  # which bytes come is to depend on nothing else
     )
 
 
