@@ -1,5 +1,6 @@
 """Tables of the newest benchmark results, one file for the GPU and one for the CPU."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -195,7 +196,9 @@ def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
     """A line per data set, decoder and number of threads, from all parts of the loader."""
     loaded: dict[tuple[str, str, int], dict[str, Feed]] = {}
     for feed in feeds:
-        loaded.setdefault((feed.clips, feed.decoder, feed.num_threads), {})[feed.part] = feed
+        length = re.fullmatch(r"loader_length\[(\d+)\]", feed.case)
+        clips = feed.clips + (f", from a video of {int(length[1])} frames" if length else "")
+        loaded.setdefault((clips, feed.decoder, feed.num_threads), {})[feed.part] = feed
     header = ["loader: clips", "decoder, threads", "clips/s (p20 to p80)", "decoding alone"]
     header += ["needed", "times that", "CPU ms per clip: decode, to crop, all", "cores for 2x"]
     on_gpu = any("transfer" in parts for parts in loaded.values())

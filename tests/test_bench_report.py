@@ -49,6 +49,8 @@ def test_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_table_of_the_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     feeds = [feed("decode", 0.002, 0.003), feed("pipeline", 0.003, 0.004)]
     feeds += [feed("loader", 0.004, 0.005)]
+    for part in ("decode", "pipeline", "loader"):  # of a longer video: a line of its own
+        feeds += [feed(part, 0.1, 0.1, case="loader_length[15000]")]
     path = put(tmp_path, "cpu.json", document(device=CPU, feeds=feeds))
     lines = rendered(capsys, path).splitlines()
     # 250 clips/s are 2.5 times what is needed; 2 x 100 clips/s at 5 ms each keep one core busy.
