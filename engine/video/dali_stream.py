@@ -44,17 +44,15 @@ def decoded(video: list[Any], decoder: Decoder, num_frames: int, frame_stride: i
     )
 
 
-def trial(
-    index: VideoIndex, videos: Sequence[int], decoder: Decoder, device: torch.device
-) -> str | None:
-    """Decode two frames from the middle of each video, and compare them with PyAV's.
+def trial(index: VideoIndex, decoder: Decoder, device: torch.device) -> str | None:
+    """Decode two frames from the middle of every video, and compare them with PyAV's.
 
     Finds what no table knows: a machine without the decoder's library, sizes that it refuses, a
     range that it takes for another. Returns the first problem, as "cannot decode ...", or None.
     """
     files = IndexedFiles(index)
-    for video in videos:
-        entry, path = index.entries[video], index.path(video)
+    for video, entry in enumerate(index.entries):
+        path = index.path(video)
         num_frames = min(2, entry.num_frames)
         start = (entry.num_frames - num_frames) // 2
         wanted = files.window(video, start_frame=start, num_frames=num_frames, frame_stride=1)

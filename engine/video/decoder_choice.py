@@ -4,6 +4,7 @@ PyAV decodes whatever the index lists. DALI is asked twice: what its sources say
 is known of every video; what this machine's decoder really does is tried on a few of them.
 """
 
+import functools
 import importlib.util
 from collections import Counter
 from collections.abc import Sequence
@@ -23,13 +24,14 @@ _DALI_GPU_CODECS = {*_DALI_CPU_CODECS, "h264", "hevc", "av1", "mpeg4"}
 _DALI_GPU_PIXEL_FORMATS = {"yuv420p", "yuvj420p"}
 
 
-def try_dali(
-    index: VideoIndex, videos: Sequence[int], decoder: Decoder, device: torch.device
-) -> str | None:
-    """Decode some of the videos for real; see `engine.video.dali_stream.trial`."""
-    from engine.video.dali_stream import trial
-
-    return trial(index, videos, decoder, device)
+@functools.cache
+def try_dali(samples: VideoIndex, decoder: Decoder, device: torch.device) -> str | None:
+    """Decode videos for real, once per process; see `engine.video.dali_stream.trial`."""
+    try:
+        from engine.video.dali_stream import trial
+    except (ImportError, OSError) as error:  # one that does not fit this machine
+        return f"cannot be loaded: {str(error).partition(chr(10))[0]}"
+    return trial(samples, decoder, device)
 
 
 def choose_decoder(
@@ -89,18 +91,19 @@ def _problem(
     if reasons:
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         return f"cannot decode {sum(reasons.values())} of {len(used)} ({counts}; e.g. {first})"
-    return try_dali(index, _samples(index, used), decoder, device)
+    return try_dali(_samples(index, used), decoder, device)
 
 
-def _samples(index: VideoIndex, used: Sequence[int]) -> list[int]:
-    """The smallest and the largest video of every codec and pixel format: NVDEC limits both."""
-    kinds: dict[tuple[str, str], list[int]] = {}
+def _samples(index: VideoIndex, used: Sequence[int]) -> VideoIndex:
+    """The smallest and the largest video of each kind: NVDEC has limits of both."""
+    kinds: dict[tuple[str, str, str], list[VideoEntry]] = {}
     for video in used:
         entry = index.entries[video]
-        kinds.setdefault((entry.codec, entry.pixel_format), []).append(video)
+        kinds.setdefault((entry.codec, entry.pixel_format, entry.range), []).append(entry)
 
-    def size(video: int) -> tuple[int, int]:
-        entry = index.entries[video]
+    def size(entry: VideoEntry) -> tuple[int, int]:
         return min(entry.width, entry.height), max(entry.width, entry.height)
 
-    return sorted({end(videos, key=size) for videos in kinds.values() for end in (min, max)})
+    chosen = {end(kind, key=size) for kind in kinds.values() for end in (min, max)}
+    entries = tuple(sorted(chosen, key=lambda entry: entry.path))
+    return VideoIndex(index.root, index.classes, entries)

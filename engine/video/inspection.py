@@ -10,7 +10,7 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import av.logging
@@ -41,7 +41,6 @@ _ROTATIONS = {
     (0, _ONE, -_ONE, 0): 270,
 }
 _MOST_STRETCHED = 10  # times; a pixel's sides
-_STAYS = ("frame size", "pixel format", "orientation", "colour description", "pixel shape")
 # When a packet is lost, decoders go on from whatever picture they have. These decoders say so, as
 # an error; H.264's also in a message that is none.
 _SAY_WHAT_IS_LOST = ("h264", "hevc", "ffv1", "libdav1d")
@@ -116,6 +115,16 @@ class _Packet:
     is_shown: bool
 
 
+class _Look(NamedTuple):
+    """What all pictures of a usable file have in common; named as in "frame size changes"."""
+
+    frame_size: tuple[int, int]
+    pixel_format: str
+    orientation: int
+    colour_description: Colour
+    pixel_shape: Fraction | None
+
+
 @dataclass
 class _Pictures:
     """What a full decode gave, in the order shown."""
@@ -127,12 +136,8 @@ class _Pictures:
     are_key: list[bool] = field(default_factory=list)
     checksums: dict[int, int] = field(default_factory=dict)
     """Of a keyframe's picture and those that follow it."""
-    size: tuple[int, int] = (0, 0)
-    pixel_format: str = ""
-    rotation: int = 0
-    colour: Colour = field(default_factory=lambda: Colour("", "", "", ""))
-    first: tuple[Any, ...] = ()
-    """What _STAYS names, of the first picture."""
+    look: _Look | None = None
+    """None before the first picture."""
 
     @property
     def intra_only(self) -> bool:
@@ -232,21 +237,20 @@ def _add(pictures: _Pictures, packet: Packet) -> None:
         number = len(pictures.times)
         if frame.is_corrupt:
             raise RejectedError(f"damaged at frame {number}")
-        seen = (
+        look = _Look(
             (frame.width, frame.height),
             frame.format.name,
             _rotation(frame),
             colour_of(frame),
             packet.stream.codec_context.sample_aspect_ratio,
         )
-        if not number:
-            pictures.size, pictures.pixel_format, pictures.rotation, pictures.colour, _ = seen
-            pictures.first = seen
+        if pictures.look is None:
+            pictures.look = look
             if not (frame.key_frame or pictures.packets[0].is_keyframe):
                 raise RejectedError("starts between keyframes: its first pictures are invented")
-        for what, now, before in zip(_STAYS, seen, pictures.first, strict=True):
+        for what, now, before in zip(_Look._fields, look, pictures.look, strict=True):
             if now != before:
-                raise RejectedError(f"{what} changes at frame {number}")
+                raise RejectedError(f"{what.replace('_', ' ')} changes at frame {number}")
         pictures.origins.append(packet_number(frame))
         pictures.times.append(frame.pts)
         pictures.are_key.append(frame.key_frame)
@@ -256,22 +260,24 @@ def _add(pictures: _Pictures, packet: Packet) -> None:
 
 def _facts(container: InputContainer, stream: VideoStream, pictures: _Pictures) -> dict[str, Any]:
     _check_for_gaps(stream, pictures)
+    look = pictures.look
+    assert look is not None, "a file without pictures is rejected"
     aspect = stream.sample_aspect_ratio or Fraction(1)
     if not 1 / _MOST_STRETCHED <= aspect <= _MOST_STRETCHED:
         raise RejectedError(f"has pixels of {aspect.numerator} x {aspect.denominator}")
-    width, height = round(pictures.size[0] * aspect), pictures.size[1]
-    if pictures.rotation in (90, 270):
+    width, height = round(look.frame_size[0] * aspect), look.frame_size[1]
+    if look.orientation in (90, 270):
         width, height = height, width
     return {
         "num_frames": len(pictures.times),
         "fps": _frames_per_second(stream, pictures.times),
         "width": width,
         "height": height,
-        "rotation": pictures.rotation,
+        "rotation": look.orientation,
         "sample_aspect_ratio": f"{aspect.numerator}:{aspect.denominator}",
         "codec": stream.codec_context.codec.canonical_name,
-        "pixel_format": pictures.pixel_format,
-        **asdict(pictures.colour),
+        "pixel_format": look.pixel_format,
+        **asdict(look.colour_description),
         "times_number_frames": len(films(container)) == len(container.streams.video) == 1
         and _times_number_frames(pictures),
     }
@@ -317,13 +323,12 @@ def _check_for_gaps(stream: VideoStream, pictures: _Pictures) -> None:
     if usual <= 0 or stream.time_base is None:
         return
     # A clock of milliseconds rounds intervals by one tick.
-    regular = sum(abs(interval - usual) <= 1 for interval in intervals)
+    num_regular = sum(abs(interval - usual) <= 1 for interval in intervals)
+    if num_regular < _REGULAR * (len(intervals) - 1):
+        return
     for number, interval in enumerate(intervals, start=1):
-        if (
-            1.5 * usual + 1 < interval < _SECONDS_OF_A_PAUSE / stream.time_base
-            and regular >= _REGULAR * (len(intervals) - 1)
-            and not pictures.are_key[number]
-        ):
+        is_gap = 1.5 * usual + 1 < interval < _SECONDS_OF_A_PAUSE / stream.time_base
+        if is_gap and not pictures.are_key[number]:
             raise RejectedError(
                 f"frames are lost ({interval / usual - 1:.0f}) before frame {number}, which refers "
                 "to them"

@@ -61,20 +61,13 @@ def open_stream(
     decoder: Decoder,
     settings: StreamSettings,
 ) -> ClipStream:
-    """The stream of a decoder. Raises UserError where it needs DALI and that is not installed."""
+    """The stream of a decoder that `engine.video.decoder_choice` allows."""
     if decoder == "pyav":
         from engine.video.pyav_stream import PyAVStream
 
         return PyAVStream(index, batches, settings)
-    try:
-        from engine.video.dali_stream import DaliStream
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("nvidia"):
-            raise
-        raise UserError(
-            f"decoder {decoder} needs NVIDIA DALI, which is not installed: pip install "
-            "nvidia-dali-cuda130, or use decoder pyav"
-        ) from None
+    from engine.video.dali_stream import DaliStream  # late: DALI may not be installed
+
     return DaliStream(index, batches, decoder, settings)
 
 

@@ -34,6 +34,11 @@ def of(index: VideoIndex, *codecs: str) -> list[int]:
     return [n for n, e in enumerate(index.entries) if e.path.partition("-")[0] in codecs]
 
 
+def only(index: VideoIndex, *codecs: str) -> VideoIndex:
+    entries = tuple(index.entries[video] for video in of(index, *codecs))
+    return VideoIndex(index.root, index.classes, entries)
+
+
 def test_the_cpu_has_one_decoder_for_all(index: VideoIndex) -> None:
     everything = range(len(index.entries))
     for asked in ("auto", "pyav"):
@@ -58,12 +63,12 @@ class TestOnAGpu:
     """Its decoder is pretended: what a trial says is given."""
 
     def test_auto_takes_it(self, index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-        tried = []
-        monkeypatch.setattr(decoder_choice, "try_dali", lambda *given: tried.append(given[1]))
+        tried: list[VideoIndex] = []
+        monkeypatch.setattr(decoder_choice, "try_dali", lambda *given: tried.append(given[0]))
         used = of(index, "mjpeg", "h264")
         assert choose_decoder("auto", index, used, GPU) == ("dali-gpu", "")
         # The smallest and the largest of each codec.
-        assert [[index.entries[n].path for n in videos] for videos in tried] == [
+        assert [[entry.path for entry in samples.entries] for samples in tried] == [
             ["h264-128.mp4", "h264-64.mp4", "mjpeg-128.mkv", "mjpeg-64.mkv"]
         ]
 
@@ -97,10 +102,10 @@ class TestTrial:
     """With DALI's CPU decoder, which is the same operator."""
 
     def test_right_frames_pass(self, index: VideoIndex) -> None:
-        assert dali_stream.trial(index, of(index, "mjpeg", "vp9"), "dali-cpu", CPU) is None
+        assert dali_stream.trial(only(index, "mjpeg", "vp9"), "dali-cpu", CPU) is None
 
     def test_what_fails_is_named(self, index: VideoIndex) -> None:
-        found = dali_stream.trial(index, of(index, "vp9", "h264"), "dali-cpu", CPU)
+        found = dali_stream.trial(only(index, "vp9", "h264"), "dali-cpu", CPU)
         assert found is not None
         assert found.startswith("cannot decode h264-128.mp4: ")
         assert "\n" not in found
@@ -114,7 +119,7 @@ class TestTrial:
             "_decoded_alone",
             lambda path, start, *given: decoded_alone(path, start - 3, *given),
         )
-        found = dali_stream.trial(index, of(index, "mjpeg"), "dali-cpu", CPU)
+        found = dali_stream.trial(only(index, "mjpeg"), "dali-cpu", CPU)
         assert found is not None
         assert "levels off what PyAV gives" in found
 
@@ -129,7 +134,28 @@ class TestTrial:
             return ((frames - 16) * 255 / 219).clip(0, 255).astype(np.uint8)
 
         monkeypatch.setattr(dali_stream, "_decoded_alone", widened)
-        assert "levels off" in str(dali_stream.trial(index, of(index, "mjpeg"), "dali-cpu", CPU))
+        assert "levels off" in str(dali_stream.trial(only(index, "mjpeg"), "dali-cpu", CPU))
+
+
+def test_a_trial_is_made_once(index: VideoIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has several loaders of the same videos."""
+    tried = []
+    monkeypatch.setattr(dali_stream, "trial", lambda *given: tried.append(given))
+    decoder_choice.try_dali.cache_clear()
+    for _ in range(3):
+        choose_decoder("dali-cpu", index, of(index, "vp9"), CPU)
+    assert len(tried) == 1
+    decoder_choice.try_dali.cache_clear()  # what it says was pretended
+
+
+def test_a_dali_that_does_not_fit_the_machine_is_one_line(
+    index: VideoIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "engine.video.dali_stream", None)
+    decoder_choice.try_dali.cache_clear()
+    with pytest.raises(UserError, match=r"decoder dali-cpu cannot be loaded: .*; use decoder auto"):
+        choose_decoder("dali-cpu", index, of(index, "vp9"), CPU)
+    decoder_choice.try_dali.cache_clear()
 
 
 WITHOUT_DALI = """

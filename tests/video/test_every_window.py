@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.container import InputContainer
 from av.video.frame import VideoFrame
 from encoded_videos import ENCODINGS, NUM_FRAMES, write_encoded
 from numbered_videos import decode_all, numbered_frame, read_number
@@ -75,6 +76,38 @@ def test_few_pictures_are_decoded_for_a_window(
     )
     assert [read_number(frame) for frame in window] == [190, 192, 194]
     assert 5 <= len(decoded) <= 12 + 5
+
+
+@pytest.mark.parametrize("name", ["mjpeg-avi", "mjpeg-mkv", "mjpeg-mov", "prores-mov"])
+def test_of_pictures_by_themselves_no_other_is_decoded(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_encoded(tmp_path, name)
+    facts = inspect_video(path)
+    opened, decoded = [], []
+    open_video, intra_frames = decoding.open_video, decoding.intra_frames
+
+    def open_counted(file: Path) -> InputContainer:
+        opened.append(file)
+        return open_video(file)
+
+    def counted(*given: Any) -> Iterator[VideoFrame]:
+        for frame in intra_frames(*given):
+            decoded.append(frame)
+            yield frame
+
+    monkeypatch.setattr(decoding, "open_video", open_counted)
+    monkeypatch.setattr(decoding, "intra_frames", counted)
+    window = decode_window(
+        path,
+        start_frame=20,
+        num_frames=4,
+        frame_stride=5,
+        video_frames=NUM_FRAMES,
+        keyframes=unpack(facts.keyframes),
+    )
+    assert [read_number(frame) for frame in window] == [20, 25, 30, 35]
+    assert (len(opened), len(decoded)) == (1, 4)  # and the file was not begun anew
 
 
 @pytest.mark.parametrize("name", ["h264-mkv-gop12-b3", "mjpeg-avi"])
