@@ -1,5 +1,6 @@
 """sample.py --format: what is written is what was generated, and an earlier run's files go."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from small_runs import full_disk, sample
 
+from engine import sample_files
 from engine.errors import UserError
 from engine.sample import parse
 from engine.sample_files import make_writable, write
@@ -163,6 +165,30 @@ def test_a_full_disk(plan: SamplePlan, tmp_path: Path, formats: str) -> None:
         write(tmp_path, noise, plan, [formats])
     assert {path: path.read_bytes() for path in before} == before
     assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_an_archive_that_is_somebody_s_is_told_before_the_passes(
+    plan: SamplePlan, tmp_path: Path
+) -> None:
+    (tmp_path / "samples.npz").write_text("mine")
+    with pytest.raises(UserError, match=r"samples\.npz is not sample\.py's"):
+        make_writable(tmp_path, plan, ["npz"])
+    make_writable(tmp_path, plan, ["mp4"])
+    assert (tmp_path / "samples.npz").read_text() == "mine"
+
+
+def test_what_a_killed_run_left_goes(plan: SamplePlan, tmp_path: Path) -> None:
+    (tmp_path / ".writing-xyz").mkdir()
+    (tmp_path / ".writing-xyz" / "clip.mp4").write_text("half")
+    make_writable(tmp_path, plan)
+    assert left(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("num", "first"), [(3, "clip-000-"), (1001, "clip-0000-")])
+def test_sorted_names_are_in_the_clips_order(num: int, first: str, plan: SamplePlan) -> None:
+    names = sample_files._clip_names(dataclasses.replace(plan, labels=[0] * num))
+    assert names[0].startswith(first)
+    assert names == sorted(names)
 
 
 def test_the_option() -> None:

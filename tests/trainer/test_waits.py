@@ -1,11 +1,15 @@
 """A run that waits for its clips says so, and what it costs is measured."""
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_runs import Tiny, call
 
+import engine.train
 from engine import processors
 from engine.configuration import load_config
 from engine.processors import cores_per_process
@@ -54,6 +58,18 @@ def test_the_wait_for_a_batch_is_measured() -> None:
     for _ in range(3):
         reals.next()
     assert 0.15 <= reals.seconds_waited < 1
+
+
+def test_a_run_tells_the_remedy(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Waits, "remedy", lambda waits: f"note: {len(waits._last)} steps waited")
+    done = call(engine.train.main, *tiny.options(1, tmp_path, "--max-steps", "2"))
+    assert done.code == 0
+    told = [line for line in done.out.splitlines() if "steps waited" in line]
+    assert told == ["note: 1 steps waited", "note: 2 steps waited"]
+    lines = (tmp_path / "stage1/log.jsonl").read_text().splitlines()
+    assert all(0 <= json.loads(line)["waiting_for_clips"] <= 1 for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,17 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.codec.context import Flags
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from encoded_videos import ENCODINGS, NUM_FRAMES, write_encoded
 from numbered_videos import decode_all, numbered_frame, read_number
 
 from engine.video import decoding
+from engine.video.colour import rgb
 from engine.video.decoding import decode_window
 from engine.video.inspection import inspect_video
-from engine.video.keyframes import KeyframeTable, Start, pack, unpack
+from engine.video.keyframes import KeyframeTable, Start, frames_from, pack, unpack
 
 
 def wrong_windows(path: Path, full: np.ndarray, table: KeyframeTable | None) -> list:
@@ -149,6 +151,20 @@ def of_some_bytes(number: int, width: int, height: int) -> np.ndarray:
     picture = numbered_frame(number, width, height)
     picture[: number + 1, ::2] += 20
     return picture
+
+
+def test_what_is_shown_before_the_keyframe_is_not_counted(tmp_path: Path) -> None:
+    """Should a decoder show the leading pictures of an open group after all."""
+    path = write_encoded(tmp_path, "h264-mkv-open-gop")
+    start = unpack(inspect_video(path).keyframes).before(30)
+    assert start is not None
+    with av.open(str(path)) as container:  # so that nothing is refused
+        stream = container.streams.video[0]
+        stream.codec_context.flags |= Flags.copy_opaque | Flags.output_corrupt
+        container.seek(start.seek, stream=stream, backward=True)
+        assert len(list(container.decode(stream))) > NUM_FRAMES - start.number
+        shown = [read_number(rgb(frame)) for frame in frames_from(container, stream, start)]
+    assert shown == list(range(start.number, NUM_FRAMES))
 
 
 def test_tables_are_small_and_come_back() -> None:

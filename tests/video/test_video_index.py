@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.video import indexing
 from engine.video.index import VideoIndex, load_rejects
 from engine.video.indexing import build_index
-from engine.video.inspection import RejectedError, inspect_video
+from engine.video.inspection import RejectedError, VideoFacts, inspect_video
 from engine.video.writing import write_mp4
 
 
@@ -132,6 +132,36 @@ def test_truncation_after_a_whole_header_is_found(tmp_path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(RejectedError, match=r"truncated|damaged"):
         inspect_video(path)
+
+
+def test_the_fingerprint_knows_how_files_are_read(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "v", "mjpeg", num_frames=5)
+    index = index_of(tmp_path / "v", tmp_path / "index.jsonl")
+    for change in ({"num_frames": 4}, {"width": 99}, {"rotation": 90}, {"matrix": "bt709"}):
+        (entry,) = index.entries
+        other = replace(index, entries=(replace(entry, **change),))
+        assert other.fingerprint() != index.fingerprint()
+    moved = replace(index, root=tmp_path)
+    assert moved.fingerprint() == index.fingerprint()
+
+
+def test_one_file_ends_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it does to the judge."""
+    for name in ("a", "b"):
+        path = write_numbered(tmp_path / "v", "mjpeg", num_frames=5)
+        path.rename(path.with_stem(name))
+    inspect = indexing.inspect_video
+
+    def judge(path: Path) -> VideoFacts:
+        if path.stem == "a":
+            raise RuntimeError("no such thing")
+        return inspect(path)
+
+    monkeypatch.setattr(indexing, "inspect_video", judge)
+    index = index_of(tmp_path / "v", tmp_path / "index.jsonl")
+    assert [entry.path for entry in index.entries] == ["b.mkv"]
+    (reject,) = load_rejects(tmp_path / "index.jsonl")
+    assert reject.reason == "cannot be judged: RuntimeError('no such thing')"
 
 
 def test_class_folders_with_spaces_and_unicode(tmp_path: Path) -> None:
