@@ -14,6 +14,7 @@ dz_r = drh h r (1 - r)
 Weight gradients need no recurrence: they are taken after the loop, over all frames at once.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from kernels.conv_gru_gates import passes
 from kernels.conv_gru_pytorch import conv_gru_reference
+from kernels.large_batches import Gradients, gradients_in_parts, in_parts
 from kernels.layout import conv2d_weight
 
 
@@ -245,7 +247,9 @@ def _time_major(x_BTCHW: Tensor) -> Tensor:
 
 def _convolve(x_NHWI: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """3x3, "same"; [N, H, W, I] → [N, H, W, O]."""
-    y_NOHW = F.conv2d(x_NHWI.permute(0, 3, 1, 2), weight, bias, padding=1)
+    x_NIHW = x_NHWI.permute(0, 3, 1, 2)
+    y_values = math.prod(x_NHWI.shape[:3]) * len(weight)
+    y_NOHW = in_parts(lambda part: F.conv2d(part, weight, bias, padding=1), x_NIHW, y_values)
     # A copy only where a convolution answers in another layout: fp64 on a CPU.
     return y_NOHW.permute(0, 2, 3, 1).contiguous()
 
@@ -264,12 +268,16 @@ def _convolution_gradients(
     dy_TBHWO: Tensor, x_TBHWI: Tensor, weight: Tensor, mask: list[bool]
 ) -> tuple[Any, Any, Any]:
     """Of all frames' x, the weight and the bias, those that `mask` asks for."""
+
+    def differentiate(dy: Tensor, x: Tensor) -> Gradients:
+        ones, zeros = [1, 1], [0, 0]
+        found: Gradients = torch.ops.aten.convolution_backward(
+            dy, x, weight, [len(weight)], ones, ones, ones, False, zeros, 1, mask
+        )
+        return found
+
     dy, x = (v.flatten(0, 1).permute(0, 3, 1, 2) for v in (dy_TBHWO, x_TBHWI))
-    ones, zeros = [1, 1], [0, 0]
-    found: tuple[Any, Any, Any] = torch.ops.aten.convolution_backward(
-        dy, x, weight, [len(weight)], ones, ones, ones, False, zeros, 1, mask
-    )
-    return found
+    return gradients_in_parts(differentiate, dy, x)
 
 
 def _weight_gradient(dy_TBHWO: Tensor, x_TBHWI: Tensor, weight: Tensor) -> Tensor:

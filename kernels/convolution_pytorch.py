@@ -4,6 +4,7 @@ Shapes as there: x is rows [B, T, S, I], contiguous, W [O, a, b, I] (of volumes 
 it is kept.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.large_batches import Gradients, gradients_in_parts, in_parts
 from kernels.layout import channels_last, fold_frames
 from kernels.low_skip import LowSkip, add_projected_
 from kernels.upsampled_shortcut import add_upsampled_
@@ -90,11 +92,18 @@ def _convolve_image(
 ) -> Tensor:
     kernel = _as_kernel(layout, weight_OabI)
     stride, padding, *_ = _numbers(layout, weight_OabI)
-    if layout.volume:
-        return convolve_volume(image, kernel, bias_O, stride=stride, padding=padding)
-    # Not aten's operator by name, which on a CPU is called 25 µs more slowly.
-    convolve = F.conv_transpose2d if layout.upsample else F.conv2d
-    return convolve(image, kernel, bias_O, stride, padding)
+
+    def convolve(part: Tensor) -> Tensor:
+        if layout.volume:
+            return convolve_volume(part, kernel, bias_O, stride=stride, padding=padding)
+        # Not aten's operator by name, which on a CPU is called 25 µs more slowly.
+        operator = F.conv_transpose2d if layout.upsample else F.conv2d
+        return operator(part, kernel, bias_O, stride, padding)
+
+    over_time = layout.volume or layout.columns
+    num_frames = layout.out_frames(image.shape[2]) if over_time else 1
+    y_values = len(image) * num_frames * math.prod(layout.out_size) * len(weight_OabI)
+    return in_parts(convolve, image, y_values)
 
 
 def convolve_volume(
@@ -139,7 +148,7 @@ def gradients(
     x_BTSI: Tensor,
     weight_OabI: Tensor,
     wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Of x, the weight and the bias."""
     dtype = x_BTSI.dtype
     if layout.volume and _too_narrow(x_BTSI):
@@ -147,11 +156,19 @@ def gradients(
     over_frames = wanted[1] and sums_weight_over_frames(layout, x_BTSI)
     # A bias's alone would be taken together with the weight's: all of its work.
     at_once = (wanted[0], False, False) if over_frames else wanted
-    dx, dkernel, dbias = torch.ops.aten.convolution_backward.default(
-        _as_image(layout, layout.out_size, dy_BTSO), _as_image(layout, layout.size, x_BTSI),
-        _as_kernel(layout, weight_OabI), [weight_OabI.shape[0]],
-        *_numbers(layout, weight_OabI), list(at_once),
-    )  # fmt: skip
+
+    def differentiate(dy: Tensor, image: Tensor) -> Gradients:
+        kernel, num_channels = _as_kernel(layout, weight_OabI), len(weight_OabI)
+        found: Gradients = torch.ops.aten.convolution_backward.default(
+            dy, image, kernel, [num_channels], *_numbers(layout, weight_OabI), list(at_once)
+        )
+        return found
+
+    dx, dkernel, dbias = gradients_in_parts(
+        differentiate,
+        _as_image(layout, layout.out_size, dy_BTSO),
+        _as_image(layout, layout.size, x_BTSI),
+    )
     if over_frames:
         dkernel, dbias = _weight_gradient_over_frames(
             layout, dy_BTSO, x_BTSI, weight_OabI, wanted[2]

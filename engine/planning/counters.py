@@ -28,6 +28,8 @@ class Update:
     """Executed in each phase: convolutions and matrix products, two per multiply-add."""
     moved: Counter[str] = field(default_factory=Counter)
     """Bytes of each operator's arguments and results, in each phase."""
+    most_values: int = 0
+    """Of the largest tensor that an operator reads or writes."""
 
 
 class Phases:
@@ -81,6 +83,8 @@ class WorkByPhase(TorchDispatchMode):
         if formula is not None:
             self.update.flops[self._phases.now] += formula(*args, **kwargs, out_val=result)
         read, written = tensors_in((args, kwargs)), tensors_in(result)
+        largest = max((tensor.numel() for tensor in read + written), default=0)
+        self.update.most_values = max(self.update.most_values, largest)
         if read and not _is_view(func, read, written):
             self.update.moved[self._phases.now] += _moved_bytes(func, args, read, written)
         return result

@@ -46,6 +46,7 @@ from engine.trainer.fakes import (
 )
 from engine.trainer.reals import Reals
 from engine.trainer.step import Trainer
+from kernels.large_batches import MOST_VALUES
 
 
 @dataclass
@@ -65,6 +66,15 @@ class Step:
     def updates(self) -> dict[str, Update]:
         """By the network that is updated."""
         return {"D": self.discriminator_update, "G": self.generator_update}
+
+    @property
+    def most_samples(self) -> int:
+        """So many that no tensor has more values than 32 bits count; see `large_batches`.
+
+        Beyond it convolutions run in parts, and no kernel has been tried on a GPU.
+        """
+        most_values = max(update.most_values for update in self.updates.values())
+        return MOST_VALUES * self.micro_batch // max(most_values, 1)
 
 
 class Clips(NamedTuple):

@@ -34,6 +34,7 @@ def as_json(plan: Plan, compared: Sequence[Compared]) -> dict[str, Any]:
         "global_batch": stage.training.global_batch,
         "num_gpus": assumed.num_gpus,
         "samples_per_gpu": plan.share,
+        "most_samples_per_pass": plan.most_samples,
         "micro_batch": stage.training.micro_batch,
         "precision": stage.training.precision,
         "device": asdict(assumed.device),
@@ -124,6 +125,11 @@ def _host(plan: Plan) -> list[str]:
 def _left_out(plan: Plan) -> list[str]:
     """What the plan does not know of this run."""
     lines = []
+    if plan.most_samples < plan.share:
+        lines.append(
+            f"No micro-batch beyond {plan.most_samples} is recommended: a tensor would have more "
+            "values than a 32-bit index counts, which no GPU has run yet."
+        )
     if plan.config.stages[plan.number].training.acceleration != "none":
         lines.append(
             "training.acceleration is left out: its time, and what CUDA graphs hold of memory."

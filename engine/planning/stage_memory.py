@@ -59,9 +59,14 @@ class StageMemory:
         return low + -(-(high - low) * (micro_batch - below) // (above - below))
 
     def largest(self, share: int, scaling: Scaling, limit_bytes: float) -> int | None:
-        """The largest micro-batch that fits and divides a rank's share of the batch, or None."""
-        self.step(share)
+        """The largest micro-batch that fits and divides a rank's share of the batch, or None.
+
+        It has no more samples than `Step.most_samples`.
+        """
+        most_samples = self.step(share).most_samples
         for micro_batch in divisors(share):
+            if micro_batch > most_samples:
+                continue
             spread = scaling._replace(accumulates=micro_batch < share)
             if self.bound(micro_batch, spread) <= limit_bytes:
                 return micro_batch

@@ -50,6 +50,8 @@ class Plan:
     assumptions: Assumptions
     share: int
     """Samples of a GPU per update."""
+    most_samples: int
+    """In one pass, so that no tensor has more values than 32 bits count."""
     generator_parameters: int
     discriminator_parameters: int
     work: dict[str, Work]
@@ -85,6 +87,7 @@ class Planner:
             number=number,
             assumptions=self._assumptions,
             share=share,
+            most_samples=counted.most_samples,
             generator_parameters=sum(counted.generator_sizes),
             discriminator_parameters=sum(counted.discriminator_sizes),
             work={mode: work_of(memory.step(share), training) for mode, memory in memories.items()},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from convolution_sizes import ConvolutionSizes
 from small_runs import Tiny, call
 
 import engine.plan
@@ -110,6 +111,10 @@ def test_the_largest_micro_batch_that_fits() -> None:
     assert memory.largest(64, ALONE, fits(16)) == 16
     assert memory.largest(64, ALONE, fits(16) - 1) == 8
     assert memory.largest(64, ALONE, 10) is None
+    # 40 samples to 2^31 values; the frozen stage's are in either update.
+    memory.steps[64].generator_update.most_values = 2**31 * 64 // 40
+    assert memory.largest(64, ALONE, 1e9) == 32
+    memory.steps[64].generator_update.most_values = 0
     assert sorted(counted) == [1, 64]  # the rest is interpolated
     assert memory.bound(16, ALONE._replace(accumulates=True)) == fits(16)
     # Between 16 and 256 samples lies the bend: the line through both is above it.
@@ -231,6 +236,18 @@ def test_stage_2_fits_one_node(mode: str, limit_gb: float) -> None:
     peak = find_peak(run_step(config, 2), TRAINING, Scaling(1, 8, accumulates=False))
     print(peak, peak.total / 1e9)
     assert 0.5 * limit_gb < peak.total / 1e9 <= limit_gb
+
+
+def test_no_convolution_exceeds_what_is_indexed() -> None:
+    """The paper's batch on one node, 64 samples for each GPU: beyond 54 convolutions run in parts.
+
+    The largest are the frozen stage's gates, 25 frames of 32x32 of 3 x 512 channels a sample.
+    """
+    config = load_config(CONFIGS / "kinetics600.yaml", ["stages.2.training.micro_batch=64"])
+    with ConvolutionSizes() as sizes:
+        step = run_step(config, 2)
+    assert step.most_samples == (2**31 - 1) // (25 * 32 * 32 * 3 * 512) == 54
+    assert 2**30 < max(sizes.largest) < 2**31
 
 
 # -------------------------------------------------------------------------------- script
