@@ -24,6 +24,7 @@ from engine.video.streams import Decoder
 
 # Stage 2's aim on an H100, from which its two D updates per sample take a clip each.
 AIMED_SECONDS_PER_SAMPLE = 0.017
+CLIPS_PER_BATCH = ("training.micro_batch=4",)
 
 
 class Video(NamedTuple):
@@ -126,7 +127,7 @@ def test_loader_kinetics(
     decoder = decoder_for(session, where)
     if session.quick and video != "h264 128x128":
         pytest.skip("--quick loads H.264 of 128x128 only")
-    config = load_config(KINETICS)
+    config = load_config(KINETICS, CLIPS_PER_BATCH)
     index = loading.write_video(tmp_path / "videos", *made)
     needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
     run(session, request, config, index, decoder, needed)
@@ -139,7 +140,7 @@ def test_loader_length(
     """What a window costs of a video of 12 seconds and of one of ten minutes."""
     if session.quick:
         pytest.skip("--quick loads short videos only")
-    config = load_config(KINETICS)
+    config = load_config(KINETICS, CLIPS_PER_BATCH)
     index = loading.write_video(tmp_path / "videos", "vp9", 128, 128, num_frames)
     needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
     run(session, request, config, index, "pyav", needed)

@@ -33,7 +33,7 @@ def test_step(session: Session, benchmark: Any, ranks: Ranks) -> None:
 
     case = Case(
         operator="training_step",
-        shape=f"sample.yaml stage 2 batch {stage.training.micro_batch}",
+        shape=f"sample.yaml stage 2 batch {stage.training.samples_per_pass}",
         direction="step",
         dtype=compute_dtype(stage),
         cost=None,

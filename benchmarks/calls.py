@@ -189,14 +189,14 @@ def _all_calls(config: Config, stage_number: int, network: Network) -> tuple[Cal
 def _run_generator(config: Config, stage_number: int) -> None:
     """One pass at the micro-batch."""
     generator = build_generator(config, stage_number)
-    batch = config.stages[stage_number].training.micro_batch
+    batch = config.stages[stage_number].training.samples_per_pass
     generator(*generator_inputs(config, stage_number, batch, generator.latent_size))
 
 
 def _run_discriminators(config: Config, stage_number: int) -> None:
     """One pass over reals and fakes together, twice the micro-batch."""
     stage = config.stages[stage_number]
-    batch = 2 * stage.training.micro_batch
+    batch = 2 * stage.training.samples_per_pass
     video = torch.empty(batch, stage.num_frames, 3, stage.resolution, stage.resolution)
     _, labels, low = generator_inputs(config, stage_number, batch, 1)
     num_drawn = stage.discriminators.spatial_frames

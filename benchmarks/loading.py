@@ -66,7 +66,7 @@ class Source:
     @property
     def batch_size(self) -> int:
         """Clips per batch."""
-        return self.config.stages[self.stage_number].training.micro_batch
+        return self.config.stages[self.stage_number].training.samples_per_pass
 
     @property
     def builder(self) -> StageBuilder:

@@ -26,7 +26,7 @@ def results(trainer: Trainer, config: Config, seed: int) -> list[Results]:
     """G's video; D's scores of reals, then of that video; the gradients of G; those of D."""
     number, stage = trainer.stage_number, config.stages[trainer.stage_number]
     generator, discriminators = trainer.g_engine.module, trainer.d_engine.module
-    device, batch = trainer.g_engine.device, stage.training.micro_batch
+    device, batch = trainer.g_engine.device, stage.training.samples_per_pass
     random = torch.Generator().manual_seed(seed)
     z = torch.randn(batch, stage.generator.latent_size, generator=random).to(device)
 
@@ -87,7 +87,7 @@ def _check_drawn(
     stage = config.stages[trainer.stage_number]
     rounding = torch.finfo(compute_dtype(stage)).eps / 2
     fan_in = max(weight[0].numel() for weight in weights)
-    pixels = 2 * stage.training.micro_batch * stage.num_frames * stage.resolution**2
+    pixels = 2 * stage.training.samples_per_pass * stage.num_frames * stage.resolution**2
     forward, backward = (rounding + math.sqrt(n) * 2**-24 for n in (fan_in, max(fan_in, pixels)))
 
     got = results(trainer, config, seed)

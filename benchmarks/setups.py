@@ -40,22 +40,23 @@ class Setup(NamedTuple):
 
 
 # x_l is free: read from a bank of samples drawn ahead, as real clips' f(x) is here.
-_READ = "training.condition_on=data"
+_READ = "training.condition_on=data", "stages.2.training.sample_bank=null"
+_GENERATED = ("stages.2.training.sample_bank=null",)
 
 SETUPS = {
     "stage1": Setup(
         "stage 1 32x32/25", "kinetics600.yaml", 1, (), 4, TABLE_3[32, 25]
     ),
     "stage2_6": Setup(
-        "stage 2 128x128/6", "kinetics600.yaml", 2, ("variant=window3", _READ), 4
+        "stage 2 128x128/6", "kinetics600.yaml", 2, ("variant=window3", *_READ), 4
     ),
     "stage2_12": Setup(
-        "stage 2 128x128/12", "kinetics600.yaml", 2, ("variant=window6", _READ), 4
+        "stage 2 128x128/12", "kinetics600.yaml", 2, ("variant=window6", *_READ), 4
     ),
     # As the paper trains it: x_l is generated for every update.
     "stage2_generated": Setup(
-        "stage 2 128x128/12 and stage 1 for its x_l", "kinetics600.yaml", 2, ("variant=window6",),
-        4, TABLE_3[128, 12],
+        "stage 2 128x128/12 and stage 1 for its x_l", "kinetics600.yaml", 2,
+        ("variant=window6", *_GENERATED), 4, TABLE_3[128, 12],
     ),
     "dvdgan_12": Setup("DVD-GAN 128x128/12", "dvdgan.yaml", 1, ("variant=frames12",), 4),
     "dvdgan_50": Setup(

@@ -39,7 +39,7 @@ class SameClips:
     def __init__(self, config: Config, number: int, device: torch.device) -> None:
         stage = config.stages[number]
         shape = stage.num_frames, stage.resolution, stage.resolution, 3
-        batch = stage.training.micro_batch
+        batch = stage.training.samples_per_pass
         video = torch.rand(batch, *shape, device=device) * 2 - 1
         labels = torch.arange(batch, device=device) % (config.data.num_classes or 1)
         self._clips = Clips(video.permute(0, 1, 4, 2, 3), labels)

@@ -9,7 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from engine.configuration_errors import explain, found, origin
 from engine.errors import UserError
@@ -29,6 +36,13 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are refused and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _samples_or_auto(value: object) -> object:
+    """One line where pydantic has one for each of the two types."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"should be a whole number greater than 0, or auto {found(value)}")
 
 
 class ProceduralClips(Section):
@@ -111,8 +125,10 @@ class Training(Section):
     """Generator updates."""
     global_batch: PositiveInt
     """Samples per update over all ranks."""
-    micro_batch: PositiveInt
-    """Samples per rank and forward pass; the rest of the global batch is accumulated."""
+    micro_batch: Annotated[int | Literal["auto"], PlainValidator(_samples_or_auto)]
+    """Samples per rank and forward pass; the rest of the global batch is accumulated, with norm
+    statistics of its own. auto is the largest that is planned to fit (engine/planning); a resumed
+    run keeps its own."""
     discriminator_steps: PositiveInt = 2
     generator_lr: PositiveFloat = 1e-4
     discriminator_lr: PositiveFloat = 5e-4
@@ -156,6 +172,12 @@ class Training(Section):
     sample_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 3
+
+    @property
+    def samples_per_pass(self) -> int:
+        """`micro_batch`, which must be settled."""
+        assert self.micro_batch != "auto", "settled before anything is built"
+        return self.micro_batch
 
 
 class Stage(Section):
@@ -366,7 +388,7 @@ def accumulation_steps(training: Training, world_size: int) -> int:
     Raises UserError when that is not a whole number, naming the nearest batches that work, and
     when `reuse_fakes` would have to hold several passes.
     """
-    steps, remainder = divmod(training.global_batch, world_size * training.micro_batch)
+    steps, remainder = divmod(training.global_batch, world_size * training.samples_per_pass)
     if remainder:
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise UserError(
@@ -377,7 +399,7 @@ def accumulation_steps(training: Training, world_size: int) -> int:
     if training.reuse_fakes and steps > 1:
         raise UserError(
             f"training.reuse_fakes holds one pass of G, but {steps} are accumulated; "
-            f"set micro_batch={steps * training.micro_batch}, or reuse_fakes=false"
+            f"set micro_batch={steps * training.samples_per_pass}, or reuse_fakes=false"
         )
     return steps
 
@@ -390,7 +412,7 @@ def num_generations(training: Training) -> int:
 def _nearest_batches(training: Training, world_size: int) -> str:
     """The next smaller and larger micro-batch, where one works, and global batch."""
     share, remainder = divmod(training.global_batch, world_size)
-    micro = training.micro_batch
+    micro = training.samples_per_pass
     micros: list[int] = []
     if not remainder:
         smaller = range(micro - 1, max(micro - _MICRO_BATCHES_TRIED, 1) - 1, -1)
@@ -415,7 +437,7 @@ def share_among(config: Config, stage_number: int, world_size: int) -> Config:
     """
     stage = config.stages[stage_number]
     share, remainder = divmod(stage.training.global_batch, world_size)
-    if remainder or not 0 < share < stage.training.micro_batch:
+    if remainder or not 0 < share < stage.training.samples_per_pass:
         return config
     training = stage.training.model_copy(update={"micro_batch": share})
     stages = config.stages | {stage_number: stage.model_copy(update={"training": training})}

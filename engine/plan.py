@@ -7,7 +7,7 @@ import sys
 
 from engine.command_line import ArgumentParser, find_config, run
 from engine.configuration import Config, load_config
-from engine.planning.assumptions import GOAL_HFU, Assumptions, checked
+from engine.planning.assumptions import GOAL_HFU, Assumptions, checked, reserve_gb
 from engine.planning.devices import find_device
 
 EPILOG = """\
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     assumptions = Assumptions(
         device=device,
         num_gpus=options.gpus,
-        reserve_gb=2 + device.memory_gb / 20 if options.reserve is None else options.reserve,
+        reserve_gb=(reserve_gb(device.memory_gb) if options.reserve is None else options.reserve),
         hfu=options.hfu or GOAL_HFU,
     )
     checked(config, options.stage, assumptions)

@@ -1,4 +1,4 @@
-"""How many CPU cores there are for this process."""
+"""How many CPU cores, and processes of the job, there are on this machine."""
 
 import os
 import re
@@ -12,10 +12,17 @@ _BY_SRUN = "SLURM_STEP_TASKS_PER_NODE"
 def cores_per_process() -> int:
     """The cores that this process may run on, divided by the job's processes on this machine."""
     cores = usable_cores()
-    names = (*_LOCAL_PROCESSES, *((_BY_SRUN,) if cores == os.cpu_count() else ()))
+    # srun, unless told otherwise, gives every task cores of its own.
+    by_srun = cores == os.cpu_count() or any(name in os.environ for name in _LOCAL_PROCESSES)
+    return max(1, cores // local_processes()) if by_srun else cores
+
+
+def local_processes() -> int:
+    """The job's processes on this machine."""
+    names = (*_LOCAL_PROCESSES, _BY_SRUN)
     told = next((os.environ[name] for name in names if name in os.environ), "1")
     number = re.match(r"\d+", told)  # srun says 8(x2) for two machines with eight each
-    return max(1, cores // max(1, int(number[0]) if number else 1))
+    return max(1, int(number[0]) if number else 1)
 
 
 def usable_cores() -> int:

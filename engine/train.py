@@ -1,11 +1,13 @@
 """Train one stage of SSW-GAN (or the DVD-GAN baseline) on video files."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -16,7 +18,14 @@ from engine.errors import UserError
 from engine.trainer.console import Console
 from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
-from engine.trainer.stage_plan import Plan, RunOptions, plan_run, settle_batches
+from engine.trainer.stage_plan import (
+    Plan,
+    RunOptions,
+    plan_run,
+    resume_candidates,
+    settle_batches,
+    with_micro_batch_of,
+)
 
 EPILOG = """\
 examples:
@@ -28,6 +37,7 @@ examples:
 Every stage writes to OUT/stageN: checkpoints, log.jsonl, TensorBoard files and samples. Ctrl-C
 writes a checkpoint; the same command goes on from it.
 """
+REHEARSED_DEVICE = "h100"  # engine/plan.py's default; for `micro_batch: auto`
 MOST_REHEARSED = 65_536  # minutes: DeepSpeed lists every rank
 
 
@@ -103,6 +113,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def configure(options: argparse.Namespace) -> Config:
     """The configuration file with the command line's changes."""
     overrides = list(options.overrides)
+    if options.condition_on == "data":  # there is nothing to bank, unless it is asked for
+        overrides.insert(0, f"stages.{options.stage}.training.sample_bank=null")
     if options.condition_on:
         overrides.append(f"stages.{options.stage}.training.condition_on={options.condition_on}")
     if options.data is not None:
@@ -131,9 +143,43 @@ def main(arguments: list[str]) -> int:
 
 
 def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
-    """Everything that can be checked before devices, data or other ranks are touched."""
+    """Everything that can be checked before data or other ranks are touched."""
     config = configure(options)
-    return plan_run(config, run_options(options, config), ranks)
+    run = run_options(options, config)
+    if not asks_for_micro_batch(config, options.stage):
+        return plan_run(config, run, ranks)
+    resumed, _ = resume_candidates(run)
+    if resumed:  # where memory is another now, too: its batches are this run's
+        config = with_micro_batch_of(resumed[0], config, options.stage)
+        return plan_run(config, run, ranks)
+    with chatter_apart(is_main=ranks.is_main):
+        from engine.planning.micro_batch import device_memory_gb, settle_micro_batch
+
+        memory_gb = device_memory_gb(ranks.device)
+        config, note = settle_micro_batch(
+            config, options.stage, num_ranks=ranks.world_size, memory_gb=memory_gb
+        )
+    plan = plan_run(config, run, ranks)
+    plan.notes.insert(0, note)
+    return plan
+
+
+def asks_for_micro_batch(config: Config, stage_number: int) -> bool:
+    """Whether `micro_batch` of a stage that there is must be settled."""
+    stage = config.stages.get(stage_number)
+    return stage is not None and stage.training.micro_batch == "auto"
+
+
+@contextlib.contextmanager
+def chatter_apart(*, is_main: bool) -> Iterator[Console]:
+    """A console, while what libraries print goes to a file that nobody reads."""
+    console = Console(is_main=is_main)
+    with TemporaryDirectory() as folder:
+        try:
+            console.capture(Path(folder) / "chatter.log")
+            yield console
+        finally:
+            console.release()
 
 
 def run_options(options: argparse.Namespace, config: Config) -> RunOptions:
@@ -168,40 +214,46 @@ def rehearse(options: argparse.Namespace, ranks: Ranks) -> None:
             f"--rehearse {options.rehearse} plays all ranks in one process: start it with "
             "python engine/train.py, without a launcher"
         )
-    config = settle_for_rehearsal(options)
-    if options.rehearse > MOST_REHEARSED:
-        raise UserError(
-            f"--rehearse {options.rehearse}: at most {MOST_REHEARSED} GPUs can be played"
-        )
-    console = Console(is_main=True)
-    for name in ("resume", "previous", "max_steps", "profile"):
-        if getattr(options, name) not in (None, "auto"):
-            option = "--" + name.replace("_", "-")
-            console.say(f"note: {option} is not used: a rehearsal is one step from no checkpoint")
-    with TemporaryDirectory() as folder:
-        try:
-            console.capture(Path(folder) / "chatter.log")
-            from engine.trainer.rehearsal.rehearse import rehearse as rehearse_stage
-            from engine.trainer.rehearsal.report import report_lines
-            from engine.trainer.rehearsal.stand_ins import fake_job
-
-            with fake_job(options.rehearse) as played:
-                found = rehearse_stage(
-                    config,
-                    options.stage,
-                    played,
-                    data_asked=options.data is not None,
-                    say=console.say,
+    with chatter_apart(is_main=True) as console:
+        config = settle_for_rehearsal(options, say=console.say)
+        if options.rehearse > MOST_REHEARSED:
+            raise UserError(
+                f"--rehearse {options.rehearse}: at most {MOST_REHEARSED} GPUs can be played"
+            )
+        for name in ("resume", "previous", "max_steps", "profile"):
+            if getattr(options, name) not in (None, "auto"):
+                option = "--" + name.replace("_", "-")
+                console.say(
+                    f"note: {option} is not used: a rehearsal is one step from no checkpoint"
                 )
-            for line in report_lines(found):
-                console.say(line)
-        finally:
-            console.release()
+        from engine.trainer.rehearsal.rehearse import rehearse as rehearse_stage
+        from engine.trainer.rehearsal.report import report_lines
+        from engine.trainer.rehearsal.stand_ins import fake_job
+
+        with fake_job(options.rehearse) as played:
+            found = rehearse_stage(
+                config,
+                options.stage,
+                played,
+                data_asked=options.data is not None,
+                say=console.say,
+            )
+        for line in report_lines(found):
+            console.say(line)
 
 
-def settle_for_rehearsal(options: argparse.Namespace) -> Config:
+def settle_for_rehearsal(options: argparse.Namespace, *, say: Callable[[str], None]) -> Config:
     """The configuration as so many ranks run it; no checkpoint is looked for."""
     config = configure(options)
+    if asks_for_micro_batch(config, options.stage):
+        from engine.planning.devices import DEVICES
+        from engine.planning.micro_batch import settle_micro_batch
+
+        device = DEVICES[REHEARSED_DEVICE]
+        config, note = settle_micro_batch(
+            config, options.stage, num_ranks=options.rehearse, memory_gb=device.memory_gb
+        )
+        say(f"note: {note} (of an {device.title})")
     return settle_batches(config, run_options(options, config), options.rehearse)
 
 
@@ -224,7 +276,7 @@ def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
 
 def batch_lines(training: Training, ranks: Ranks) -> list[str]:
     """How the global batch comes about, and whose samples the norms' statistics are over."""
-    world_size, micro_batch = ranks.world_size, training.micro_batch
+    world_size, micro_batch = ranks.world_size, training.samples_per_pass
     num_accumulated = accumulation_steps(training, world_size)
     devices = _counted(world_size, "GPU" if ranks.device.type == "cuda" else "CPU")
     samples = _counted(micro_batch, "sample")

@@ -74,7 +74,7 @@ class _SharedFakes:
 
 class _SharedClips(RandomClips):
     def __init__(self, ranks: Ranks, config: Config, number: int) -> None:
-        batch = config.stages[number].training.micro_batch * ranks.world_size
+        batch = config.stages[number].training.samples_per_pass * ranks.world_size
         super().__init__(config, number, batch)
         self._ranks = ranks
 

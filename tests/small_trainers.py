@@ -59,5 +59,5 @@ def make(
         states = {n: build_generator(config, n).state_dict() for n in range(1, number)}
         builder.previous = PreviousStages(load_cascade(config, states, ranks.device), "")
     return builder.trainer(
-        clips or RandomClips(config, number, config.stages[number].training.micro_batch)
+        clips or RandomClips(config, number, config.stages[number].training.samples_per_pass)
     )

@@ -124,11 +124,9 @@ def test_training_of_the_paper_sized_files() -> None:
             assert (training.iterations, training.global_batch) == (iterations, 512)
             assert (training.generator_lr, training.discriminator_lr) == (1e-4, 5e-4)
             assert training.adam_betas == (0.0, 0.999)
-            assert (training.discriminator_steps, training.micro_batch) == (2, 4)
+            assert (training.discriminator_steps, training.micro_batch) == (2, "auto")
             assert (training.precision, training.zero_stage) == ("bf16", 1)
     assert load_config(CONFIGS / "bdd100k.yaml").data.num_classes is None
-    long = load_config(CONFIGS / "dvdgan.yaml", ["variant=frames48"])
-    assert long.stages[1].training.micro_batch == 1
 
 
 # --- Defaults, variants, overrides ----------------------------------------------------------
@@ -311,6 +309,8 @@ MISTAKES_IN_A_KEY = {
         "stages.1.training.iterations should be a valid integer (found nothing)",
     "stages.2.training.iterations=true":
         "stages.2.training.iterations should be a valid integer (found True)",
+    "training.micro_batch=0":
+        "stages.1.training.micro_batch: should be a whole number greater than 0, or auto (found 0)",
     "training.iterations=0": "stages.1.training.iterations should be greater than 0 (found 0)",
     "training.seed=-1":
         "stages.1.training.seed should be greater than or equal to 0 (found -1)",

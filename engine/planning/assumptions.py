@@ -31,8 +31,16 @@ class Assumptions:
         return (self.device.memory_gb - self.reserve_gb) * 1e9
 
 
+def reserve_gb(memory_gb: float) -> float:
+    """Of a device's memory, what is left to all but tensors where nobody says otherwise."""
+    return 2 + memory_gb / 20
+
+
 def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
-    """With a micro-batch no larger than a GPU's share, as train.py trains. Raises UserError."""
+    """With a micro-batch no larger than a GPU's share, as train.py trains; "auto" is left.
+
+    Raises UserError.
+    """
     if number not in config.stages:
         raise UserError(f"--stage {number}: {config.name} has stages 1 to {len(config.stages)}")
     batch, num_gpus = config.stages[number].training.global_batch, assumptions.num_gpus
@@ -43,11 +51,13 @@ def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
             f"--set stages.{number}.training.global_batch"
         )
     share_of(config, number, num_gpus)
-    config = share_among(config, number, num_gpus)
     training = config.stages[number].training
-    accumulation_steps(training, num_gpus)
-    if training.sample_bank is not None:
-        batches_per_rank(training.sample_bank, training, num_gpus)
+    if training.micro_batch != "auto":
+        config = share_among(config, number, num_gpus)
+        training = config.stages[number].training
+        accumulation_steps(training, num_gpus)
+        if training.sample_bank is not None:
+            batches_per_rank(training.sample_bank, training, num_gpus)
     assumptions.device.tflops(training.precision)
     if assumptions.limit_bytes <= 0:
         raise UserError(

@@ -53,8 +53,12 @@ def _compared(planner: Planner, assumed: Assumptions, config: Config, number: in
     # Of Kinetics-600: other data sets' networks have such sizes too, but not such costs.
     measured = config.name in MODELS_OF_TABLE_3
     paper = TABLE_3.get((stage.resolution, stage.num_frames)) if measured else None
-    samples = stage.training.micro_batch if paper is None else paper.samples_per_gpu
-    config = with_training(config, number, micro_batch=samples)
+    if paper is None:
+        config = planner.settled(config, number)
+        samples = config.stages[number].training.samples_per_pass
+    else:
+        samples = paper.samples_per_gpu
+        config = with_training(config, number, micro_batch=samples, sample_bank=None)
     memory = planner.memory(config, number)
     training = config.stages[number].training
     scaling = Scaling(training.zero_stage, assumed.num_gpus, accumulates=False)

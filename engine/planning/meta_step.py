@@ -90,7 +90,7 @@ class EmptyClips:
     def __init__(self, config: Config, number: int, device: torch.device) -> None:
         stage = config.stages[number]
         self._shape = stage.num_frames, stage.resolution, stage.resolution, 3
-        self._batch, self._device = stage.training.micro_batch, device
+        self._batch, self._device = stage.training.samples_per_pass, device
 
     def __next__(self) -> Clips:
         video = torch.zeros(self._batch, *self._shape, device=self._device)
@@ -223,7 +223,7 @@ class MetaStep:
                 run()
             parameter_bytes = live.now[PARAMETERS]
         sizes = [[p.numel() for p in network.parameters()] for network in self._networks]
-        return Step(self._training.micro_batch, *updates, parameter_bytes, *sizes)
+        return Step(self._training.samples_per_pass, *updates, parameter_bytes, *sizes)
 
     def _frozen(self) -> Cascade | None:
         """The stages before, on fixed statistics, where they make this one's windows."""

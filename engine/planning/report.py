@@ -35,7 +35,7 @@ def as_json(plan: Plan, compared: Sequence[Compared]) -> dict[str, Any]:
         "num_gpus": assumed.num_gpus,
         "samples_per_gpu": plan.share,
         "most_samples_per_pass": plan.most_samples,
-        "micro_batch": stage.training.micro_batch,
+        "micro_batch": stage.training.samples_per_pass,
         "precision": stage.training.precision,
         "device": asdict(assumed.device),
         "reserve_gb": assumed.reserve_gb,
@@ -68,7 +68,8 @@ def _heading(plan: Plan) -> str:
             f"{stage.num_frames} frames, {training.precision}; "
             f"{assumed.num_gpus} x {assumed.device.title} of {assumed.device.memory_gb:g} GB",
             f"batch {training.global_batch} = {gpus} x {plan.share} samples; "
-            f"configured: micro-batch {training.micro_batch}, ZeRO-{training.zero_stage}, "
+            f"configured: micro-batch {training.samples_per_pass}"
+            f"{' (auto)' if plan.is_auto else ''}, ZeRO-{training.zero_stage}, "
             f"checkpointing {training.checkpointing}",
             f"parameters: G {plan.generator_parameters / 1e6:.1f} M, "
             f"D {plan.discriminator_parameters / 1e6:.1f} M",
@@ -80,7 +81,7 @@ def _heading(plan: Plan) -> str:
 
 
 def _rows(plan: Plan) -> str:
-    micro_batch = plan.config.stages[plan.number].training.micro_batch
+    micro_batch = plan.config.stages[plan.number].training.samples_per_pass
     headers = [
         *("ZeRO", "checkpointing", "parameters", "optimizer", "gradients", "activations"),
         *("peak", "in", "|", "largest", "accumulated", "peak", "s/iteration", "days"),

@@ -1,6 +1,6 @@
 """A stage's peak memory for any micro-batch, from steps of two of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from engine.configuration import Config
@@ -58,13 +58,20 @@ class StageMemory:
             return low
         return low + -(-(high - low) * (micro_batch - below) // (above - below))
 
-    def largest(self, share: int, scaling: Scaling, limit_bytes: float) -> int | None:
-        """The largest micro-batch that fits and divides a rank's share of the batch, or None.
+    def largest(
+        self,
+        share: int,
+        scaling: Scaling,
+        limit_bytes: float,
+        among: Iterable[int] | None = None,
+    ) -> int | None:
+        """The largest micro-batch that fits, or None, among some of the divisors of a rank's share
+        of the batch, from the largest on; None: all of them.
 
         It has no more samples than `Step.most_samples`.
         """
         most_samples = self.step(share).most_samples
-        for micro_batch in divisors(share):
+        for micro_batch in divisors(share) if among is None else among:
             if micro_batch > most_samples:
                 continue
             spread = scaling._replace(accumulates=micro_batch < share)

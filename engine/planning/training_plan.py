@@ -7,6 +7,7 @@ from engine.configuration import Config
 from engine.models.activation_checkpointing import Checkpointing
 from engine.planning.assumptions import Assumptions, checked, share_of
 from engine.planning.meta_step import Step, run_step
+from engine.planning.micro_batch import largest_micro_batch
 from engine.planning.peak import Peak, Scaling
 from engine.planning.stage_memory import StageMemory, with_training
 from engine.planning.step_time import Seconds, Work, predict, work_of
@@ -50,6 +51,8 @@ class Plan:
     assumptions: Assumptions
     share: int
     """Samples of a GPU per update."""
+    is_auto: bool
+    """Whether the micro-batch was left to the planner."""
     most_samples: int
     """In one pass, so that no tensor has more values than 32 bits count."""
     generator_parameters: int
@@ -72,6 +75,8 @@ class Planner:
     def plan(self, config: Config, number: int) -> Plan:
         """Every ZeRO stage and way of checkpointing. Raises UserError."""
         config = checked(config, number, self._assumptions)
+        is_auto = config.stages[number].training.micro_batch == "auto"
+        config = self.settled(config, number)
         training = config.stages[number].training
         share = share_of(config, number, self._assumptions.num_gpus)
         memories = {
@@ -79,7 +84,7 @@ class Planner:
             for mode in MODES
         }
         for memory in memories.values():
-            for micro_batch in sorted({training.micro_batch, share}):
+            for micro_batch in sorted({training.samples_per_pass, share}):
                 memory.step(micro_batch)
         counted = memories["norms"].step(share)
         return Plan(
@@ -87,6 +92,7 @@ class Planner:
             number=number,
             assumptions=self._assumptions,
             share=share,
+            is_auto=is_auto,
             most_samples=counted.most_samples,
             generator_parameters=sum(counted.generator_sizes),
             discriminator_parameters=sum(counted.discriminator_sizes),
@@ -98,6 +104,17 @@ class Planner:
             ],
         )
 
+    def settled(self, config: Config, number: int) -> Config:
+        """With a number for `micro_batch: auto`, as train.py takes it; 1 where none fits."""
+        if config.stages[number].training.micro_batch != "auto":
+            return config
+        assumed = self._assumptions
+        share = share_of(config, number, assumed.num_gpus)
+        found = largest_micro_batch(
+            self.memory(config, number), share, assumed.num_gpus, assumed.limit_bytes
+        )
+        return with_training(config, number, micro_batch=found or 1)
+
     def memory(self, config: Config, number: int) -> StageMemory:
         """Which tells when it counts."""
 
@@ -107,7 +124,7 @@ class Planner:
                 training = config.stages[number].training
                 self._say(
                     f"counting a step of {config.name}, stage {number}: checkpointing "
-                    f"{training.checkpointing}, micro-batch {training.micro_batch}"
+                    f"{training.checkpointing}, micro-batch {training.samples_per_pass}"
                 )
                 self._steps[key] = run_step(config, number)
             return self._steps[key]
@@ -116,7 +133,7 @@ class Planner:
 
     def _row(self, memory: StageMemory, mode: str, zero_stage: int, share: int) -> Row:
         assumed, training = self._assumptions, memory.config.stages[memory.number].training
-        micro_batch = training.micro_batch
+        micro_batch = training.samples_per_pass
         scaling = Scaling(zero_stage, assumed.num_gpus, micro_batch < share)
         peak = memory.peak(micro_batch, scaling)
         fits = peak.total <= assumed.limit_bytes

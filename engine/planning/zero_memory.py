@@ -151,7 +151,8 @@ class ZeroMemory:
 
 
 def bucket_bytes(training: Training) -> int:
-    """B, as the trainer sets it."""
+    """B, as the trainer sets it, whatever the micro-batch."""
+    training = training.model_copy(update={"micro_batch": 1})
     settings = deepspeed_settings(training, world_size=1, accumulation_steps=1)
     return VALUE_BYTES * int(settings["zero_optimization"]["reduce_bucket_size"])
 

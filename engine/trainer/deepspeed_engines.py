@@ -45,8 +45,8 @@ def deepspeed_settings(
     """DeepSpeed's configuration, derived so that no JSON has to be kept beside ours."""
     offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_batch_size": training.micro_batch * accumulation_steps * world_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "train_batch_size": training.samples_per_pass * accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": training.samples_per_pass,
         "gradient_accumulation_steps": accumulation_steps,
         "zero_optimization": {
             "stage": training.zero_stage,

@@ -126,7 +126,7 @@ class StageBuilder:
             frame_stride=stage.frame_stride,
             resolution=self.config.resolution,
             view_resolution=stage.resolution,
-            batch_size=stage.training.micro_batch,
+            batch_size=stage.training.samples_per_pass,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             seed=self.seed(CLIPS),
@@ -148,7 +148,7 @@ class StageBuilder:
             self.number,
             latents_of=lambda batch: self.latents(derived_seed(BANK, *path, batch)),
             random=random,
-            batch_size=training.micro_batch,
+            batch_size=training.samples_per_pass,
             num_batches=batches_per_rank(training.sample_bank, training, self.ranks.world_size),
             refresh_every=training.sample_bank.refresh_every,
         )

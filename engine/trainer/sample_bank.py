@@ -37,14 +37,14 @@ def batches_per_rank(bank: SampleBank, training: Training, world_size: int) -> i
 
     Raises UserError when the videos are not a whole number of them, naming the nearest that are.
     """
-    videos_per_batch = world_size * training.micro_batch
+    videos_per_batch = world_size * training.samples_per_pass
     batches, remainder = divmod(bank.num_videos, videos_per_batch)
     if remainder:
         nearest = [str(n * videos_per_batch) for n in (batches, batches + 1) if n]
         processes = "1 process" if world_size == 1 else f"{world_size} processes"
         raise UserError(
             f"training.sample_bank.num_videos {bank.num_videos} must be a multiple of "
-            f"{videos_per_batch} ({processes} x micro_batch {training.micro_batch}); nearest: "
+            f"{videos_per_batch} ({processes} x micro_batch {training.samples_per_pass}); nearest: "
             f"{' or '.join(nearest)}"
         )
     return batches

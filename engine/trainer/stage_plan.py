@@ -83,31 +83,7 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
     if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
-    plan = Plan(config, options)
-    existing = step_folders(options.folder / CHECKPOINTS)
-    if options.resume == "auto":
-        for path in reversed(existing):
-            try:
-                plan.resume_from.append(open_checkpoint(path))
-            except UserError as error:
-                plan.unreadable.append(str(error))
-        if existing and not plan.resume_from:  # not a fresh start: the user should know
-            raise UserError(plan.unreadable[0])
-    elif options.resume == "none":
-        if existing:
-            raise UserError(
-                f"{options.folder} already holds checkpoints up to {existing[-1].name}: "
-                "use --resume auto to go on, or another --out to start anew"
-            )
-    else:
-        chosen = find_checkpoint(Path(options.resume), stage_number=number)
-        if existing and existing[-1].name > step_name(chosen.step):
-            # Two lines of training in one folder: --resume auto would go on with the other one.
-            raise UserError(
-                f"{options.folder} holds checkpoints up to {existing[-1].name}, newer than "
-                f"{chosen.path}: resume it with another --out, or remove the newer ones"
-            )
-        plan.resume_from = [chosen]
+    plan = Plan(config, options, *resume_candidates(options))
     for checkpoint in plan.resume_from[:1]:
         check_same_networks(config, checkpoint, options.config_name, resuming=True)
         if checkpoint.world_size != ranks.world_size:
@@ -132,7 +108,7 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     if options.previous and plan.previous is None:
         reason = "a resumed run keeps its own" if plan.resume_from else "no frozen stage is needed"
         plan.notes.append(f"--previous is not used: {reason}")
-    num_classes, batch = config.data.num_classes, stage.training.micro_batch
+    num_classes, batch = config.data.num_classes, stage.training.samples_per_pass
     if stage.discriminators.minibatch_stddev and num_classes and batch <= num_classes:
         met = 1 - (1 - 1 / num_classes) ** (batch - 1)
         plan.notes.append(
@@ -142,6 +118,49 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     if condition_on == "data" and (number == 1 or stage.joint):
         plan.notes.append("condition_on=data is not used: this stage upsamples no frozen one")
     return plan
+
+
+def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]:
+    """What `Plan.resume_from` and `Plan.unreadable` say.
+
+    Raises UserError where there is nothing to go on from, or something not to be lost.
+    """
+    existing = step_folders(options.folder / CHECKPOINTS)
+    if options.resume == "auto":
+        readable: list[Checkpoint] = []
+        unreadable: list[str] = []
+        for path in reversed(existing):
+            try:
+                readable.append(open_checkpoint(path))
+            except UserError as error:
+                unreadable.append(str(error))
+        if existing and not readable:  # not a fresh start: the user should know
+            raise UserError(unreadable[0])
+        return readable, unreadable
+    if options.resume == "none":
+        if existing:
+            raise UserError(
+                f"{options.folder} already holds checkpoints up to {existing[-1].name}: "
+                "use --resume auto to go on, or another --out to start anew"
+            )
+        return [], []
+    chosen = find_checkpoint(Path(options.resume), stage_number=options.stage_number)
+    if existing and existing[-1].name > step_name(chosen.step):
+        # Two lines of training in one folder: --resume auto would go on with the other one.
+        raise UserError(
+            f"{options.folder} holds checkpoints up to {existing[-1].name}, newer than "
+            f"{chosen.path}: resume it with another --out, or remove the newer ones"
+        )
+    return [chosen], []
+
+
+def with_micro_batch_of(checkpoint: Checkpoint, config: Config, number: int) -> Config:
+    """The configuration with the micro-batch that a resumed run has."""
+    training = config.stages[number].training
+    trained = checkpoint.config().stages[number].training
+    training = training.model_copy(update={"micro_batch": trained.micro_batch})
+    stage = config.stages[number].model_copy(update={"training": training})
+    return config.model_copy(update={"stages": config.stages | {number: stage}})
 
 
 def settle_batches(config: Config, options: RunOptions, world_size: int) -> Config:
@@ -160,7 +179,7 @@ def settle_batches(config: Config, options: RunOptions, world_size: int) -> Conf
     if training.sample_bank is not None:
         batches_per_rank(training.sample_bank, training, world_size)
     statistics = config.stages[number].discriminators.minibatch_stddev
-    if statistics and training.micro_batch == 1:  # perhaps by sharing among many ranks
+    if statistics and training.samples_per_pass == 1:  # perhaps by sharing among many ranks
         raise UserError(
             f"stages.{number}.discriminators.minibatch_stddev compares a rank's samples, but "
             f"global_batch {training.global_batch} leaves each of {world_size} processes one; use "

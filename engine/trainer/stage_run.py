@@ -48,6 +48,7 @@ class Ended(NamedTuple):
 def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Ended:
     """Train to the last step or to a signal. Ranks must be connected."""
     check_shared(plan.options.folder, ranks)
+    _check_same_micro_batch(plan, ranks)
     stage = plan.config.stages[plan.options.stage_number]
     facts = describe(index, plan.config.data, stage.num_source_frames)
     for checkpoint in (*plan.resume_from[:1], plan.previous):
@@ -69,6 +70,18 @@ def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> 
         return run.train()
     finally:
         loader.close()
+
+
+def _check_same_micro_batch(plan: Plan, ranks: Ranks) -> None:
+    """UserError where "auto" came to another number elsewhere: ranks would wait for each other."""
+    number = plan.options.stage_number
+    own = plan.config.stages[number].training.samples_per_pass
+    least, most = -ranks.largest(-own), ranks.largest(own)
+    if least != most:
+        raise UserError(
+            f"micro_batch: auto is {least} on some ranks and {most} on others, whose devices have "
+            f"more memory; use --set stages.{number}.training.micro_batch={least}"
+        )
 
 
 def _freeze_previous(plan: Plan, builder: StageBuilder, console: Console) -> None:
@@ -100,7 +113,7 @@ def _put_previous(path: Path, plan: Plan, builder: StageBuilder, console: Consol
             plan.config,
             plan.previous,
             builder.latents(builder.seed(STATISTICS)),
-            batch_size=training.micro_batch,
+            batch_size=training.samples_per_pass,
             num_passes=training.norm_statistics_passes,
         )
     if plan.resume_from:
@@ -119,10 +132,10 @@ def _snapshots(plan: Plan, builder: StageBuilder, index: VideoIndex) -> Snapshot
         with contextlib.closing(builder.loader(index)) as loader:
             reals = Reals(loader, plan.config, builder.number)
             fakes = builder.fakes(latents, reals)
-            inputs = fakes.draw(stage.training.micro_batch)
+            inputs = fakes.draw(stage.training.samples_per_pass)
     else:
         fakes = builder.fakes(latents, None)
-        inputs = fakes.draw(stage.training.micro_batch)
+        inputs = fakes.draw(stage.training.samples_per_pass)
     return Snapshots(
         fakes,
         inputs,

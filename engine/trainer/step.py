@@ -156,7 +156,7 @@ class Trainer:
         return self._fakes.run(self.g_engine, self._draw())
 
     def _draw(self) -> Inputs:
-        return self._fakes.draw(self._training.micro_batch)
+        return self._fakes.draw(self._training.samples_per_pass)
 
     def _judged(self, batch: Fake | Real) -> tuple[Tensor | None, ...]:
         """The discriminators' arguments: the batch, and the frames the spatial one looks at."""

@@ -55,7 +55,7 @@ def measure_real_windows(builder: StageBuilder, index: VideoIndex) -> WindowFigu
     if stage.num_frames < 2:
         return None
     period = config.upsampling(number).frame_step if number > 1 else 1
-    num_batches = -(-_NUM_REAL // stage.training.micro_batch)
+    num_batches = -(-_NUM_REAL // stage.training.samples_per_pass)
     with contextlib.closing(builder.loader(index)) as loader:
         reals = Reals(loader, config, number)
         batches = [reals.next() for _ in range(num_batches)]

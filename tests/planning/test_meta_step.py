@@ -93,7 +93,7 @@ def test_reused_fakes_cost_a_pass_of_g_and_of_frozen_stages_less(tiny: Tiny) -> 
     (_, generated), (frozen, forward) = flops
     assert frozen == 0
     config = tiny.config()
-    one_pass = config.stages[2].training.micro_batch * count_forward(config, 2).generator * 1e9
+    one_pass = config.stages[2].training.samples_per_pass * count_forward(config, 2).generator * 1e9
     assert generated - forward == pytest.approx(one_pass, rel=1e-9)
 
 

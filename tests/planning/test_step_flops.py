@@ -56,15 +56,16 @@ def test_frozen_stages() -> None:
     clip, frame = 2.7343, 2 * 32**2 * kernels_of_frame / 1e12
     bank = "stages.{}.training.sample_bank={{num_videos: 65_536, refresh_every: 1000}}".format
     share = 65_536 / 1000 / 512
-    kinetics = load_config(CONFIGS / "kinetics600.yaml")
+    anew = "stages.{}.training.sample_bank=null".format
+    kinetics = load_config(CONFIGS / "kinetics600.yaml", [anew(2)])
     assert count_frozen(kinetics, 2) == pytest.approx(3 * (clip - 19 * frame), rel=1e-4)
     banked = load_config(CONFIGS / "kinetics600.yaml", [bank(2)])
     assert count_frozen(banked, 2) == pytest.approx(share * clip, rel=1e-4)
     # Stage 3's windows are of a video that stage 2 makes of a window.
     video = clip - 19 * frame + 0.3777
-    config = load_config(CONFIGS / "bdd100k.yaml")
+    config = load_config(CONFIGS / "bdd100k.yaml", [anew(3)])
     assert count_frozen(config, 3) == pytest.approx(3 * video, rel=1e-4)
-    reused = load_config(CONFIGS / "bdd100k.yaml", ["training.reuse_fakes=true"])
+    reused = load_config(CONFIGS / "bdd100k.yaml", [anew(3), "training.reuse_fakes=true"])
     assert count_frozen(reused, 3) == pytest.approx(2 * video, rel=1e-4)
     banked = load_config(CONFIGS / "bdd100k.yaml", [bank(3)])
     assert count_frozen(banked, 3) == pytest.approx(share * video, rel=1e-4)
@@ -80,7 +81,7 @@ def test_a_step_counts_whole_videos_for_a_bank_only(bank: str) -> None:
     ]
     config = load_config(CONFIGS / "sample.yaml", keys)
     update = MetaStep(config, 2).run().updates["D"]
-    counted = update.flops[FROZEN] / config.stages[2].training.micro_batch / 1e12
+    counted = update.flops[FROZEN] / config.stages[2].training.samples_per_pass / 1e12
     videos = 3.0 if bank == "null" else 64 / 8 / config.stages[2].training.global_batch
     assert counted == pytest.approx(count_frozen(config, 2) / videos, rel=1e-6)
 

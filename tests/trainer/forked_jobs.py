@@ -60,7 +60,7 @@ def share(config_file: str, *runs: dict[str, Any]) -> None:
             trainer = make_sharing(ranks, config, run["stage"])
         division = divided_one_by_one() if run["one_by_one"] else contextlib.nullcontext()
         before = whole_weights(trainer, training.zero_stage, keep=ranks.is_main)
-        with frames_shared(ranks, training.micro_batch), division:
+        with frames_shared(ranks, training.samples_per_pass), division:
             measures = [trainer.train_step() for _ in range(2)]
         weights = whole_weights(trainer, training.zero_stage, keep=ranks.is_main)
         if ranks.is_main:

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     with fake_job(int(num_ranks)) as ranks:
         for arguments in json.loads(Path(file).read_text()):
             options = parse([*arguments, "--rehearse", num_ranks])
-            config = settle_for_rehearsal(options)
+            config = settle_for_rehearsal(options, say=lambda line: None)
             asked = options.data is not None
             found = rehearse(config, options.stage, ranks, data_asked=asked, say=lambda line: None)
             results.append(

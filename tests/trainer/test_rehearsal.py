@@ -286,7 +286,10 @@ KINETICS = ("--config", str(REPOSITORY / "configs/kinetics600.yaml"), "--stage",
         (("--rehearse", "1024"), "training.global_batch 512"),
         (("--rehearse", "2000000000"), "nearest that work: global_batch 2000000000"),
         (
-            ("--rehearse", "131072", "--set", "stages.2.training.global_batch=131072"),
+            (
+                *("--rehearse", "131072", "--set", "stages.2.training.global_batch=131072"),
+                *("--set", "stages.2.training.sample_bank=null"),
+            ),
             "--rehearse 131072: at most 65536 GPUs can be played",
         ),
         (("--rehearse", "8", "--stage", "3"), "--stage 3: "),

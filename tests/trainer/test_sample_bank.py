@@ -70,7 +70,7 @@ class Stage:
         return self.builder.bank(torch.Generator().manual_seed(seed))
 
     def trainer(self) -> Trainer:
-        batch = self.config.stages[self.number].training.micro_batch
+        batch = self.config.stages[self.number].training.samples_per_pass
         return self.builder.trainer(RandomClips(self.config, self.number, batch))
 
     @torch.no_grad()

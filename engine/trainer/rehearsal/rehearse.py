@@ -82,7 +82,7 @@ def rehearse(
     builder = StageBuilder(config, number, ranks, facts)
     loader = replace(builder, config=_any_decoder(config)).loader(source.index)
     shares = share_epoch(
-        loader.sampler, world_size=ranks.world_size, micro_batch=training.micro_batch
+        loader.sampler, world_size=ranks.world_size, micro_batch=training.samples_per_pass
     )
     clips = _ClipShapes(loader, config, number)
     with ShapesOnly():
@@ -125,7 +125,7 @@ class _ClipShapes:
 
     def __init__(self, loader: ClipLoader, config: Config, number: int) -> None:
         stage = config.stages[number]
-        batch, side = stage.training.micro_batch, stage.resolution
+        batch, side = stage.training.samples_per_pass, stage.resolution
         self._loader = loader
         self._shape_BTHWC = (batch, stage.num_frames, side, side, 3)
 
@@ -172,7 +172,7 @@ def _one_micro_batch(builder: StageBuilder) -> StageBuilder:
     Without `NOT_REHEARSED`, none of which changes a partition or a file.
     """
     training = builder.config.stages[builder.number].training
-    global_batch = training.micro_batch * builder.ranks.world_size
+    global_batch = training.samples_per_pass * builder.ranks.world_size
     settings = {"global_batch": global_batch} | NOT_REHEARSED
     return replace(builder, config=_changed(builder.config, builder.number, **settings))
 

@@ -33,11 +33,11 @@ def _batch(found: Rehearsal) -> Iterator[str]:
         f"ZeRO-{training.zero_stage}"
     )
     yield (
-        f"batch: {training.global_batch} = {_ranks(found.world_size)} x {training.micro_batch} "
-        f"samples x {found.num_accumulated} accumulated"
+        f"batch: {training.global_batch} = {_ranks(found.world_size)} x "
+        f"{training.samples_per_pass} samples x {found.num_accumulated} accumulated"
     )
     sharing = found.world_size if training.synchronized_norms else 1
-    yield f"norm statistics: over {training.micro_batch * sharing} samples"
+    yield f"norm statistics: over {training.samples_per_pass * sharing} samples"
 
 
 def _data(found: Rehearsal) -> Iterator[str]:
