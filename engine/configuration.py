@@ -171,6 +171,8 @@ class Training(Section):
     log_every: PositiveInt = 10
     sample_every: PositiveInt = 1000
     checkpoint_every: PositiveInt = 1000
+    checkpoint_minutes: PositiveFloat | None = None
+    """Also after so many minutes; an iteration is finished first."""
     keep_checkpoints: PositiveInt = 3
 
     @property

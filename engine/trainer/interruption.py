@@ -1,11 +1,14 @@
-"""Ctrl-C, SIGTERM (SLURM's preemption): finish the step, write a checkpoint, then stop."""
+"""Ctrl-C, SIGTERM (SLURM's preemption): finish the micro-batch, write a checkpoint, then stop."""
 
+import math
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 from types import FrameType
+
+from engine.trainer.ranks import Ranks
 
 
 class Interruption:
@@ -21,6 +24,44 @@ class Interruption:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
+
+
+class Agreement:
+    """What all ranks do at the same time: stop, because a signal reached one of them, or save,
+    because rank 0's clock says so. Its questions are collective."""
+
+    def __init__(self, ranks: Ranks, save_every_minutes: float | None) -> None:
+        self._ranks = ranks
+        self._interruption = Interruption()
+        self._save_every_seconds = 60 * (save_every_minutes or math.inf)
+        self._saved = time.monotonic()
+        self._num_asked, self._ask_every = 0, 1
+        self.signal = 0
+        """What the ranks have agreed to stop for; 0 before."""
+        self.save_is_due = False
+        """As of the last question."""
+
+    def goes_on(self) -> bool:
+        """Whether nothing has asked for the end, between micro-batches: most answers are free."""
+        self._num_asked += 1
+        return self._num_asked % self._ask_every != 0 or not self.told_to_stop()
+
+    def told_to_stop(self) -> bool:
+        """Whether a signal has reached any rank."""
+        is_due = time.monotonic() - self._saved > self._save_every_seconds
+        found = self._ranks.largest(2 * self._interruption.signal + int(is_due))
+        self.signal, self.save_is_due = found // 2, found % 2 == 1 or found > 1
+        return self.signal > 0
+
+    def step_took(self, seconds: float, num_micro_batches: int) -> None:
+        """From now on ranks talk about once a second, by the slowest one's time."""
+        if self._ranks.world_size > 1:
+            slowest = self._ranks.largest(int(1000 * seconds)) / 1000
+            self._ask_every = max(1, int(num_micro_batches / max(slowest, 1e-3)))
+
+    def saved(self) -> None:
+        """A checkpoint has been written."""
+        self._saved, self.save_is_due = time.monotonic(), False
 
 
 def follow_launcher() -> None:

@@ -6,7 +6,7 @@ variables of its own. Without any of them the process is a job of one.
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -26,6 +26,8 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    _hosts: list[dist.ProcessGroup] = field(default_factory=list, compare=False, repr=False)
+    """Beside NCCL's group one of gloo's, once connected: what hosts agree on waits for no GPU."""
 
     @property
     def is_main(self) -> bool:
@@ -83,6 +85,8 @@ class Ranks:
             timeout=timedelta(hours=1),
             verbose=False,
         )
+        if self.device.type == "cuda" and self.world_size > 1:
+            self._hosts.append(dist.new_group(backend="gloo"))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -93,8 +97,8 @@ class Ranks:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
-        cell = torch.tensor([value], device=self.device)
-        dist.broadcast(cell, src=0)
+        cell = torch.tensor([value])
+        dist.broadcast(cell, src=0, group=self._host_group)
         return int(cell.item())
 
     def any(self, flag: bool) -> bool:
@@ -105,9 +109,13 @@ class Ranks:
         """The largest of all ranks' values. Collective."""
         if self.world_size == 1:
             return value
-        cell = torch.tensor([value], device=self.device)
-        dist.all_reduce(cell, op=dist.ReduceOp.MAX)
+        cell = torch.tensor([value])
+        dist.all_reduce(cell, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(cell.item())
+
+    @property
+    def _host_group(self) -> dist.ProcessGroup | None:
+        return self._hosts[0] if self._hosts else None
 
     def first_failure(self, exit_code: int) -> int | None:
         """None when no rank failed before this one; else the exit code of the first that did.

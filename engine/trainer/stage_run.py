@@ -11,7 +11,7 @@ from engine.models.construction import compute_dtype
 from engine.trainer.acceleration import accelerate
 from engine.trainer.checkpoints import CHECKPOINTS, PARTIAL, PREVIOUS, step_name
 from engine.trainer.console import Console
-from engine.trainer.interruption import Interruption
+from engine.trainer.interruption import Agreement
 from engine.trainer.logbook import Logbook, memory_megabytes
 from engine.trainer.networks import SAMPLES, STATISTICS, StageBuilder
 from engine.trainer.previous import (
@@ -26,7 +26,7 @@ from engine.trainer.run_state import apply_optimizer_settings, load_run, save_ru
 from engine.trainer.shared_folder import check_shared
 from engine.trainer.snapshots import Snapshots
 from engine.trainer.stage_plan import Plan, needs_previous
-from engine.trainer.step import Trainer
+from engine.trainer.step import StepStoppedError, Trainer
 from engine.trainer.waits import Waits
 from engine.trainer.window_figures import measure_real_windows
 from engine.video.dataset import describe, untrained_classes
@@ -165,9 +165,8 @@ class _Run:
         self._training = self._stage.training
         self._folder = plan.options.folder
         self._checkpoints = self._folder / CHECKPOINTS
-        self._interruption = Interruption()
+        self._agreement = Agreement(self._ranks, self._training.checkpoint_minutes)
         self._resumed: Path | None = None
-        self._signal = 0  # what the ranks have agreed to stop for
 
     def resume(self) -> None:
         """Load the newest undamaged checkpoint, if there is one to resume from."""
@@ -208,13 +207,20 @@ class _Run:
         waits = Waits(self._config.data.num_threads)
         while trainer.step < last_step:
             step_began, had_waited = time.monotonic(), trainer.seconds_waited
-            measures = profile.train_step() if profile else trainer.train_step()
-            step = trainer.step
-            waits.add(trainer.seconds_waited - had_waited, time.monotonic() - step_began)
+            try:
+                measures = (profile or trainer).train_step(self._agreement.goes_on)
+            except StepStoppedError:
+                checkpoint = self._checkpoints / step_name(trainer.step)
+                if not checkpoint.exists():  # one of this step lacks a part of an iteration
+                    checkpoint = self._save()
+                break
+            step, seconds = trainer.step, time.monotonic() - step_began
+            waits.add(trainer.seconds_waited - had_waited, seconds)
+            self._agreement.step_took(seconds, trainer.num_micro_batches)
             progress.update(step, measures, note=waits.shown)
             if remedy := waits.remedy():
                 self._console.say(remedy)
-            stopping = step == last_step or self._told_to_stop()
+            stopping = step == last_step or self._agreement.told_to_stop()
             sampled = step % training.sample_every == 0
             now = time.monotonic()
             samples = self._snapshots.generate(trainer) if sampled or stopping else None
@@ -228,7 +234,7 @@ class _Run:
                 began, began_step, began_waits = now, step, trainer.seconds_waited
             if logbook and samples is not None:
                 self._snapshots.write(step, samples, logbook)
-            if step % training.checkpoint_every == 0 or stopping:
+            if step % training.checkpoint_every == 0 or self._agreement.save_is_due or stopping:
                 checkpoint = self._save()
             if stopping:
                 break
@@ -240,23 +246,20 @@ class _Run:
         return self._interrupted(checkpoint) if trainer.step < last_step else Ended(checkpoint)
 
     def _save(self) -> Path:
-        return save_run(
+        checkpoint = save_run(
             self._trainer,
             self._builder,
             folder=self._checkpoints,
             keep=self._training.keep_checkpoints,
         )
-
-    def _told_to_stop(self) -> bool:
-        """Whether a signal reached any rank. Collective: all stop at one step, with one code."""
-        self._signal = self._ranks.largest(self._interruption.signal)
-        return self._signal > 0
+        self._agreement.saved()
+        return checkpoint
 
     def _interrupted(self, checkpoint: Path) -> Ended:
         # Another --resume would be refused, now that this folder holds the newer checkpoint.
         changed = "" if self._options.resume == "auto" else " with --resume auto"
         self._console.say(f"interrupted: saved {checkpoint}; the same command{changed} goes on")
-        return Ended(checkpoint, self._signal)
+        return Ended(checkpoint, self._agreement.signal)
 
     def _fill_bank(self) -> bool:
         """Draw all that step's bank holds: here, so that the time is not the first step's.
@@ -275,7 +278,7 @@ class _Run:
 
         def goes_on(num_drawn: int) -> bool:
             progress.update(num_drawn)
-            return not self._told_to_stop()
+            return not self._agreement.told_to_stop()
 
         filled = bank.advance(self._trainer.step, goes_on)
         progress.close()

@@ -5,6 +5,7 @@ is in `Trainer.state_dict` or in the two engines' own checkpoints.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -25,6 +26,14 @@ from engine.transfers import to_device
 
 class NonFiniteError(RuntimeError):
     """A loss, gradient or weight is no longer a number; names stage, step and tensor."""
+
+
+class StepStoppedError(Exception):
+    """An iteration ended before its end, because it was asked to; the trainer can be saved."""
+
+
+def _always() -> bool:
+    return True
 
 
 class Trainer:
@@ -57,33 +66,51 @@ class Trainer:
         self._random = random
         self._accumulation_steps = accumulation_steps
         self._kept_fake: Fake | None = None  # between the last D update and G's, if reuse_fakes
+        # Of the iteration at hand: the measures of its D updates that are done, and where random
+        # numbers and clips stood when the update at hand began, if it was stopped.
+        self._d_updates: list[dict[str, Tensor]] = []
+        self._stopped_at: dict[str, Any] | None = None
+        self._goes_on: Callable[[], bool] = _always
         zero_stage = stage.training.zero_stage
         self._g_update = EngineUpdate(g_engine, zero_stage)
         self._d_update = EngineUpdate(d_engine, zero_stage)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of an iteration."""
+        return self._accumulation_steps * (self._training.discriminator_steps + 1)
 
     @property
     def seconds_waited(self) -> float:
         """How long this rank has waited for real clips."""
         return self._reals.seconds_waited
 
-    def train_step(self) -> dict[str, float]:
+    def train_step(self, goes_on: Callable[[], bool] = _always) -> dict[str, float]:
         """One iteration (paper): `discriminator_steps` D updates and one G update.
 
         Returns measures averaged over the D updates, the micro-batches and all ranks.
-        Raises NonFiniteError, on every rank, when one of them is not a number.
+        `goes_on` is asked before every micro-batch; its answers must be the same on all ranks.
+
+        Raises StepStoppedError after a no. What is saved then is the beginning of the update at
+        hand: a resumed run does that update again. This trainer trains no more, since a part of
+        the gradients stays in the engines.
+        Raises NonFiniteError, on every rank, when a measure is not a number.
         """
         if self.bank is not None:
             self.bank.advance(self.step)
+        self._goes_on = goes_on
         # All of them are kept, not the last one's: ZeRO skips an update whose gradient is not
         # finite, and nothing else would tell.
-        num_first = self._training.discriminator_steps - 1
-        d_updates = [self.d_step() for _ in range(num_first)]
-        d_updates.append(self.d_step(keep_fakes=self._training.reuse_fakes))
+        while len(self._d_updates) < self._training.discriminator_steps:
+            is_last = len(self._d_updates) == self._training.discriminator_steps - 1
+            keep_fakes = is_last and self._training.reuse_fakes
+            self._d_updates.append(self._update(self.d_step, keep_fakes=keep_fakes))
         measures = {
-            name: torch.stack([update[name] for update in d_updates]).mean()
-            for name in d_updates[0]
+            name: torch.stack([update[name] for update in self._d_updates]).mean()
+            for name in self._d_updates[0]
         }
-        measures |= self.g_step()
+        measures |= self._update(self.g_step)
+        self._d_updates = []
         if self.average is not None:
             self.average.update(self.g_engine.module)
         self.step += 1
@@ -99,6 +126,7 @@ class Trainer:
         """
         measures = Means()
         for _ in range(self._accumulation_steps):
+            self._ask()
             real = self._reals.next()
             if keep_fakes:
                 self._kept_fake = self._generated()
@@ -127,6 +155,7 @@ class Trainer:
         measures = Means()
         with frozen(self.d_engine.module):
             for _ in range(self._accumulation_steps):
+                self._ask()
                 fake = self._generated() if self._kept_fake is None else self._kept_fake
                 self._kept_fake = None
                 scores = self.d_engine.module(*self._judged(fake))
@@ -139,17 +168,37 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What the step changes on this rank, besides the two engines."""
-        return {
-            "step": self.step,
-            "random": self._random.get_state(),
-            "reals": self._reals.state_dict(),
-        }
+        done = [{name: value.item() for name, value in d.items()} for d in self._d_updates]
+        return {"step": self.step, "d_updates": done, **(self._stopped_at or self._position())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self.step = state["step"]
+        device = self.g_engine.device
+        self._d_updates = [
+            {name: torch.tensor(value, device=device) for name, value in done.items()}
+            for done in state.get("d_updates", [])  # earlier versions stopped between iterations
+        ]
         self._random.set_state(state["random"])
         self._reals.load_state_dict(state["reals"])
+
+    def _position(self) -> dict[str, Any]:
+        """Of what the step draws from."""
+        return {"random": self._random.get_state(), "reals": self._reals.state_dict()}
+
+    def _update(self, run: Callable[..., dict[str, Tensor]], **options: bool) -> dict[str, Tensor]:
+        """Run an update; stopped, it has not begun."""
+        began_at = self._position()
+        try:
+            return run(**options)
+        except StepStoppedError:
+            self._stopped_at = began_at
+            raise
+
+    def _ask(self) -> None:
+        """Before a micro-batch. Where G judges what D was shown, nothing comes between them."""
+        if self._kept_fake is None and not self._goes_on():
+            raise StepStoppedError
 
     def _generated(self) -> Fake:
         """With gradients to G's weights."""

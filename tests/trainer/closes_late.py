@@ -6,6 +6,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from engine.command_line import run
 from engine.train import main
@@ -15,9 +16,9 @@ from engine.trainer.step import Trainer
 train_step = Trainer.train_step
 
 
-def step_and_signal(self: Trainer) -> dict[str, float]:
+def step_and_signal(self: Trainer, goes_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
     os.kill(os.getpid(), signal.SIGTERM)
-    return train_step(self)
+    return train_step(self, goes_on)
 
 
 def close_late(self: Logbook) -> None:

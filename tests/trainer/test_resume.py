@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -247,8 +248,8 @@ def test_a_command_that_would_start_anew_is_not_the_one_that_goes_on(
 ) -> None:
     train_step = Trainer.train_step
 
-    def step_and_signal(trainer: Trainer) -> dict[str, float]:
-        measures = train_step(trainer)
+    def step_and_signal(trainer: Trainer, goes_on: Callable[[], bool]) -> dict[str, float]:
+        measures = train_step(trainer, goes_on)
         os.kill(os.getpid(), signal.SIGINT)
         return measures
 

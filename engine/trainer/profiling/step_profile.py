@@ -17,6 +17,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ class StepProfile:
         self._step = -1
         self._profiler: profile | None = None
 
-    def train_step(self) -> dict[str, float]:
-        """The next step, looked at if it is its turn."""
+    def train_step(self, goes_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
+        """The next step, looked at if it is its turn; `goes_on` is asked where it is not."""
         self._step += 1
         if self._step == _PLAIN:
             began = time.perf_counter()
@@ -65,7 +66,7 @@ class StepProfile:
             return self._counted_step()
         if _WARM_UP <= self._step < NUM_STEPS_BEFORE + self._num_steps:
             return self._profiled_step()
-        return self._trainer.train_step()
+        return self._trainer.train_step(goes_on)
 
     def close(self) -> None:
         """Give up a profile that has not come to its end."""
