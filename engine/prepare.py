@@ -38,7 +38,7 @@ example:
 UCF101 as unpacked, its first training split:
   python engine/prepare.py UCF-101 --annotations ucfTrainTestlist/trainlist01.txt --out ucf101.jsonl
 
-small copies that one or two cores decode for a GPU, for a cascade that ends at 128x128; train with
+small copies, which a core can decode for a GPU, for a cascade that ends at 128x128; train with
 --data small/index.jsonl:
   python engine/prepare.py videos/kinetics600/train --transcode small --size 128 \\
       --out small/index.jsonl --workers 16

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -23,7 +23,7 @@ def run_all(
     items: Mapping[str, _Item],
     num_workers: int,
     start: Callable[[], None] | None = None,
-) -> Iterator[tuple[str, _Result | None]]:
+) -> Generator[tuple[str, _Result | None], None, None]:
     """Each item's name and what `work` returns for it, as it comes; None if it ends its process.
 
     `num_workers` processes work, each after it has called `start`, which is a module's function as

@@ -16,6 +16,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -264,16 +265,23 @@ def _verdicts(job: _Job, todo: list[VideoEntry]) -> Iterator[tuple[VideoEntry, d
         aside = unfinished / f"{os.getpid()}-{number}"
         items[entry.path] = _Item(job.sources.root / entry.path, entry, aside)
     work = functools.partial(_verdict, job.codec, job.size)
-    for name, verdict in run_all(work, items, job.num_workers, start_worker):
-        if verdict is None:
-            verdict = {"reason": "crashes the decoder or the encoder"}
-        elif "reason" not in verdict:
-            verdict["path"] = job.copy_path(name)
-            with writing(job.folder / verdict["path"]):
-                (job.folder / verdict["path"]).parent.mkdir(parents=True, exist_ok=True)
-                items[name].unfinished.replace(job.folder / verdict["path"])
-        yield entries[name], verdict
-    remove_folder(unfinished)
+    try:
+        with closing(run_all(work, items, job.num_workers, start_worker)) as verdicts:
+            for name, verdict in verdicts:
+                if verdict is None:
+                    verdict = {"reason": "crashes the decoder or the encoder"}
+                elif "reason" not in verdict:
+                    verdict["path"] = job.copy_path(name)
+                    _put_in_place(items[name].unfinished, job.folder / verdict["path"])
+                yield entries[name], verdict
+    finally:
+        remove_folder(unfinished)  # a full disk has use for the space
+
+
+def _put_in_place(unfinished: Path, copy: Path) -> None:
+    with writing(copy):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.replace(copy)
 
 
 def _verdict(codec: Codec, size: int, item: _Item) -> dict[str, Any]:
