@@ -25,6 +25,7 @@ from engine.errors import UserError
 from engine.video import copying, transcoding
 from engine.video.containers import RejectedError
 from engine.video.copying import copy_video
+from engine.video.decoder_choice import obstacle
 from engine.video.encoding import Codec
 from engine.video.index import VideoIndex, load_rejects
 from engine.video.inspection import VideoFacts
@@ -68,7 +69,8 @@ def test_frames_keep_their_numbers(codec: Codec, tmp_path: Path) -> None:
     assert VideoIndex.load(tmp_path / "small" / "index.jsonl") == copies.index
     for number, entry in enumerate(copies.index.entries):
         assert (entry.codec, entry.num_frames, entry.fps) == (codec, 40, 25)
-        assert (entry.width, entry.height, entry.pixel_format[-3:]) == (48, 32, "20p")
+        assert (entry.width, entry.height) == (48, 32)
+        assert obstacle(entry, "dali-gpu") == obstacle(entry, "dali-cpu") == ""
         numbers = [read_number(frame) for frame in decode_all(copies.index.path(number))]
         assert numbers == list(range(40))
 
