@@ -52,6 +52,32 @@ Run again with the same options, it copies only what is new or changed.
 
 def main(arguments: list[str]) -> None:
     """Parse, index, summarise."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    judging: dict[str, Any] = {
+        "annotations": options.annotations,
+        "classes": options.classes,
+        "num_workers": options.workers,
+        "say": lambda line: print(f"note: {line}"),
+    }
+    if options.transcode is None:
+        print(summary(*build_index(options.folder, options.out, **judging), options.out))
+        return
+    from engine.video.transcoding import build_copies  # late: it brings torch, which is slow
+
+    codec = options.codec or DEFAULT_CODEC
+    made = build_copies(
+        options.folder, options.out, options.transcode, size=options.size, codec=codec, **judging
+    )
+    entries = made.index.entries
+    megabytes = sum(entry.size_bytes for entry in entries) / 1e6
+    print(f"copied    {made.num_made} videos, {len(entries) - made.num_made} were there already")
+    print(summary(made.index, made.rejects, options.out))
+    print(f"copies    {options.transcode}, {megabytes:.1f} MB")
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "", EPILOG)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of videos")
     parser.add_argument(
@@ -96,28 +122,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--codec", choices=tuple(ENCODINGS), help=f"of the copies (default: {DEFAULT_CODEC})"
     )
-    options = parser.parse_args(arguments)
-    _check(parser, options)
-    judging: dict[str, Any] = {
-        "annotations": options.annotations,
-        "classes": options.classes,
-        "num_workers": options.workers,
-        "say": lambda line: print(f"note: {line}"),
-    }
-    if options.transcode is None:
-        print(summary(*build_index(options.folder, options.out, **judging), options.out))
-        return
-    from engine.video.transcoding import build_copies  # late: it brings torch, which is slow
-
-    codec = options.codec or DEFAULT_CODEC
-    made = build_copies(
-        options.folder, options.out, options.transcode, size=options.size, codec=codec, **judging
-    )
-    entries = made.index.entries
-    megabytes = sum(entry.size_bytes for entry in entries) / 1e6
-    print(f"copied    {made.num_made} videos, {len(entries) - made.num_made} were there already")
-    print(summary(made.index, made.rejects, options.out))
-    print(f"copies    {options.transcode}, {megabytes:.1f} MB")
+    return parser
 
 
 def _check(parser: ArgumentParser, options: argparse.Namespace) -> None:

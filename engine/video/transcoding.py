@@ -6,17 +6,20 @@ Windows of the copies cost a fraction of the sources' CPU time. The folder of co
     .copies.jsonl            what the copies are of, and with which settings they were made
     .source.jsonl            the index of the sources
     .unfinished/             what is being written
+    .lock                    held by the run that writes
 
 A copy is written to `.unfinished`, checked, renamed into place and only then listed in
 `.copies.jsonl`: an interrupted run goes on where it stopped, and makes anew whose source has
 another content or whose own file is not the one that was listed.
 """
 
+import errno
+import fcntl
 import functools
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +45,8 @@ from engine.video.reasons import by_kind
 
 _FORMAT, _VERSION = "ssw-gan video copies", 1
 _JOURNAL, _SOURCES, _UNFINISHED = ".copies.jsonl", ".source.jsonl", ".unfinished"
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some clusters' file systems
 _LONGEST_NAME = 255  # bytes, of Linux's file systems
 _FIELDS = {field.name for field in fields(VideoEntry)} - {"label"}
 
@@ -85,26 +90,27 @@ def build_copies(
     settings = _settings(root, size, codec)
     _check(root, out, folder, settings)
     make_writable_folder(folder)
-    known = _known(folder, settings)
-    _write_journal(folder, settings, known)
-    sources, rejects = build_index(
-        root,
-        folder / _SOURCES,
-        annotations=annotations,
-        classes=classes,
-        num_workers=num_workers,
-        progress=progress,
-        say=say,
-    )
-    kept = {
-        entry.path: known[entry.path]
-        for entry in sources.entries
-        if entry.path in known and known[entry.path].is_of(entry, folder)
-    }
-    job = _Job(sources, folder, size, codec, progress, num_workers)
-    copies, refused = _copy_all(job, kept)
-    rejects += refused
-    return Copies(_finish(job, out, copies, rejects), rejects, len(copies) - len(kept))
+    with _alone_in(folder, say):
+        known = _known(folder)
+        _write_journal(folder, settings, known)
+        sources, rejects = build_index(
+            root,
+            folder / _SOURCES,
+            annotations=annotations,
+            classes=classes,
+            num_workers=num_workers,
+            progress=progress,
+            say=say,
+        )
+        kept = {
+            entry.path: known[entry.path]
+            for entry in sources.entries
+            if entry.path in known and known[entry.path].is_of(entry, folder)
+        }
+        job = _Job(sources, folder, size, codec, progress, num_workers)
+        copies, refused = _copy_all(job, kept)
+        rejects += refused
+        return Copies(_finish(job, out, copies, rejects), rejects, len(copies) - len(kept))
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,26 @@ class _Job:
     def copy_path(self, path: str) -> str:
         # The whole name, because a.mp4 and a.avi may lie side by side.
         return f"{path}.{ENCODINGS[self.codec].suffix}"
+
+
+@contextmanager
+def _alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process; UserError where another run has it."""
+    with writing(folder):
+        file = (folder / _LOCK).open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another engine/prepare.py is writing to {folder}: wait for it, or give another "
+                "folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise UserError(f"cannot lock {folder / _LOCK}: {error.strerror}") from None
+            say(f"{folder} cannot be locked: start no second run while this one writes there")
+        yield
 
 
 class _Item(NamedTuple):
@@ -199,7 +225,7 @@ def _settings(root: Path, size: int, codec: Codec) -> dict[str, Any]:
     }
 
 
-def _known(folder: Path, settings: dict[str, Any]) -> dict[str, _Copy]:
+def _known(folder: Path) -> dict[str, _Copy]:
     """The copies that earlier runs listed, by their sources' paths."""
     known = {}
     try:

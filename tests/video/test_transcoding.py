@@ -1,5 +1,6 @@
 """Small copies of videos: the same frames under the same numbers, whole or not there."""
 
+import fcntl
 import os
 import re
 import weakref
@@ -453,6 +454,16 @@ def test_copies_that_were_made_otherwise_are_not_mixed(tmp_path: Path, made: lis
     # A data set that was moved is not another one.
     root.rename(tmp_path / "moved")
     assert copies_of(tmp_path / "moved").num_made == 0
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path, made: list[str]) -> None:
+    root = videos(tmp_path / "v", "a")
+    copies_of(root)
+    with (tmp_path / "small" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another engine/prepare\.py is writing to .*small"):
+            copies_of(root)
+    assert copies_of(root).num_made == 0
 
 
 def test_a_damaged_list_of_copies_is_named(tmp_path: Path) -> None:
