@@ -16,6 +16,7 @@ from benchmarks.results import Feed
 from benchmarks.session import Session
 from benchmarks.timing import measure, spread
 from benchmarks.trainers import make_trainer
+from engine import prepare
 from engine.configuration import Config, load_config
 from engine.trainer.ranks import Ranks
 from engine.video.dataset import open_dataset
@@ -34,6 +35,8 @@ class Video(NamedTuple):
     width: int
     height: int
     num_frames: int = 250
+    copied: bool = False
+    """Whether a copy of it is loaded, as engine/prepare.py --transcode makes it."""
 
 
 KINETICS_VIDEOS = {
@@ -41,6 +44,7 @@ KINETICS_VIDEOS = {
     "vp9 128x128": Video("vp9", 128, 128),
     "h264 128x128": Video("h264", 128, 128),
     "h264 340x256": Video("h264", 340, 256),
+    "copies of h264 340x256": Video("h264", 340, 256, copied=True),
 }
 
 
@@ -53,6 +57,14 @@ def decoder_for(session: Session, where: str) -> Decoder:
     return "pyav"
 
 
+def copied(folder: Path, resolution: int) -> VideoIndex:
+    """The videos below `folder`, copied for a training at `resolution` pixels."""
+    out = folder / "small.jsonl"
+    command = [folder / "videos", "--transcode", folder / "small", "--size", resolution]
+    prepare.main([str(word) for word in (*command, "--out", out, "--workers", 1)])
+    return VideoIndex.load(out)
+
+
 def run(
     session: Session,
     request: pytest.FixtureRequest,
@@ -60,6 +72,7 @@ def run(
     index: VideoIndex,
     decoder: Decoder,
     needed_per_s: float,
+    origin: str = "",
 ) -> None:
     """Measure every part with one decoding thread and with two."""
     stage, entry = config.stages[2], index.entries[0]
@@ -69,7 +82,7 @@ def run(
         parts["transfer"] = loading.transfer
     clips = (
         f"{config.name} stage 2, {stage.num_frames} of {stage.num_source_frames} frames of "
-        f"{entry.codec} {entry.width}x{entry.height}"
+        f"{entry.codec} {entry.width}x{entry.height}{origin}"
     )
     for num_threads in (1,) if session.quick else (1, 2):
         source = Source(config, 2, index, decoder, num_threads, session.device)
@@ -128,9 +141,14 @@ def test_loader_kinetics(
     if session.quick and video != "h264 128x128":
         pytest.skip("--quick loads H.264 of 128x128 only")
     config = load_config(KINETICS, CLIPS_PER_BATCH)
-    index = loading.write_video(tmp_path / "videos", *made)
+    index = loading.write_video(
+        tmp_path / "videos", made.codec, made.width, made.height, made.num_frames
+    )
+    origin = ""
+    if made.copied:
+        index, origin = copied(tmp_path, config.resolution), f", {video}"
     needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
-    run(session, request, config, index, decoder, needed)
+    run(session, request, config, index, decoder, needed, origin)
 
 
 @pytest.mark.parametrize("num_frames", [300, 15_000])

@@ -200,7 +200,8 @@ def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
         clips = feed.clips + (f", from a video of {int(length[1])} frames" if length else "")
         loaded.setdefault((clips, feed.decoder, feed.num_threads), {})[feed.part] = feed
     header = ["loader: clips", "decoder, threads", "clips/s (p20 to p80)", "decoding alone"]
-    header += ["needed", "times that", "CPU ms per clip: decode, to crop, all", "cores for 2x"]
+    header += ["needed", "times that", "CPU ms per clip: decode, to crop, all"]
+    header += ["cores to feed one GPU (for 2x)"]
     on_gpu = any("transfer" in parts for parts in loaded.values())
     header += ["transfer alone"] if on_gpu else []
     yield line(header)
@@ -213,8 +214,8 @@ def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
         cells += [f"{median / whole.needed_per_s:.2g}"]
         cells += [", ".join(f"{1e3 * part.cpu_seconds:.2f}" for part in (decode, pipeline, whole))]
         # With NVDEC the process's CPU time is mostly waiting for the GPU.
-        cores = 2 * whole.needed_per_s * whole.cpu_seconds
-        cells += ["" if decoder == "dali-gpu" else f"{cores:.1f}"]
+        cores = whole.needed_per_s * whole.cpu_seconds
+        cells += ["" if decoder == "dali-gpu" else f"{cores:.2g} ({2 * cores:.2g})"]
         if on_gpu:
             transfer = parts.get("transfer")
             cells += [f"{1 / transfer.seconds.median:.0f}" if transfer else ""]

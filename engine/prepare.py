@@ -1,10 +1,16 @@
-"""Index a folder of videos for training: decode every file, list what is usable and what is not."""
+"""Index a folder of videos for training: decode every file, list what is usable and what is not.
 
+With --transcode also copy them at the size that is trained on, and index the copies.
+"""
+
+import argparse
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from engine.command_line import ArgumentParser, run
+from engine.video.encoding import DEFAULT_CODEC, ENCODINGS
 from engine.video.index import Reject, VideoIndex, rejects_path
 from engine.video.indexing import build_index
 from engine.video.reasons import by_kind
@@ -31,11 +37,47 @@ example:
 
 UCF101 as unpacked, its first training split:
   python engine/prepare.py UCF-101 --annotations ucfTrainTestlist/trainlist01.txt --out ucf101.jsonl
+
+small copies, which a core can decode for a GPU, for a cascade that ends at 128x128; train with
+--data small/index.jsonl:
+  python engine/prepare.py videos/kinetics600/train --transcode small --size 128 \\
+      --out small/index.jsonl --workers 16
+
+A copy has its source's frames under their numbers, its label and its aspect ratio. The shorter side
+is --size, or the source's where that is smaller. mjpeg decodes fastest; vp9 takes a third of its
+space. Each copy is decoded in full and compared with its source; one that differs is rejected.
+Run again with the same options, it copies only what is new or changed.
 """
 
 
 def main(arguments: list[str]) -> None:
     """Parse, index, summarise."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    judging: dict[str, Any] = {
+        "annotations": options.annotations,
+        "classes": options.classes,
+        "num_workers": options.workers,
+        "say": lambda line: print(f"note: {line}"),
+    }
+    if options.transcode is None:
+        print(summary(*build_index(options.folder, options.out, **judging), options.out))
+        return
+    from engine.video.transcoding import build_copies  # late: it brings torch, which is slow
+
+    codec = options.codec or DEFAULT_CODEC
+    made = build_copies(
+        options.folder, options.out, options.transcode, size=options.size, codec=codec, **judging
+    )
+    entries = made.index.entries
+    megabytes = sum(entry.size_bytes for entry in entries) / 1e6
+    print(f"copied    {made.num_made} videos, {len(entries) - made.num_made} were there already")
+    print(summary(made.index, made.rejects, options.out))
+    print(f"copies    {options.transcode}, {megabytes:.1f} MB")
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "", EPILOG)
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of videos")
     parser.add_argument(
@@ -65,18 +107,36 @@ def main(arguments: list[str]) -> None:
         default=os.cpu_count() or 1,
         help="processes that decode (default: one per core, here %(default)s)",
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--transcode",
+        metavar="FOLDER",
+        type=Path,
+        help="copy every usable video, made small, below FOLDER; INDEX is of the copies",
+    )
+    parser.add_argument(
+        "--size",
+        metavar="PIXELS",
+        type=int,
+        help="the copies' shorter side: the last stage's resolution; needed with --transcode",
+    )
+    parser.add_argument(
+        "--codec", choices=tuple(ENCODINGS), help=f"of the copies (default: {DEFAULT_CODEC})"
+    )
+    return parser
+
+
+def _check(parser: ArgumentParser, options: argparse.Namespace) -> None:
+    """UserError for options that do not go together, or values that cannot be."""
     if options.workers < 1:
         parser.error(f"--workers {options.workers}: must be at least 1")
-    index, rejects = build_index(
-        options.folder,
-        options.out,
-        annotations=options.annotations,
-        classes=options.classes,
-        num_workers=options.workers,
-        say=lambda line: print(f"note: {line}"),
-    )
-    print(summary(index, rejects, options.out))
+    if options.transcode is None:
+        for name in ("size", "codec"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is the copies': it needs --transcode FOLDER")
+    elif options.size is None:
+        parser.error("--transcode needs --size, the resolution of the last stage that is trained")
+    elif options.size < 1:
+        parser.error(f"--size {options.size}: must be at least 1")
 
 
 def summary(index: VideoIndex, rejects: list[Reject], out: Path) -> str:

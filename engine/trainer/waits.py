@@ -39,6 +39,6 @@ class Waits:
         named = f"{threads} decoding thread{'s' if threads > 1 else ''} per process"
         return (
             f"note: {self.share:.0%} of the time is spent waiting for clips, with {named} on "
-            f"{cores} cores; raise data.num_threads where cores are idle, or prepare videos at the "
-            "size that is trained on"
+            f"{cores} cores; raise data.num_threads where cores are idle, or make small copies of "
+            "the videos with engine/prepare.py --transcode"
         )

@@ -4,6 +4,8 @@ What a data set is: `index`, made by `indexing` from `layouts` or `annotations` 
 `inspection`, which decodes every file once (`containers` opens it, `colour` and `truncation` judge
 it, `keyframes` notes where decoding can start). Clips of it: `sampler` chooses them, `decoding`
 takes the frames from a file, `pyav_stream` or `dali_stream` makes batches of them, as
-`decoder_choice` decides, and `loader` makes tensors. `procedural` makes the sample data set;
-`writing` and `lossless` write videos.
+`decoder_choice` decides, and `loader` makes tensors. `transcoding` makes small copies of a data
+set, each by `copying`; `procedural` makes the sample data set; `encoding` says how both are
+encoded. `writing` and `lossless` write videos to look at and to measure. `file_pool` works on many
+files in processes.
 """

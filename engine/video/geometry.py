@@ -22,15 +22,23 @@ def resized_size(entry: VideoEntry, resolution: int) -> tuple[int, int]:
     return tuple((2 * side * resolution + shorter) // (2 * shorter) for side in (height, width))  # type: ignore[return-value]
 
 
-def square_clip(
-    frames_THWC: NDArray[np.uint8], entry: VideoEntry, request: ClipRequest, resolution: int
-) -> Tensor:
-    """uint8 [T, resolution, resolution, C]; antialiased bilinear, as Pillow does it."""
+def upright(frames_THWC: NDArray[np.uint8], entry: VideoEntry, resolution: int) -> Tensor:
+    """The whole frames as displayed, their shorter side `resolution` pixels: uint8 [T, C, H, W].
+
+    Antialiased bilinear, as Pillow does it.
+    """
     frames_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2)
     size = resized_size(entry, resolution)
     if frames_TCHW.shape[2:] != size:
         frames_TCHW = interpolate(frames_TCHW, size=size, mode="bilinear", antialias=True)
-    turned_TCHW = frames_TCHW.rot90(entry.rotation // 90, (2, 3))
+    return frames_TCHW.rot90(entry.rotation // 90, (2, 3))
+
+
+def square_clip(
+    frames_THWC: NDArray[np.uint8], entry: VideoEntry, request: ClipRequest, resolution: int
+) -> Tensor:
+    """uint8 [T, resolution, resolution, C]: a square of the `upright` frames, perhaps mirrored."""
+    turned_TCHW = upright(frames_THWC, entry, resolution)
     top, left = (
         int((side - resolution) * place + 0.5)
         for side, place in zip(turned_TCHW.shape[2:], (request.crop_y, request.crop_x), strict=True)

@@ -4,14 +4,10 @@ Judging hours of video takes hours, so verdicts are appended to `<name>.partial.
 come: an interrupted run goes on where it stopped, and a second run judges only what has changed.
 """
 
-import contextlib
+import functools
 import json
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +19,7 @@ from engine.errors import UserError
 from engine.video.annotated_files import AnnotatedFiles
 from engine.video.annotations import CLASS_IND, read_annotations
 from engine.video.class_list import ClassList, read_class_list
+from engine.video.file_pool import run_all
 from engine.video.index import (
     Reject,
     VideoEntry,
@@ -38,11 +35,7 @@ from engine.video.inspection import RejectedError, VideoFacts, inspect_video
 from engine.video.layouts import ClassFolders
 from engine.video.reasons import by_kind
 
-# Verdicts come in path order within a pool, give or take what each worker holds.
-_IN_FLIGHT_PER_WORKER = 4
 _FACTS = {field.name for field in fields(VideoFacts)}
-# A future takes a kilobyte or two: half a million of them would be a gigabyte.
-_FILES_QUEUED = 4096
 
 
 def build_index(
@@ -80,7 +73,7 @@ def build_index(
         )
     root = root.resolve()
     partial = _partial_path(out)
-    _check_replaceable(out, partial, root)
+    check_replaceable(out, root)
     stored_root = header_for(out, root)["root"]
     if as_text(stored_root) != stored_root:
         raise UserError(f"{as_text(str(root))}: the folder's name is not UTF-8; rename it")
@@ -141,7 +134,7 @@ def _unreadable(error: OSError) -> NoReturn:
     raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
 
-def _check_replaceable(out: Path, partial: Path, root: Path) -> None:
+def check_replaceable(out: Path, root: Path) -> None:
     """UserError where writing `out` would destroy something else, or another folder's verdicts.
 
     Those of an interrupted run may have no header: older versions wrote none.
@@ -149,7 +142,7 @@ def _check_replaceable(out: Path, partial: Path, root: Path) -> None:
     # Only files are looked into: a pipe would block.
     if out.exists() and (not out.is_file() or indexed_folder(out) is None):
         raise UserError(f"{out} is there already and is not a video index; choose another --out")
-    for path, what in ((out, "the index"), (partial, "an interrupted index")):
+    for path, what in ((out, "the index"), (_partial_path(out), "an interrupted index")):
         indexed = indexed_folder(path)
         if indexed not in (None, root) and indexed.is_dir():
             raise UserError(f"{path} is {what} of {indexed}, not of {root}; choose another --out")
@@ -191,7 +184,7 @@ def _judge(
     todo = []
     for path in paths:
         verdict = known.get(path)
-        if verdict is not None and _stamp(root / path).items() <= verdict.items():
+        if verdict is not None and stamp(root / path).items() <= verdict.items():
             verdicts[path] = verdict
         else:
             todo.append(path)
@@ -237,60 +230,25 @@ def _known_verdicts(out: Path, partial: Path) -> dict[str, dict[str, Any]]:
 
 
 def _judge_files(root: Path, paths: list[str], num_workers: int) -> Iterator[dict[str, Any]]:
-    if num_workers == 0:
-        yield from (_verdict(root, path) for path in paths)
-        return
-    while paths:
-        judged = set()
-        for verdict in _in_processes(root, paths, num_workers):
-            judged.add(verdict["path"])
-            yield verdict
-        # A file crashed a decoder, and its process with it. It is among the first that are left.
-        paths = [path for path in paths if path not in judged]
-        num_suspects = _IN_FLIGHT_PER_WORKER * num_workers
-        for path in paths[:num_suspects]:
-            verdicts = list(_in_processes(root, [path], 1))
-            crash = {"path": path, "reason": "crashes the decoder", **_stamp(root / path)}
-            yield verdicts[0] if verdicts else crash
-        paths = paths[num_suspects:]
-
-
-def _in_processes(root: Path, paths: list[str], num_workers: int) -> Iterator[dict[str, Any]]:
-    """Verdicts as they come; fewer than `paths` when a worker died."""
-    # Spawned, because the caller may hold threads and CUDA, which do not survive a fork.
-    pool = ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
-    )
-    try:
-        for first in range(0, len(paths), _FILES_QUEUED):
-            queued = paths[first : first + _FILES_QUEUED]
-            for future in as_completed([pool.submit(_verdict, root, path) for path in queued]):
-                with contextlib.suppress(BrokenProcessPool):
-                    yield future.result()
-    except BrokenProcessPool:
-        return  # a pool that is broken takes no more
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    items = {path: path for path in paths}
+    for path, verdict in run_all(functools.partial(_verdict, root), items, num_workers):
+        yield verdict or {"path": path, "reason": "crashes the decoder", **stamp(root / path)}
 
 
 def _verdict(root: Path, path: str) -> dict[str, Any]:
-    stamp = _stamp(root / path)
+    stamped = stamp(root / path)
     if as_text(path) != path:
-        return {"path": path, "reason": "its name is not UTF-8", **stamp}
+        return {"path": path, "reason": "its name is not UTF-8", **stamped}
     try:
         facts: VideoFacts = inspect_video(root / path)
     except RejectedError as rejected:
-        return {"path": path, "reason": str(rejected), **stamp}
+        return {"path": path, "reason": str(rejected), **stamped}
     except Exception as error:  # one file must not end hours of work
-        return {"path": path, "reason": f"cannot be judged: {error!r}", **stamp}
-    return {"path": path, **asdict(facts), **stamp}
+        return {"path": path, "reason": f"cannot be judged: {error!r}", **stamped}
+    return {"path": path, **asdict(facts), **stamped}
 
 
-def _stamp(path: Path) -> dict[str, int]:
+def stamp(path: Path) -> dict[str, int]:
     """What tells an unchanged file from a changed one without reading it."""
     try:
         status = path.stat()

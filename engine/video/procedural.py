@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from engine.configuration import ProceduralClips
 from engine.durable_files import writing
 from engine.errors import UserError
+from engine.video.encoding import ENCODINGS, REPEATABLE, add_stream
 from engine.video.indexing import build_index
 
 Array = NDArray[np.floating]  # float32 throughout; numpy's stubs widen it
@@ -250,25 +251,10 @@ def _described(settings: ProceduralClips, num_classes: int) -> str:
 def _write_clip(folder: Path, settings: ProceduralClips, number: int, num_classes: int) -> None:
     kind, place = number % num_classes, number // num_classes
     frames = render_clip(kind, settings.seed, place, settings.num_frames, settings.resolution)
-    suffix = {"mjpeg": "mkv", "vp9": "webm"}[settings.codec]
-    path = folder / _KINDS[kind].name / f"{place:04d}.{suffix}"
-    # bitexact: Matroska files otherwise carry a random id, and no two runs make the same data set.
-    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        # 4:2:0 colour, because NVDEC decodes no other JPEG.
-        if settings.codec == "mjpeg":
-            stream = container.add_stream("mjpeg", rate=FPS)
-            stream.pix_fmt = "yuvj420p"
-            stream.options = {"qmin": "2", "qmax": "2", "threads": "1"}  # near lossless
-        else:
-            stream = container.add_stream("libvpx-vp9", rate=FPS)
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "12", "b": "0", "deadline": "realtime", "cpu-used": "6"}
-            stream.options |= {
-                "g": "16",
-                "threads": "1",
-            }  # clips start anywhere: frequent keyframes
-        stream.width = stream.height = settings.resolution
-        stream.time_base = Fraction(1, FPS)
+    path = folder / _KINDS[kind].name / f"{place:04d}.{ENCODINGS[settings.codec].suffix}"
+    with av.open(str(path), "w", options=REPEATABLE) as container:
+        side = settings.resolution
+        stream = add_stream(container, settings.codec, side, side, Fraction(FPS))
         for frame_HWC in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode())

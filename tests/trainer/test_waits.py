@@ -36,6 +36,7 @@ def test_much_waiting_is_told_once_and_shown_while_it_lasts() -> None:
     assert told.index(line) == 19  # the first steps say nothing
     assert line.startswith("note: 30% of the time is spent waiting for clips, with 3 decoding thr")
     assert "data.num_threads" in line
+    assert "engine/prepare.py --transcode" in line
     assert waits.shown == "waits for clips 30%"
     for _ in range(20):
         waits.add(waited=0.0, taken=1.0)
