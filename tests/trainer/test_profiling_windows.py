@@ -26,9 +26,11 @@ from engine.trainer.profiling.places import (
     named_parts,
 )
 from engine.trainer.profiling.recorders import CountRecorder
+from engine.trainer.profiling.step_profile import StepProfile
 from engine.trainer.profiling.timeline import Peak
 from engine.trainer.profiling.windows import Windows
 from engine.trainer.ranks import Ranks
+from engine.trainer.step import StepStoppedError
 
 NUM_STEPS = 2
 EPS = torch.finfo(torch.float64).eps
@@ -322,3 +324,32 @@ def test_a_step_that_fails_ends_its_window(ranks: Ranks, tiny: Tiny) -> None:
         Windows(trainer).show(recorder)
     assert recorder.told[-1] == "end"
     assert recorder.told.count("begin") == 1
+
+
+@pytest.mark.parametrize("num", [2, 4])
+@pytest.mark.parametrize("step", range(1, 7))
+def test_profiled_steps_ask_whether_to_go_on(
+    ranks: Ranks, tiny: Tiny, tmp_path: Path, num: int, step: int
+) -> None:
+    """As often as others do, since the question is collective; after a no nothing is left."""
+    watched = StepProfile(
+        make(ranks, tiny.config(*accumulated(num))),
+        tmp_path,
+        num_steps=NUM_STEPS,
+        title="",
+        dtype=torch.float32,
+    )
+    num_asked = 0
+
+    def goes_on() -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        return num_asked < 3 * num * step  # not before the last micro-batch of this step
+
+    for _ in range(step - 1):
+        watched.train_step(goes_on)
+    with pytest.raises(StepStoppedError):
+        watched.train_step(goes_on)
+    assert num_asked == 3 * num * step
+    watched.close()
+    assert list(tmp_path.rglob("*.*")) == []

@@ -58,27 +58,31 @@ class StepProfile:
         self._step = -1
 
     def train_step(self, goes_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
-        """The next step, looked at if it is its turn; `goes_on` is asked where it is not."""
+        """The next step, looked at if it is its turn.
+
+        `goes_on` is asked as without a profile: the ranks that have none ask too, and the question
+        is collective. A no ends the step, and a profile that is not at its end is to be closed.
+        """
         self._step += 1
         if self._step == _PLAIN:
             began = time.perf_counter()
-            measures = self._trainer.train_step()  # ends by reading the measures off the device
+            measures = self._trainer.train_step(goes_on)  # ends by reading them off the device
             self._plain_seconds = time.perf_counter() - began
             return measures
         if self._step == _COUNTED:
-            return self._windows.show(self._counts)
+            return self._windows.show(self._counts, goes_on)
         if _WARM_UP <= self._step < NUM_STEPS_BEFORE + self._num_steps:
-            return self._traced_step()
+            return self._traced_step(goes_on)
         return self._trainer.train_step(goes_on)
 
     def close(self) -> None:
         """Give up a profile that has not come to its end."""
         self._traces.close()
 
-    def _traced_step(self) -> dict[str, float]:
+    def _traced_step(self, goes_on: Callable[[], bool]) -> dict[str, float]:
         if self._step == _WARM_UP:
             self._traces.prepare()
-        measures = self._windows.show(self._traces)
+        measures = self._windows.show(self._traces, goes_on)
         if self._step == _WARM_UP:
             self._traces.recorded.clear()
         if self._step + 1 < NUM_STEPS_BEFORE + self._num_steps:

@@ -11,6 +11,7 @@ An update of three micro-batches or fewer has no two alike: the whole step is on
 """
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -83,8 +84,10 @@ class Windows:
         weights[_outside(D_UPDATE)] = self._num_d_updates
         return {update: weight for update, weight in weights.items() if weight > 1}
 
-    def show(self, recorder: Recorder) -> dict[str, float]:
-        """The trainer's next step, which is as it would be otherwise; its measures."""
+    def show(
+        self, recorder: Recorder, goes_on: Callable[[], bool] = lambda: True
+    ) -> dict[str, float]:
+        """`Trainer.train_step`, with all that it returns and raises."""
         self._recorder, self._num_d_updates_done = recorder, 0
         with contextlib.ExitStack() as undo:
             undo.enter_context(named_parts(self._trainer, self._enter, self._leave))
@@ -94,7 +97,7 @@ class Windows:
                     undo.enter_context(inside(self._trainer, name, before, self._after_micro_batch))
             self._begin()
             undo.callback(self._end)
-            return self._trainer.train_step()
+            return self._trainer.train_step(goes_on)
 
     def _before_micro_batch(self, update: str) -> None:
         num_left = self._num_accumulated - self._position
