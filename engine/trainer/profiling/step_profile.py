@@ -55,17 +55,19 @@ class StepProfile:
         self._profiler: profile | None = None
 
     def train_step(self, goes_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
-        """The next step, looked at if it is its turn; `goes_on` is asked where it is not."""
+        """The next step, looked at if it is its turn; `goes_on` as `Trainer.train_step`'s."""
         self._step += 1
         if self._step == _PLAIN:
             began = time.perf_counter()
-            measures = self._trainer.train_step()  # ends by reading the measures off the device
+            measures = self._trainer.train_step(
+                goes_on
+            )  # ends by reading the measures off the device
             self._plain_seconds = time.perf_counter() - began
             return measures
         if self._step == _COUNTED:
-            return self._counted_step()
+            return self._counted_step(goes_on)
         if _WARM_UP <= self._step < NUM_STEPS_BEFORE + self._num_steps:
-            return self._profiled_step()
+            return self._profiled_step(goes_on)
         return self._trainer.train_step(goes_on)
 
     def close(self) -> None:
@@ -74,13 +76,13 @@ class StepProfile:
             self._profiler.stop()
             self._profiler = None
 
-    def _counted_step(self) -> dict[str, float]:
+    def _counted_step(self, goes_on: Callable[[], bool]) -> dict[str, float]:
         on_gpu = self._device.type == "cuda"
         if on_gpu:  # in this step, because stacks take the host time
             torch.cuda.memory._record_memory_history(stacks="python")
         counter = self._counter
         with named_parts(self._trainer, counter.enter, counter.leave), counter:
-            measures = self._trainer.train_step()
+            measures = self._trainer.train_step(goes_on)
         if on_gpu:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ class StepProfile:
             torch.cuda.memory._record_memory_history(enabled=None)
         return measures
 
-    def _profiled_step(self) -> dict[str, float]:
+    def _profiled_step(self, goes_on: Callable[[], bool]) -> dict[str, float]:
         if self._profiler is None:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
@@ -110,7 +112,7 @@ class StepProfile:
             open_ranges.pop().__exit__(None, None, None)
 
         with named_parts(self._trainer, enter, leave):
-            measures = self._trainer.train_step()
+            measures = self._trainer.train_step(goes_on)
         self._profiler.step()
         if self._step + 1 == NUM_STEPS_BEFORE + self._num_steps:
             self.close()
