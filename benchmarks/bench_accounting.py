@@ -5,7 +5,11 @@ import torch
 
 import kernels
 from benchmarks.calls import KINETICS, kinetics
-from benchmarks.launches import count_parametrization_launches, count_spectral_launches
+from benchmarks.launches import (
+    count_parametrization_launches,
+    count_spectral_launches,
+    count_step_operators,
+)
 from benchmarks.session import Session
 from engine.configuration import load_config
 from engine.models import build_generator
@@ -44,6 +48,20 @@ def test_frozen_flops(session: Session) -> None:
             plain = count_frozen(config, 2)
         what = f"executed by the frozen stage 1, {name}"
         session.count(what, "Kinetics-600 stage 2", plain=plain, ours=ours, unit="TFLOP")
+
+
+@pytest.mark.parametrize("stage_number", [1, 2])
+def test_step_operators(session: Session, stage_number: int) -> None:
+    """What a GPU's host launches, in calls; of stage 2 without the frozen stage 1."""
+    leave_out_stage_1_if_quick(session, stage_number)
+    read = ["stages.2.training.condition_on=data", "stages.2.training.sample_bank=null"]
+    config = load_config(KINETICS, ["training.micro_batch=4", *read])
+    ours = count_step_operators(config, stage_number)
+    with kernels.use("reference"):
+        plain = count_step_operators(config, stage_number)
+    name = f"Kinetics-600 stage {stage_number}"
+    what = "operators of an iteration that launch something"
+    session.count(what, name, plain=plain, ours=ours, unit="calls")
 
 
 def test_spectral_norm_launches(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Launches of spectral norm on a GPU, counted on the meta device."""
+"""Launches of spectral norm on a GPU, and a whole step's operators, counted on the meta device."""
 
 from collections import Counter
 from typing import Any, NamedTuple
@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from engine.configuration import Config
 from engine.models.layers import SpectralWeight, spectral_weights
+from engine.planning.counters import ChannelsLastConvolutions
+from engine.planning.meta_step import MetaStep
 
 # What one call of an operator of ours launches on a GPU; see the launchers in kernels/.
 LAUNCHES = {
@@ -23,7 +26,7 @@ LAUNCHES = {
 _WITHOUT_LAUNCH = {
     *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like"),
     *("empty_strided", "expand", "flatten", "new_empty", "permute", "reshape", "select", "slice"),
-    *("split", "squeeze", "t", "transpose", "unsqueeze", "view"),
+    *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"),
 }
 
 
@@ -48,6 +51,29 @@ class LaunchCounter(TorchDispatchMode):
     def launches(self) -> int:
         """So far."""
         return sum(count * _launches_of(name) for name, count in self.calls.items())
+
+    @property
+    def operators(self) -> int:
+        """Calls that launch something, each counted once, whatever it launches."""
+        return sum(
+            count
+            for name, count in self.calls.items()
+            if name.partition("::")[2] not in _WITHOUT_LAUNCH
+        )
+
+
+def count_step_operators(config: Config, stage_number: int) -> int:
+    """Operators that launch something in an iteration of one micro-batch per update.
+
+    The forms that a GPU runs, DeepSpeed and the optimizers left out.
+    """
+    with kernels.meta_as("cuda"):
+        step = MetaStep(config, stage_number)
+        with ChannelsLastConvolutions(), LaunchCounter() as counter:
+            for _ in range(config.stages[stage_number].training.discriminator_steps):
+                step.d_step()
+            step.g_step()
+    return counter.operators
 
 
 def _launches_of(name: str) -> int:

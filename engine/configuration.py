@@ -149,6 +149,10 @@ class Training(Section):
     acceleration: Literal["none", "compile", "cuda_graphs"] = "none"
     """torch.compile of every residual block, or CUDA graphs of passes without gradients. What
     cannot be accelerated, as networks that train at ZeRO 2 or 3, is named when the run starts."""
+    cudnn_benchmark: bool = True
+    """On a GPU, let cuDNN time its algorithms for every shape when it first comes: training has few
+    shapes. Another run may then take another one: false where a run that stops and goes on shall
+    repeat one that did not, bit for bit."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload_optimizer: bool = False
     """Keep Adam's moments and the weights it updates in the CPU's memory, and run it there."""

@@ -396,6 +396,7 @@ class _Convolution(torch.autograd.Function):
         ctx.bias_sizes = [None if v is None else v.shape for v in (bias, low_bias)]
         ctx.halves_residual = _is_half(residual, layout)
         results = _forward(layout, form, impl, relu, moments, *tensors)
+        ctx.set_materialize_grads(False)  # else zeros are made for the moments, which have none
         y = (results[0] if moments else results) if relu else None
         ctx.save_for_backward(*norm_tensors, weight, video, low_weight, y)
         if moments:
@@ -405,8 +406,10 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         dy, layout, form, wants = grads[0], ctx.layout, ctx.form, ctx.needs_input_grad[5:]
-        *norm_tensors, weight, video, low_weight, y = ctx.saved_tensors
         none = None, None, None, None, None
+        if dy is None:
+            return *none, *[None] * 11
+        *norm_tensors, weight, video, low_weight, y = ctx.saved_tensors
         if y is not None:
             # What is left to differentiate is linear in dy: the mask itself has no derivative.
             dy = torch.ops.aten.threshold_backward(dy, y.detach(), 0)

@@ -232,6 +232,8 @@ def gradients(
             sums, weighted = shared.sums(gain)
         else:
             sums, weighted = _untracked_sums(arguments, form)
+            if gain.shape == bias.shape:  # both sums over time at once
+                sums = sums.sum_to_size(2, *gain.shape)
         grads["bias"], grads["gain"] = (
             total.sum_to_size(scale.shape).to(scale.dtype)
             for total, scale in zip(sums, (bias, gain), strict=True)

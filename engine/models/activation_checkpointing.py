@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from engine.models.layers import prepared_weights
 from engine.models.norms import frame_norms
+from engine.models.prepared import prepared_now
 
 Checkpointing = Literal["none", "norms", "blocks"]
 
@@ -47,8 +47,8 @@ def run_block(block: Block, *inputs: Any) -> Any:
     """`block(*inputs)`; where it is `recomputed`, only `inputs` are kept for its backward pass."""
     if not (block.recomputed and torch.is_grad_enabled()):
         return block(*inputs)
-    # Computing again comes after the pass: it is to see the very weights that are prepared now.
-    weights = prepared_weights(block)
+    # Computing again comes after the pass: it is to see the very tensors that are prepared now.
+    prepared = prepared_now(block)
     # Flat: PyTorch hands only tensors that are arguments themselves to hooks of saved tensors.
     leaves, structure = tree_flatten(inputs)
     again = False
@@ -66,7 +66,7 @@ def run_block(block: Block, *inputs: Any) -> Any:
         *leaves,
         use_reentrant=False,
         preserve_rng_state=False,
-        context_fn=lambda: (nullcontext(), weights),
+        context_fn=lambda: (nullcontext(), prepared),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 from engine.models.blocks import GeneratorUnit, RecurrentBlock, Temporal
 from engine.models.layers import Convolution, Embedding, Linear, normalized_weights
-from engine.models.norms import Features, FrameNorm, frame_norms
+from engine.models.norms import Features, FrameNorm, frame_norms, modulated_norms
 
 BASE_RESOLUTION = 4
 
@@ -107,6 +107,12 @@ class GeneratorTrunk(nn.Module):
         frames_BW: Tensor | None,
     ) -> Tensor:
         cond_BK = self.condition(z_BZ, labels_B)
+        with modulated_norms(self, cond_BK):
+            return self._grow(cond_BK, num_frames, low, frames_BW)
+
+    def _grow(
+        self, cond_BK: Tensor, num_frames: int, low: Tensor | None, frames_BW: Tensor | None
+    ) -> Tensor:
         base = self.base(cond_BK.to(self.compute_dtype))
         base_BHWC = base.unflatten(1, (BASE_RESOLUTION, BASE_RESOLUTION, self.base_channels))
         # A stride of 0 over T tells the first ConvGRU that its input does not change in time.

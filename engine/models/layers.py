@@ -4,25 +4,25 @@ Weights are stored [O, ...] with input channels last and kept in fp32 (decided: 
 small for bf16); a layer computes in the dtype of its input (`Linear`, convolutions) by casting the
 normalised weight. Power iteration is no part of a forward pass: the training loop calls
 `update_spectral_norm` once per optimiser step, so that checkpointed, repeated and accumulated
-passes all see one and the same σ. A network's pass divides all its weights at once, in
-`normalized_weights`, unless they are partitioned.
+passes all see one and the same σ. A network's pass divides all its weights and rounds all its
+biases at once, in `normalized_weights`, unless they are partitioned.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
+from engine.models.prepared import Prepared, PreparedLayer, layers_of
 
 _one_by_one = False
 _INITIAL_ITERATIONS = 3  # an orthogonal matrix has σ = 1 for any u, so few are plenty
 
 
-class SpectralWeight(nn.Module):
+class SpectralWeight(PreparedLayer):
     """A weight [O, ...] divided by its largest singular value.
 
     It is a module of its own so that hooks which gather partitioned parameters around a module's
@@ -34,13 +34,10 @@ class SpectralWeight(nn.Module):
 
     u: Tensor
     v: Tensor
-    prepared: Tensor | None
 
     def __init__(self, *shape: int, fold: kernels.Fold = None, kept_dtype: bool = False) -> None:
         super().__init__()
         self.fold, self.kept_dtype = fold, kept_dtype
-        # Of the pass at hand, see NormalizedWeights; of all passes once there is no weight.
-        self.register_buffer("prepared", None, persistent=False)
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_buffer("u", torch.empty(shape[0]))
         self.register_buffer("v", torch.empty(self.weight[0].numel()))
@@ -72,46 +69,15 @@ class SpectralWeight(nn.Module):
             return prepared
         return kernels.spectral_normalize(weight, self.u, self.v, dtype)
 
-    def prepare(self, tensor: Tensor | None) -> None:
-        """Keep what `forward` is to return."""
-        # As `self.prepared = tensor`, past checks that take a CPU 10 µs, for every layer and pass.
-        self._buffers["prepared"] = tensor
-
-
-class NormalizedWeights(AbstractContextManager["NormalizedWeights"]):
-    """Prepared weights, which their layers use inside `with` and nowhere else.
-
-    Can be entered any number of times, also within another of the same layers: leaving it, by an
-    exception too, brings back what there was before.
-    """
-
-    def __init__(self, prepared: Mapping[SpectralWeight, Tensor | None]) -> None:
-        self._prepared = prepared
-        self._before: list[list[Tensor | None]] = []
-
-    def __enter__(self) -> "NormalizedWeights":
-        self._before.append([layer.prepared for layer in self._prepared])
-        for layer, tensor in self._prepared.items():
-            layer.prepare(tensor)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for layer, tensor in zip(self._prepared, self._before.pop(), strict=True):
-            layer.prepare(tensor)
-
 
 def normalized_weights(
     network: nn.Module, dtype: torch.dtype, *, impl: str | None = None
-) -> NormalizedWeights:
-    """All weights of a network that computes in `dtype`, divided at once; to be used by `with`.
+) -> Prepared:
+    """All weights of a network that computes in `dtype`, divided at once, and its biases, rounded
+    at once; to be used by `with`.
 
-    Around one forward pass: the weights are those of this moment. Their gradients all come at the
-    end of the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
+    Around one forward pass: they are those of this moment. Their gradients all come at the end of
+    the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
 
     Nothing is prepared where the weights are settled. Nothing is, and every layer divides its own,
     where the references are to run, which find nothing folded into a weight; where weights are
@@ -121,12 +87,29 @@ def normalized_weights(
     """
     layers = spectral_weights(network)
     if _one_by_one or _settled(layers):
-        return NormalizedWeights({})
+        return Prepared({})
     if impl is None and _run_references(layers):
-        return NormalizedWeights({})
+        return Prepared({})
     if any(_is_partitioned(_weight(layer)) for layer in layers):
-        return NormalizedWeights({})
-    return NormalizedWeights(dict(zip(layers, _divided(layers, dtype, impl), strict=True)))
+        return Prepared({})
+    prepared: dict[PreparedLayer, Tensor] = dict(
+        zip(layers, _divided(layers, dtype, impl), strict=True)
+    )
+    return Prepared(prepared | rounded_biases(network, dtype))
+
+
+def rounded_biases(network: nn.Module, dtype: torch.dtype) -> dict[PreparedLayer, Tensor]:
+    """The biases of a network's layers in the dtype that it computes in, rounded at once; none
+    where there is nothing to round."""
+    # Those of an odd size come last: the others' values are where wide loads find them.
+    layers = sorted(
+        (layer for layer in layers_of(network, BiasedLayer) if layer.rounds_to(dtype)),
+        key=lambda layer: layer.num_biases % 64 != 0,
+    )
+    if not layers:
+        return {}
+    together = torch.cat([layer.bias for layer in layers if layer.bias is not None]).to(dtype)
+    return dict(zip(layers, together.split([layer.num_biases for layer in layers]), strict=True))
 
 
 @torch.no_grad()
@@ -143,6 +126,8 @@ def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
     for layer, kernel in zip(layers, _divided(layers, dtype, None), strict=True):
         layer.prepare(kernel)
         layer.register_parameter("weight", None)
+    for biased, bias in rounded_biases(network, dtype).items():
+        biased.prepare(bias)
 
 
 def _settled(layers: Sequence[SpectralWeight]) -> bool:
@@ -183,26 +168,14 @@ def divided_one_by_one() -> Iterator[None]:
         _one_by_one = before
 
 
-def prepared_weights(module: nn.Module) -> NormalizedWeights:
-    """What is prepared at this moment for the layers of a part of a network, to be used again."""
-    return NormalizedWeights({layer: layer.prepared for layer in spectral_weights(module)})
-
-
 def _is_partitioned(weight: Tensor) -> bool:
     # What DeepSpeed marks its parameters with at ZeRO-3 and at no other stage.
     return weight.numel() == 0 or hasattr(weight, "ds_status")
 
 
 def spectral_weights(module: nn.Module) -> list[SpectralWeight]:
-    """Every spectrally normalised weight of a network, in a fixed order.
-
-    Looked for once: a network's layers are there when it is built.
-    """
-    found: list[SpectralWeight] | None = module.__dict__.get("_spectral_weights")
-    if found is None:
-        found = [child for child in module.modules() if isinstance(child, SpectralWeight)]
-        object.__setattr__(module, "_spectral_weights", found)
-    return found
+    """Every spectrally normalised weight of a network, in a fixed order."""
+    return layers_of(module, SpectralWeight)
 
 
 def update_spectral_norm(module: nn.Module, num_iterations: int = 1) -> None:
@@ -220,23 +193,40 @@ def update_spectral_norm(module: nn.Module, num_iterations: int = 1) -> None:
     )
 
 
-def _zero_bias(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(size))
+class BiasedLayer(PreparedLayer):
+    """A layer with a bias, zero at first, of which a pass may have prepared the rounded one."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, num_biases: int, *, kept_dtype: bool = False) -> None:
+        super().__init__()
+        self.num_biases, self._kept_dtype = num_biases, kept_dtype
+        self.bias = nn.Parameter(torch.zeros(num_biases)) if num_biases else None
+
+    def rounds_to(self, dtype: torch.dtype) -> bool:
+        """Whether there is a bias, and another one in a network that computes in `dtype`."""
+        return self.bias is not None and not self._kept_dtype and self.bias.dtype != dtype
+
+    def bias_in(self, dtype: torch.dtype | None) -> Tensor:
+        """The bias; None stands for the dtype that it is kept in, or for the prepared one's."""
+        if self.prepared is not None and dtype in (None, self.prepared.dtype):
+            return self.prepared
+        assert self.bias is not None
+        return self.bias.to(dtype or self.bias.dtype)
 
 
-class Linear(nn.Module):
+class Linear(BiasedLayer):
     """y = Ŵ x + b: [..., in] → [..., out]."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, kept_dtype: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(out_features if bias else 0, kept_dtype=kept_dtype)
         self.normalized = SpectralWeight(out_features, in_features, kept_dtype=kept_dtype)
-        self.bias = _zero_bias(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Computed in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias_in(x.dtype)
         return F.linear(x, self.normalized(x.dtype), bias)
 
 
@@ -252,7 +242,7 @@ class Embedding(nn.Module):
         return F.embedding(labels_B, self.normalized())
 
 
-class Convolution(nn.Module):
+class Convolution(BiasedLayer):
     """The weight and bias of one convolution; the block that owns it names the operator.
 
     Shape of the weight: [out, *kernel_size, in]. `fold` is what the operator folds into it.
@@ -266,34 +256,32 @@ class Convolution(nn.Module):
         *,
         fold: kernels.Fold = None,
     ) -> None:
-        super().__init__()
+        super().__init__(out_channels)
         self.normalized = SpectralWeight(out_channels, *kernel_size, in_channels, fold=fold)
-        self.bias = _zero_bias(out_channels)
 
     def forward(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """(normalised weight, bias), both in `dtype`.
 
         None leaves them as they are kept: for operators that fold a weight before they round it.
-        Where the pass has prepared the weight, it is the kernel already folded and rounded.
+        Where the pass has prepared them, they are the kernel already folded, and both rounded.
         """
-        return self.normalized(dtype), self.bias.to(dtype or self.bias.dtype)
+        return self.normalized(dtype), self.bias_in(dtype)
 
 
-class SeparableConvolution(nn.Module):
+class SeparableConvolution(BiasedLayer):
     """Weights of a temporal (3) and a spatial (3x3) convolution with one bias after both.
 
     Decided: the pair stands for one convolution of the block, so it has one bias.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
+        super().__init__(out_channels)
         self.temporal = SpectralWeight(out_channels, 3, in_channels)
         self.spatial = SpectralWeight(out_channels, 3, 3, out_channels)
-        self.bias = _zero_bias(out_channels)
 
     def forward(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(temporal weight [O, 3, I], spatial weight [O, 3, 3, O], bias), in `dtype`."""
-        return self.temporal(dtype), self.spatial(dtype), self.bias.to(dtype)
+        return self.temporal(dtype), self.spatial(dtype), self.bias_in(dtype)
 
 
 class ConvGRU(nn.Module):

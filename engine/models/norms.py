@@ -4,16 +4,19 @@ A norm works in one of three modes: on the batch's statistics (training), on the
 accumulating them (`collect_statistics`, the paper's dummy passes), or on fixed ones.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import kernels
 from engine.errors import UserError
-from engine.models.layers import Linear
+from engine.models.layers import SpectralWeight
+from engine.models.prepared import Prepared, PreparedLayer, layers_of
 from kernels.frame_norm import EPSILON
 
 
@@ -35,6 +38,66 @@ class Features(NamedTuple):
         return Features(video, None, frames_BW)
 
 
+class Modulation(PreparedLayer):
+    """offset + Ŵ·cond, [B, K] → [B, C], fp32: a norm's gain (offset 1) or bias (0)."""
+
+    def __init__(self, condition_size: int, channels: int, *, offset: float) -> None:
+        super().__init__()
+        self.normalized = SpectralWeight(channels, condition_size, kept_dtype=True)
+        self.channels, self.offset = channels, offset
+
+    def forward(self, condition_BK: Tensor) -> Tensor:
+        """What the pass has prepared for its condition, or computed here."""
+        if self.prepared is not None:
+            return self.prepared
+        return self.shifted(F.linear(condition_BK, self.normalized(condition_BK.dtype)))
+
+    def shifted(self, product: Tensor) -> Tensor:
+        """By the offset."""
+        return self.offset + product if self.offset else product
+
+
+def modulated_norms(network: nn.Module, condition_BK: Tensor) -> Prepared:
+    """All gains and biases of a network's norms for one condition; to be used by `with`.
+
+    One product for all that have as many channels. Where weights are not prepared either, every
+    norm computes its own.
+    """
+    groups: dict[tuple[int, float], list[Modulation]] = defaultdict(list)
+    for layer in layers_of(network, Modulation):
+        if layer.normalized.prepared is not None:
+            groups[layer.channels, layer.offset].append(layer)
+    prepared: dict[PreparedLayer, Tensor | None] = {}
+    for layers in groups.values():
+        weights_GCK = torch.stack([layer.normalized(condition_BK.dtype) for layer in layers])
+        product_GBC: Tensor = _Products.apply(condition_BK, weights_GCK)
+        prepared |= zip(layers, layers[0].shifted(product_GBC).unbind(), strict=True)
+    return Prepared(prepared)
+
+
+class _Products(torch.autograd.Function):
+    """W_g cond of every weight, [G, B, C]. By itself PyTorch would make gradients of the weights
+    whose every slice is transposed, and copied by who reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, condition_BK: Tensor, weights_GCK: Tensor) -> Tensor:
+        ctx.save_for_backward(condition_BK, weights_GCK)
+        conditions_GBK = condition_BK.expand(len(weights_GCK), -1, -1)
+        return torch.bmm(conditions_GBK, weights_GCK.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        condition_BK, weights_GCK = ctx.saved_tensors
+        (dy_GBC,) = grads
+        dcondition = dweights = None
+        if ctx.needs_input_grad[0]:
+            dcondition = torch.bmm(dy_GBC, weights_GCK).sum(0)
+        if ctx.needs_input_grad[1]:
+            conditions_GBK = condition_BK.expand(len(weights_GCK), -1, -1)
+            dweights = torch.bmm(dy_GBC.transpose(1, 2), conditions_GBK)
+        return dcondition, dweights
+
+
 class FrameNorm(nn.Module):
     """relu(gain · normalised x + bias), gain = 1 + W_g·cond and bias = W_b·cond per sample.
 
@@ -46,8 +109,8 @@ class FrameNorm(nn.Module):
 
     def __init__(self, channels: int, condition_size: int) -> None:
         super().__init__()
-        self.gain = Linear(condition_size, channels, bias=False, kept_dtype=True)
-        self.bias = Linear(condition_size, channels, bias=False, kept_dtype=True)
+        self.gain = Modulation(condition_size, channels, offset=1)
+        self.bias = Modulation(condition_size, channels, offset=0)
         # Not in the state_dict: they belong to one length, and to sampling.
         self.register_buffer("mean", None, persistent=False)
         self.register_buffer("var", None, persistent=False)
@@ -63,7 +126,7 @@ class FrameNorm(nn.Module):
         Raises UserError at a length other than the fixed.
         """
         x_BTCHW, moments, frames_BT = x
-        gain, bias = 1 + self.gain(condition_BK), self.bias(condition_BK)
+        gain, bias = self.gain(condition_BK), self.bias(condition_BK)
         statistics: tuple[Tensor, Tensor] | None = None
         if frames_BT is not None:
             gain, bias, statistics = self._of_frames(gain, bias, frames_BT)

@@ -1,4 +1,5 @@
-"""`training.acceleration`: torch.compile or CUDA graphs, for the parts that gain, in place.
+"""Which programs a GPU runs: cuDNN's choice, and `training.acceleration`, torch.compile or CUDA
+graphs, for the parts that gain, in place.
 
 compile      every residual block, of the frozen earlier stages as well, is compiled by itself:
              small programs, outside of which stay checkpointing, prepared weights and DeepSpeed's
@@ -27,6 +28,13 @@ from engine.trainer.step import Trainer
 
 # Of torch.compile's, which are counted for all blocks of a network together; its default is 8.
 _MOST_PROGRAMS = 256
+
+
+def choose_convolutions(*, benchmark: bool) -> None:
+    """How cuDNN chooses among its algorithms from now on: the fastest that it finds by timing them,
+    or by its rules one of those that give the same bits in every run."""
+    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cudnn.deterministic = not benchmark
 
 
 def accelerate(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from engine.durable_files import put_in_place, writing
 from engine.errors import UserError
 from engine.models.construction import compute_dtype
-from engine.trainer.acceleration import accelerate
+from engine.trainer.acceleration import accelerate, choose_convolutions
 from engine.trainer.checkpoints import CHECKPOINTS, PARTIAL, PREVIOUS, step_name
 from engine.trainer.console import Console
 from engine.trainer.interruption import Agreement
@@ -50,6 +50,7 @@ def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> 
     check_shared(plan.options.folder, ranks)
     _check_same_micro_batch(plan, ranks)
     stage = plan.config.stages[plan.options.stage_number]
+    choose_convolutions(benchmark=stage.training.cudnn_benchmark)
     facts = describe(index, plan.config.data, stage.num_source_frames)
     for checkpoint in (*plan.resume_from[:1], plan.previous):
         if checkpoint is not None:

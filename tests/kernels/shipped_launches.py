@@ -19,6 +19,7 @@ import kernels
 from engine.configuration import Config, load_config, variant_names
 from engine.planning.forward_flops import frozen_stages
 from engine.planning.meta_step import MetaStep
+from engine.planning.stage_memory import with_training
 from kernels import power_iteration_cuda
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -68,11 +69,13 @@ def specialisation(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def train_and_sample(config: Config) -> None:
     """A D update and a G update of every stage, and a video of all of them, statistics fixed."""
-    for number in config.stages:
-        step = MetaStep(config, number)
-        with RealOperators():
-            step.d_step()
-            step.g_step()
+    for number, stage in config.stages.items():
+        asked = stage.training.micro_batch
+        for samples in (4, 32) if asked == "auto" else (asked,):
+            step = MetaStep(with_training(config, number, micro_batch=samples), number)
+            with RealOperators():
+                step.d_step()
+                step.g_step()
     beyond = len(config.stages) + 1
     with torch.device("meta"), torch.no_grad():
         cascade = frozen_stages(config, beyond)

@@ -136,7 +136,7 @@ def test_block(volumetric: bool, leading_relu: bool, pooling: kernels.Pooling | 
         3, 5, volumetric=volumetric, leading_relu=leading_relu, pooling=pooling
     )
     for convolution in (block.conv1, block.conv2, block.shortcut):
-        torch.nn.init.normal_(convolution.bias)
+        torch.nn.init.normal_(convolution.bias_in(None))
     x = torch.randn(2, 3, 3, 8, 8)
     conv = kernels.conv3d if volumetric else kernels.conv2d
     h = conv(F.relu(x) if leading_relu else x, *block.conv1(torch.float32))

@@ -132,10 +132,11 @@ def test_conv_gru_gates_are_in_their_places() -> None:
     gru = ConvGRU(4)
     x = torch.randn(1, 3, 4, 2, 2)
     with torch.no_grad():
-        gru.update.bias.fill_(50)
+        update, reset = gru.update.bias_in(None), gru.reset.bias_in(None)
+        update.fill_(50)
         assert gru(x).abs().max() < 1e-6
-        gru.update.bias.fill_(-50)
-        gru.reset.bias.fill_(-50)  # and with r near 0 the candidate forgets h
+        update.fill_(-50)
+        reset.fill_(-50)  # and with r near 0 the candidate forgets h
         alone = torch.cat([gru(x[:, t : t + 1]) for t in range(3)], dim=1)
         torch.testing.assert_close(gru(x), alone)
         assert gru(x).max() > 0.1

@@ -25,7 +25,8 @@ from engine.models.layers import (
     spectral_weights,
     update_spectral_norm,
 )
-from engine.models.norms import FrameNorm
+from engine.models.norms import FrameNorm, Modulation
+from engine.models.prepared import PreparedLayer, layers_of
 from kernels.folding import fold
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -80,7 +81,7 @@ def results(network: nn.Module, seed: int = 1) -> list[Tensor]:
 
 
 def nothing_prepared(network: nn.Module) -> bool:
-    return all(layer.prepared is None for layer in spectral_weights(network))
+    return all(layer.prepared is None for layer in layers_of(network, PreparedLayer))
 
 
 def distance(found: list[Tensor], truth: list[Tensor]) -> float:
@@ -127,15 +128,16 @@ def test_recomputing_sees_the_same_tensors(name: str, singles: list[Tensor]) -> 
     y = run(network)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     prepared: list[Tensor] = []
-    for layer in spectral_weights(network):
+    layers = [*spectral_weights(network), *layers_of(network, Modulation)]
+    for layer in layers:
         layer.register_forward_hook(lambda *arguments: prepared.append(arguments[2]))
     leaves = list(network.parameters())
     for _ in range(2):
         got = torch.autograd.grad(y, leaves, upstream, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip((y, *got), plain, strict=True))
         assert nothing_prepared(network)
-    assert len({id(tensor) for tensor in prepared}) <= len(spectral_weights(network))
-    assert len(prepared) > len(spectral_weights(network))
+    assert len({id(tensor) for tensor in prepared}) <= len(layers)
+    assert len(prepared) > len(layers)
     assert singles == []
 
 

@@ -224,3 +224,16 @@ def test_replays_equal_passes(kind: str) -> None:
     video = network(*arguments())
     video.sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("by_timing", [True, False])
+def test_a_run_says_how_cudnn_chooses(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_timing: bool
+) -> None:
+    """By timing unless the run shall be repeated bit for bit."""
+    for flag in ("benchmark", "deterministic"):  # restored after the test
+        monkeypatch.setattr(torch.backends.cudnn, flag, False)
+    options = () if by_timing else ("--set", "training.cudnn_benchmark=false")
+    tiny.trained(1, tmp_path, "--max-steps", "1", *options)
+    assert torch.backends.cudnn.benchmark == by_timing
+    assert torch.backends.cudnn.deterministic != by_timing
