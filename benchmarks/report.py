@@ -18,8 +18,9 @@ BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 EPILOG = f"""\
 examples:
   python benchmarks/report.py                      print the newest results
-  python benchmarks/report.py --brief --write README.md
-                                    short ones, between {BEGIN} and {END}
+  python benchmarks/report.py --brief              shorter ones
+  python benchmarks/report.py --write docs/benchmarks.md
+                                    put them between {BEGIN} and {END}
   python benchmarks/report.py benchmarks/results/FILE.json
 """
 SIDES = ("reference", "compiled", "plain", "parametrizations")

@@ -56,8 +56,10 @@ def write_mp4(
             stream.width, stream.height = width + width % 2, height + height % 2
             stream.pix_fmt = "yuv420p"
             _tag_colours(stream.codec_context)
-            # One thread: x264 divides a frame's rate control among threads, so bytes would differ.
-            stream.options = {"crf": "16", "preset": "medium", "threads": "1"}
+            # The same frames are to give the same bytes. x264 divides a frame's rate control among
+            # threads; and its macroblock tree reads memory that nobody wrote, for some sizes.
+            fixed = {"threads": "1", "x264-params": "mbtree=0"}
+            stream.options = {"crf": "16", "preset": "medium", **fixed}
             for frame_HWC in frames_THWC:
                 frame_HWC = frame_HWC.repeat(scale, axis=0).repeat(scale, axis=1)
                 frame_HWC = np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), "edge")

@@ -165,7 +165,7 @@ def test_an_operator_of_ours() -> None:
         kept = 2 * 16 + 2 * 24  # gain and bias; mean and variance
         assert live.now_bytes == 4 * (2 * 768 + kept)
         y.backward(torch.empty_like(y))
-        # x, y, dy and dx; S1 and S2 [2, B, T, C], for gain and bias [B, C], and [2, T, C] of them
-        # before and after they are divided.
-        assert live.peak_bytes == 4 * (4 * 768 + kept + 96 + 2 * 16 + 2 * 48)
+        # x, y, dy and dx; of S1 and S2 their sums [2, B, C], for gain and bias, and [2, T, C] of
+        # them before and after they are divided.
+        assert live.peak_bytes == 4 * (4 * 768 + kept + 2 * 16 + 2 * 48)
         assert live.now_bytes == 4 * (3 * 768 + 2 * 16)

@@ -117,8 +117,8 @@ def test_power_is_sampled_where_energy_is_not_counted(nvml: FakeNvml) -> None:
 
 
 def test_it_samples_in_the_background(nvml: FakeNvml) -> None:
-    watching = monitor(seconds_between_samples=0.001)
     nvml.memory = 3 * 10**6
+    watching = monitor(seconds_between_samples=0.001)
     deadline = time.monotonic() + 60
     while not watching._samples["gpu_memory_MB"] and time.monotonic() < deadline:
         time.sleep(0.01)

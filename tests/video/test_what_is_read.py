@@ -1,4 +1,4 @@
-"""README says what is read, and by what: it is what the tests find."""
+"""docs/data.md says what is read, and by what: it is what the tests find."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from engine.video.index import VideoIndex
 from engine.video.loader import ClipLoader
 from engine.video.streams import Decoder
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,9 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
     return write_all(tmp_path_factory.mktemp("encoded"))
 
 
-def test_readmes_table_is_what_is_found(encoded: VideoIndex) -> None:
+def test_the_pages_table_is_what_is_found(encoded: VideoIndex) -> None:
     assert len(encoded.entries) == len(ENCODINGS)
-    _, found, _ = split(README.read_text())
+    _, found, _ = split(PAGE.read_text())
     assert found == table(encoded), f"{COMMAND} writes it"
 
 

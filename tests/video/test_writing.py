@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -38,6 +41,29 @@ def test_mp4_holds_the_frames_in_order(channels_first: bool, tmp_path: Path) -> 
     write_mp4(path, given, fps=12.5)
     assert path.read_bytes() == first
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_mp4_depends_on_nothing_but_its_frames(tmp_path: Path) -> None:
+    """Not on what memory held before, with which glibc fills what it hands out."""
+    code = """
+import sys, numpy as np
+from engine.video.writing import write_mp4
+random = np.random.default_rng(0)
+for n, (width, height) in enumerate([(304, 160), (216, 144), (66, 50), (38, 20)]):
+    frames = random.integers(0, 256, (6, height, width, 3), dtype=np.uint8)
+    write_mp4(f"{sys.argv[1]}/{n}.mp4", frames, fps=12.5)
+"""
+    for filling in ("1", "85"):
+        (tmp_path / filling).mkdir()
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / filling)],
+            env={**os.environ, "MALLOC_PERTURB_": filling},
+            cwd=Path(__file__).parents[2],
+            check=True,
+        )
+    for n in range(4):
+        first, second = ((tmp_path / filling / f"{n}.mp4").read_bytes() for filling in ("1", "85"))
+        assert first == second
 
 
 def test_mp4_says_its_colours_in_the_stream_and_in_the_container(tmp_path: Path) -> None:

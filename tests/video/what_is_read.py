@@ -1,7 +1,7 @@
-"""README's table of the codecs and containers that are read, and what decodes each.
+"""The table in docs/data.md of the codecs and containers that are read, and what decodes each.
 
 python tests/video/what_is_read.py                 prints it
-python tests/video/what_is_read.py README.md       puts it between that file's markers
+python tests/video/what_is_read.py docs/data.md    puts it between that file's markers
 """
 
 import sys
@@ -17,7 +17,7 @@ from engine.video.indexing import build_index
 from engine.video.streams import Decoder
 
 BEGIN, END = "<!-- what is read -->", "<!-- /what is read -->"
-COMMAND = ".venv/bin/python tests/video/what_is_read.py README.md"
+COMMAND = ".venv/bin/python tests/video/what_is_read.py docs/data.md"
 _CODECS = {
     "h264": "H.264",
     "hevc": "H.265",
