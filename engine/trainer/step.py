@@ -127,28 +127,33 @@ class Trainer:
         measures = Means()
         for _ in range(self._accumulation_steps):
             self._ask()
-            real = self._reals.next()
-            if keep_fakes:
-                self._kept_fake = self._generated()
-                fake = _detached(self._kept_fake)
-            else:
-                with torch.no_grad():
-                    fake = self._fakes.run(self.g_engine.module, self._draw())
-            # One pass over both halves: D has no batch norm, so it is exact, and launches once.
-            scores = self.d_engine(*self._judged(_joined(real, fake)), num_batches=2)
-            real_scores, fake_scores = _halves(scores)
-            loss = discriminator_hinge(real_scores.all, fake_scores.all)
-            self.d_engine.backward(loss)
-            grad_norm = self._d_update.step()
-            measures.add("loss_D", loss)
-            measures.add("accuracy_D_real", (real_scores.all > 0).float().mean())
-            measures.add("accuracy_D_fake", (fake_scores.all < 0).float().mean())
-            for name, real_BN in real_scores.by_name().items():
-                measures.add(f"score_real/{name}", real_BN.mean())
-            for name, fake_BN in fake_scores.by_name().items():
-                measures.add(f"score_fake/{name}", fake_BN.mean())
+            grad_norm = self._d_micro_batch(measures, keep_fakes=keep_fakes)
         renew_spectral_norm(self.d_engine.module, zero_stage=self._training.zero_stage)
         return measures.all() | {"grad_norm_D": grad_norm}
+
+    def _d_micro_batch(self, measures: Means, *, keep_fakes: bool) -> Tensor:
+        """Adds to `measures`; the gradient's norm, as `EngineUpdate.step` has it."""
+        real = self._reals.next()
+        if keep_fakes:
+            self._kept_fake = self._generated()
+            fake = _detached(self._kept_fake)
+        else:
+            with torch.no_grad():
+                fake = self._fakes.run(self.g_engine.module, self._draw())
+        # One pass over both halves: D has no batch norm, so it is exact, and launches once.
+        scores = self.d_engine(*self._judged(_joined(real, fake)), num_batches=2)
+        real_scores, fake_scores = _halves(scores)
+        loss = discriminator_hinge(real_scores.all, fake_scores.all)
+        self.d_engine.backward(loss)
+        grad_norm = self._d_update.step()
+        measures.add("loss_D", loss)
+        measures.add("accuracy_D_real", (real_scores.all > 0).float().mean())
+        measures.add("accuracy_D_fake", (fake_scores.all < 0).float().mean())
+        for name, real_BN in real_scores.by_name().items():
+            measures.add(f"score_real/{name}", real_BN.mean())
+        for name, fake_BN in fake_scores.by_name().items():
+            measures.add(f"score_fake/{name}", fake_BN.mean())
+        return grad_norm
 
     def g_step(self) -> dict[str, Tensor]:
         """One generator update over the global batch."""
@@ -156,15 +161,20 @@ class Trainer:
         with frozen(self.d_engine.module):
             for _ in range(self._accumulation_steps):
                 self._ask()
-                fake = self._generated() if self._kept_fake is None else self._kept_fake
-                self._kept_fake = None
-                scores = self.d_engine.module(*self._judged(fake))
-                loss = generator_hinge(scores.all)
-                self.g_engine.backward(loss)
-                grad_norm = self._g_update.step()
-                measures.add("loss_G", loss)
+                grad_norm = self._g_micro_batch(measures)
         renew_spectral_norm(self.g_engine.module, zero_stage=self._training.zero_stage)
         return measures.all() | {"grad_norm_G": grad_norm}
+
+    def _g_micro_batch(self, measures: Means) -> Tensor:
+        """As `_d_micro_batch`; D is frozen."""
+        fake = self._generated() if self._kept_fake is None else self._kept_fake
+        self._kept_fake = None
+        scores = self.d_engine.module(*self._judged(fake))
+        loss = generator_hinge(scores.all)
+        self.g_engine.backward(loss)
+        grad_norm = self._g_update.step()
+        measures.add("loss_G", loss)
+        return grad_norm
 
     def state_dict(self) -> dict[str, Any]:
         """What the step changes on this rank, besides the two engines."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.trainer.profiling.counts import Counted
 from engine.trainer.profiling.places import BACKWARD, FORWARD, RECOMPUTED, REST, Place
-from engine.trainer.profiling.timeline import Peak, Times
+from engine.trainer.profiling.timeline import Peak
 
 NOTES = """\
 - Time: {clock}, mean of {num_steps} profiled steps; a row is what the part does itself, without \
@@ -21,7 +21,12 @@ in another step.
 - GB: every operator's inputs and outputs once, counted in the same step as the FLOPs: what \
 operators move at least, whatever caches do.
 - HFU: TFLOP / (time · matmul rate); {rate:.4g} TFLOP/s in {dtype}, measured after the profile.
-- MB at peak: allocated by the part during the profiled steps, and alive when most was.
+- MB at peak: allocated by the part {during}, and alive when most was.
+"""
+SCALED = """\
+- Of {total} micro-batches {looked_at} were looked at, and the tables are scaled to all: the \
+first, the second and the last of a D update and of the G update, where the second stands for all \
+between. Multiplied, times and counts alike: {weights}.
 """
 CLOCKS = {
     "cpu": "the main thread's",
@@ -45,9 +50,13 @@ class StepCosts:
 
     device_type: str
     entries: list[Entry]
-    step_seconds: float
-    """Mean of the profiled steps."""
     num_steps: int
+    """How many were profiled; of their times these are the means."""
+    weights: dict[str, int]
+    """`Place.update` → by how much its entries have been multiplied, where that is not 1."""
+    num_micro_batches: int
+    num_looked_at: int
+    """Micro-batches of each profiled step."""
     plain_step_seconds: float
     """Of a step before, without the profiler: what profiling adds is the difference."""
     matmul_flop_per_s: float
@@ -55,21 +64,36 @@ class StepCosts:
     peak: Peak
 
     @staticmethod
-    def of(times: Times, counted: dict[Place, Counted], **others: Any) -> "StepCosts":
-        """Join what was timed and what was counted, in the order in which things happen."""
-        entries = [
-            Entry(
-                place,
-                times.seconds.get(place, 0.0),
-                counted[place].flops if place in counted else 0,
-                counted[place].num_bytes if place in counted else 0,
+    def of(
+        seconds: dict[Place, float],
+        counted: dict[Place, Counted],
+        *,
+        weights: dict[str, int],
+        num_steps: int,
+        **others: Any,
+    ) -> "StepCosts":
+        """Join what was timed in all steps and counted in one, in the order in which things happen.
+
+        Both are of what was looked at, and are scaled here.
+        """
+        entries = []
+        for place in dict.fromkeys([*seconds, *counted]):
+            weight, counts = weights.get(place.update, 1), counted.get(place, Counted())
+            entries.append(
+                Entry(
+                    place,
+                    seconds.get(place, 0.0) * weight / num_steps,
+                    counts.flops * weight,
+                    counts.num_bytes * weight,
+                )
             )
-            for place in dict.fromkeys([*times.seconds, *counted])
-        ]
         entries.sort(key=lambda entry: entry.place.part == REST)
-        return StepCosts(
-            entries=entries, step_seconds=times.step_seconds, num_steps=len(times.steps), **others
-        )
+        return StepCosts(entries=entries, weights=weights, num_steps=num_steps, **others)
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean of the profiled steps."""
+        return sum(entry.seconds for entry in self.entries)
 
     def grouped(self, key: Callable[[Place], str]) -> dict[str, list[Entry]]:
         """The entries by some property of their places."""
@@ -89,6 +113,9 @@ class StepCosts:
             "device": self.device_type,
             "step_seconds": self.step_seconds,
             "num_steps": self.num_steps,
+            "num_micro_batches": self.num_micro_batches,
+            "num_looked_at": self.num_looked_at,
+            "weights": self.weights,
             "plain_step_seconds": self.plain_step_seconds,
             "matmul_flop_per_s": self.matmul_flop_per_s,
             "matmul_dtype": self.matmul_dtype,
@@ -113,7 +140,16 @@ class StepCosts:
             num_steps=self.num_steps,
             rate=self.matmul_flop_per_s / 1e12,
             dtype=self.matmul_dtype,
+            during="while micro-batches were looked at"
+            if self.weights
+            else "during the profiled steps",
         )
+        if self.weights:
+            notes += SCALED.format(
+                total=self.num_micro_batches,
+                looked_at=self.num_looked_at,
+                weights=", ".join(f"{update} by {n}" for update, n in self.weights.items()),
+            )
         parts = self.grouped(lambda place: place.part)
         lines = [
             f"# {title}",

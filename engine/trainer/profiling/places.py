@@ -37,7 +37,7 @@ class Place(NamedTuple):
     """Where something is charged."""
 
     update: str = STEP
-    """`D_UPDATE`, `G_UPDATE`, or `STEP` outside both."""
+    """`D_UPDATE`, `G_UPDATE`, or `STEP` outside both; windows.py has finer ones."""
     part: str = REST
     direction: str = FORWARD
     kind: str = NO_OPERATOR
@@ -83,6 +83,32 @@ def kind_of(operator: str) -> str | None:
 
 
 @contextlib.contextmanager
+def inside(
+    owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """Inside `with`, what `owner` has by that name is called between `before` and `after`."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        before()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            after()
+
+    is_own = name in vars(owner)
+    setattr(owner, name, called)
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, function)
+        else:
+            delattr(owner, name)
+
+
+@contextlib.contextmanager
 def named_parts(
     trainer: Trainer, enter: Callable[[Range], None], leave: Callable[[], None]
 ) -> Iterator[None]:
@@ -93,21 +119,7 @@ def named_parts(
     """
 
     def around(owner: Any, name: str, entered: Range) -> None:
-        function = getattr(owner, name)
-
-        @functools.wraps(function)
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            enter(entered)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                leave()
-
-        if name in vars(owner):
-            undo.callback(setattr, owner, name, function)
-        else:
-            undo.callback(delattr, owner, name)
-        setattr(owner, name, inside)
+        undo.enter_context(inside(owner, name, functools.partial(enter, entered), leave))
 
     with contextlib.ExitStack() as undo:
         around(trainer, "train_step", Range(update=STEP))

@@ -8,34 +8,36 @@ Under OUT/stageN/profile/ it leaves
   https://pytorch.org/memory_viz. A CPU has no such record; what each part holds at the peak of
   memory stands in `modules.md` on both.
 
+Of many accumulated micro-batches some are looked at, in windows (windows.py), and the tables are
+scaled to the step: a trace does not grow with the batch. Every window has its own `memory-1.pickle`
+and so on.
+
 The steps are ordinary ones: what they compute, and what the ranks exchange, is the same without
 a profile. The other ranks wait for rank 0 where they need it.
 """
 
-import gzip
 import json
 import statistics
-import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.autograd.profiler import record_function
-from torch.profiler import ProfilerActivity, profile, schedule
 
 from engine.durable_files import writing
-from engine.errors import UserError
 from engine.trainer.profiling import timeline
-from engine.trainer.profiling.counts import OperatorCounter
 from engine.trainer.profiling.module_table import StepCosts
-from engine.trainer.profiling.places import Range, named_parts
+from engine.trainer.profiling.places import Place
+from engine.trainer.profiling.recorders import CountRecorder, TraceRecorder
+from engine.trainer.profiling.timeline import Peak
+from engine.trainer.profiling.trace_file import TraceFile, exported
+from engine.trainer.profiling.windows import Windows
 from engine.trainer.step import Trainer
 
 FOLDER = "profile"
 # Before the steps that are timed: one that is slow because it is the first, one to compare with,
-# one that is counted, and one in which the profiler warms up.
+# one that is counted, and one with which the profiler warms up.
 _COLD, _PLAIN, _COUNTED, _WARM_UP = range(4)
 NUM_STEPS_BEFORE = 4
 
@@ -49,107 +51,77 @@ class StepProfile:
         self.folder = folder / FOLDER
         self._trainer, self._num_steps, self._title, self._dtype = trainer, num_steps, title, dtype
         self._device = trainer.g_engine.device
-        self._counter = OperatorCounter()
+        self._windows = Windows(trainer)
+        self._counts = CountRecorder(self._device, self.folder, num_windows=self._windows.number)
+        self._traces = TraceRecorder(self._device)
         self._plain_seconds = 0.0
         self._step = -1
-        self._profiler: profile | None = None
 
     def train_step(self, goes_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
-        """The next step, looked at if it is its turn; `goes_on` as `Trainer.train_step`'s."""
+        """The next step, looked at if it is its turn.
+
+        `goes_on` is asked as without a profile: the ranks that have none ask too, and the question
+        is collective. A no ends the step, and a profile that is not at its end is to be closed.
+        """
         self._step += 1
         if self._step == _PLAIN:
             began = time.perf_counter()
-            measures = self._trainer.train_step(
-                goes_on
-            )  # ends by reading the measures off the device
+            measures = self._trainer.train_step(goes_on)  # ends by reading them off the device
             self._plain_seconds = time.perf_counter() - began
             return measures
         if self._step == _COUNTED:
-            return self._counted_step(goes_on)
+            return self._windows.show(self._counts, goes_on)
         if _WARM_UP <= self._step < NUM_STEPS_BEFORE + self._num_steps:
-            return self._profiled_step(goes_on)
+            return self._traced_step(goes_on)
         return self._trainer.train_step(goes_on)
 
     def close(self) -> None:
         """Give up a profile that has not come to its end."""
-        if self._profiler is not None:
-            self._profiler.stop()
-            self._profiler = None
+        self._traces.close()
 
-    def _counted_step(self, goes_on: Callable[[], bool]) -> dict[str, float]:
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:  # in this step, because stacks take the host time
-            torch.cuda.memory._record_memory_history(stacks="python")
-        counter = self._counter
-        with named_parts(self._trainer, counter.enter, counter.leave), counter:
-            measures = self._trainer.train_step(goes_on)
-        if on_gpu:
-            with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-        return measures
-
-    def _profiled_step(self, goes_on: Callable[[], bool]) -> dict[str, float]:
-        if self._profiler is None:
-            activities = [ProfilerActivity.CPU]
-            if self._device.type == "cuda":
-                activities.append(ProfilerActivity.CUDA)
-            self._profiler = profile(
-                activities=activities,
-                schedule=schedule(wait=0, warmup=1, active=self._num_steps, repeat=1),
-                on_trace_ready=self._write,
-                profile_memory=True,
-            )
-            self._profiler.start()
-        open_ranges: list[record_function] = []
-
-        def enter(entered: Range) -> None:
-            open_ranges.append(record_function(entered.label))
-            open_ranges[-1].__enter__()
-
-        def leave() -> None:
-            open_ranges.pop().__exit__(None, None, None)
-
-        with named_parts(self._trainer, enter, leave):
-            measures = self._trainer.train_step(goes_on)
-        self._profiler.step()
-        if self._step + 1 == NUM_STEPS_BEFORE + self._num_steps:
-            self.close()
-        return measures
-
-    def _write(self, profiler: profile) -> None:
+    def _traced_step(self, goes_on: Callable[[], bool]) -> dict[str, float]:
+        if self._step == _WARM_UP:
+            self._traces.prepare()
+        measures = self._windows.show(self._traces, goes_on)
+        if self._step == _WARM_UP:
+            self._traces.recorded.clear()
         if self._step + 1 < NUM_STEPS_BEFORE + self._num_steps:
-            return  # given up: stopping hands over what there is
+            self._traces.prepare()
+        else:
+            self._write()
+        return measures
+
+    def _write(self) -> None:
+        device_type = self._device.type
+        seconds: dict[Place, float] = defaultdict(float)
+        peak = Peak()
+        file = self.folder / "trace.json.gz"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            trace = _exported(profiler, self.folder / "trace.json.gz")
-        device_type = self._device.type
+            with TraceFile(file) as trace_file:
+                while self._traces.recorded:  # each is let go when it is read
+                    trace = exported(self._traces.recorded.pop(0), file)
+                    trace_file.add(trace)
+                    for place, spent in timeline.times(trace, device_type).items():
+                        seconds[place] += spent
+                    peak = max(peak, timeline.peak(trace, device_type), key=lambda p: p.num_bytes)
         costs = StepCosts.of(
-            timeline.times(trace, device_type),
-            self._counter.counted,
+            seconds,
+            self._counts.counter.counted,
+            weights=self._windows.weights,
+            num_steps=self._num_steps,
+            num_micro_batches=self._trainer.num_micro_batches,
+            num_looked_at=self._windows.num_looked_at,
             device_type=device_type,
             plain_step_seconds=self._plain_seconds,
             matmul_flop_per_s=matmul_rate(self._device, self._dtype),
             matmul_dtype=str(self._dtype).removeprefix("torch."),
-            peak=timeline.peak(trace, device_type),
+            peak=peak,
         )
         document = json.dumps(costs.document(), indent=1)
         with writing(self.folder):
             (self.folder / "modules.md").write_text(costs.markdown(self._title), encoding="utf-8")
             (self.folder / "modules.json").write_text(document, encoding="utf-8")
-
-
-def _exported(profiler: profile, file: Path) -> dict[str, Any]:
-    """The trace, which `file` keeps."""
-    profiler.export_chrome_trace(str(file))
-    with gzip.open(file, "rt", encoding="utf-8") as text:
-        try:
-            trace: dict[str, Any] = json.load(text)
-        except json.JSONDecodeError:  # it is written there first, and what fails is only logged
-            aside = tempfile.gettempdir()
-            raise UserError(f"cannot write {file}: it is cut short; is {aside} full?") from None
-    return trace
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -4,8 +4,8 @@ A trace is the Chrome format's dict: events with a thread, a begin and a duratio
 On a CPU the main thread's time is charged, every moment to the innermost range or node of
 autograd's graph at that moment. On a GPU the device's time is: every kernel to the place from
 which the host launched it, and a moment without one (`IDLE`) to the place where the host was. Both
-add up to the step, whatever is in the trace. Where kernels overlap, the one that began first is
-charged until it ends.
+add up to the step, or to the window of it, whatever is in the trace. Where kernels overlap, the one
+that began first is charged until it ends.
 
 A node of the graph belongs to the range in which it was made: the profiler gives forward operator
 and node the same number.
@@ -44,38 +44,27 @@ class Interval(NamedTuple):
 
 
 @dataclass
-class Times:
-    """What a trace says of its steps."""
-
-    steps: list[Interval]
-    seconds: dict[Place, float]
-    """Of one step, averaged over them."""
-
-    @property
-    def step_seconds(self) -> float:
-        """Mean duration."""
-        return sum(step.end - step.start for step in self.steps) / len(self.steps) / 1e6
-
-
-@dataclass
 class Peak:
-    """The most memory that was allocated at once of what the traced steps allocated."""
+    """The most memory that was allocated at once of what the trace saw allocated."""
 
     num_bytes: int = 0
     by_part: dict[str, int] = field(default_factory=dict)
     """By the part that allocated it."""
 
 
-def times(trace: dict[str, Any], device_type: str) -> Times:
-    """`device_type` is cpu or cuda. Raises ValueError for a trace without a whole step."""
+def times(trace: dict[str, Any], device_type: str) -> dict[Place, float]:
+    """Seconds in all steps, or windows of steps, of the trace; `device_type` is cpu or cuda.
+
+    Raises ValueError for a trace without any.
+    """
     host = _Host(trace)
     seconds: dict[Place, float] = defaultdict(float)
     device = _device_events(trace, host) if device_type == "cuda" else []
     for step in host.steps:
         spent = host.main.spread(step) if device_type == "cpu" else _device_time(step, device, host)
         for place, microseconds in spent:
-            seconds[place] += microseconds / 1e6 / len(host.steps)
-    return Times(host.steps, dict(seconds))
+            seconds[place] += microseconds / 1e6
+    return dict(seconds)
 
 
 def peak(trace: dict[str, Any], device_type: str) -> Peak:
