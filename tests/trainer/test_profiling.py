@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.errors import UserError
 from engine.models.norms import Features, Modulation
-from engine.models.prepared import Prepared, layers_of
+from engine.models.prepared import Prepared, PreparedLayer, layers_of
 from engine.trainer.profiling import timeline
 from engine.trainer.profiling.counts import Counted, OperatorCounter
 from engine.trainer.profiling.module_table import StepCosts
@@ -192,12 +192,16 @@ def video_of(x: Tensor | Features) -> Tensor:
 
 
 def flops_alone(block: nn.Module, inputs: tuple[Any, ...], *, x_grad: bool) -> tuple[int, int]:
-    """Forward and backward of one block by PyTorch's own counter, given the norms' gains and biases:
-    a pass takes those of all blocks at once."""
+    """Forward and backward of one block by PyTorch's own counter.
+
+    Its norms' gains and biases are given: a pass takes those of all blocks at once.
+    """
     # No copy: the strides of x may mean something.
     leaves = tree_map_only(Tensor, lambda v: v.detach().requires_grad_(v.requires_grad), inputs)
     x = video_of(leaves[0]).requires_grad_(x_grad)
-    ones = {m: torch.ones(len(x), m.channels) for m in layers_of(block, Modulation)}
+    ones: dict[PreparedLayer, Tensor] = {
+        m: torch.ones(len(x), m.channels) for m in layers_of(block, Modulation)
+    }
     with Prepared(ones):
         with FlopCounterMode(display=False) as forward:
             y = video_of(block(*leaves))
