@@ -45,6 +45,7 @@ import torch
 import kernels
 from benchmarks import report, results
 from benchmarks.calls import Call, kinetics, network_calls
+from benchmarks.first_hour.outcomes import forget_the_last_error
 from benchmarks.session import Session
 from benchmarks.trainers import one_rank
 from engine.errors import UserError
@@ -170,6 +171,11 @@ def pytest_runtest_makereport(
         if call.when == "teardown" and item.config.getoption("add_to") is None:
             _write(item.config, session)
     return outcome
+
+
+def pytest_runtest_logfinish() -> None:
+    """A case that failed holds no memory of the next one's."""
+    forget_the_last_error()
 
 
 def _write(config: pytest.Config, session: Session) -> None:

@@ -80,8 +80,8 @@ within() {  # SECONDS COMMAND...
 }
 
 first_hour() {  # SECONDS CALL SETUP...
-  within "$1" "$PYTHON" -m benchmarks.first_hour "$2" --out "$OUT" --budget $(($1 - 40)) \
-    ${SMALL:+--small} "${@:3}"
+  within "$1" "$PYTHON" -m benchmarks.first_hour "${@:2}" --out "$OUT" --budget $(($1 - 40)) \
+    ${SMALL:+--small}
 }
 
 # No limit for a test alone: torch.compile takes minutes.

@@ -114,6 +114,7 @@ def test_behind(): pass
 """
 
 
+@pytest.mark.slow
 def test_tests_are_recorded_while_others_run(tmp_path: Path) -> None:
     file, path = tmp_path / "test_some.py", tmp_path / "some.json"
     file.write_text(TESTS)
@@ -215,7 +216,7 @@ def commands(*arguments: str, **variables: str) -> list[str]:
     """What a call of the script would run."""
     done = subprocess.run(
         ["bash", str(SCRIPT), *arguments],
-        env=os.environ | {"DRY": "1", "OUT": "out folder", "PYTHON": sys.executable} | variables,
+        env=os.environ | {"DRY": "1", "OUT": "folder", "PYTHON": sys.executable} | variables,
         capture_output=True,
         text=True,
         check=True,
@@ -258,9 +259,10 @@ def test_what_the_script_asks_of_python_is_known() -> None:
         for line in commands(*call.split(), SMALL="1"):
             words = line.split()
             if "benchmarks.first_hour" in words:
-                asked = words[words.index("benchmarks.first_hour") + 1 :]
-                assert asked[0] in first_hour.CALLS
-                assert "--small" in asked
+                asked = first_hour.parse(words[words.index("benchmarks.first_hour") + 1 :])
+                assert asked.small
+                assert asked.out == Path("folder")
+                assert asked.setups == [word for word in call.split()[1:] if word in SETUPS]
             for word in words:
                 if word.endswith(".py") or word.startswith("tests/"):
                     assert (REPOSITORY / word).exists(), line

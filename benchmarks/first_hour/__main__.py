@@ -27,8 +27,8 @@ CALLS: dict[str, Callable[[Scale, tuple[str, ...]], Iterator[Part]]] = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    """The exit code: 0 when every part is recorded, however it ended."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_hour")
     parser.add_argument("call", choices=CALLS)
     parser.add_argument("setups", nargs="*", metavar="SETUP", help="of benchmarks/setups.py")
@@ -40,6 +40,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.setups) - set(SETUPS)):
         parser.error(f"no setup is named {', '.join(unknown)}: there are {', '.join(SETUPS)}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0 when every part is recorded, however it ended."""
+    options = parse(arguments)
     kernels.set_default("auto")  # what runs by itself, whatever KERNELS says
     scale = scale_here(small=options.small)
     call = "-".join([options.call, *options.setups])

@@ -5,6 +5,8 @@
 A test is a part of parts.py. Started again, pytest runs those that are not recorded yet.
 """
 
+import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,8 +70,21 @@ class _Outcomes:
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         outcome = outcome_of(nodeid, self._reports)
         self._recorder.record(outcome)
-        if outcome.status == "failed" and not context_is_whole():
+        if outcome.status != "failed":
+            return
+        forget_the_last_error()
+        if not context_is_whole():
             pytest.exit("the GPU's context is lost", returncode=START_AGAIN)
+
+
+def forget_the_last_error() -> None:
+    """Its frames hold a failed test's tensors, gigabytes that the next test would lack."""
+    kept = ("last_exc", "last_type", "last_value", "last_traceback")
+    found = [name for name in kept if hasattr(sys, name)]
+    for name in found:
+        delattr(sys, name)
+    if found:
+        gc.collect()
 
 
 def outcome_of(nodeid: str, reports: list[pytest.TestReport]) -> Outcome:
