@@ -173,8 +173,7 @@ def test_convolutions_that_pass_the_limit() -> None:
 @pytest.mark.parametrize("side", ["torch", "kernels"])
 def test_limits_are_timed(side: str) -> None:
     for limited in limits.passing(SMALL):
-        operator = limited.name.split()[0]
-        found = limits.time_per_sample(SMALL, limited, operator, 1, side)
+        found = limits.time_per_sample(SMALL, limited, 1, side)
         assert found["forward_backward_ms"] > found["forward_ms"] > 0
         assert found["values"] < limited.values_per_sample
 

@@ -6,31 +6,31 @@ started again with the same arguments: the GPU's context is lost, and parts are 
 """
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kernels
-from benchmarks.first_hour import correctness, limits, memory, slowest_kernels, steps, versions
-from benchmarks.first_hour.parts import Part, Recorder
-from benchmarks.first_hour.scale import Scale, scale_here
+from benchmarks.first_hour.parts import Recorder
+from benchmarks.first_hour.scale import scale_here
 from benchmarks.setups import SETUPS
 
-CALLS: dict[str, Callable[[Scale, tuple[str, ...]], Iterator[Part]]] = {
-    "versions": versions.parts,
-    "limits": limits.parts,
-    "correctness": correctness.parts,
-    "steps": steps.parts,
-    "profile": slowest_kernels.parts,
-    "memory": memory.parts,
+MODULES = {
+    "versions": "versions",
+    "limits": "limits",
+    "correctness": "correctness",
+    "steps": "steps",
+    "profile": "slowest_kernels",
+    "memory": "memory",
 }
+"""By call. Each is imported when it is asked for: where DeepSpeed is missing, versions say so."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_hour")
-    parser.add_argument("call", choices=CALLS)
+    parser.add_argument("call", choices=MODULES)
     parser.add_argument("setups", nargs="*", metavar="SETUP", help="of benchmarks/setups.py")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no part after these")
@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> int:
     call = "-".join([options.call, *options.setups])
     path = options.out / f"{call}.json"
     recorder = Recorder(path, call, small=options.small, budget=options.budget)
-    return recorder.run(CALLS[options.call](scale, tuple(options.setups)))
+    module = importlib.import_module(f"benchmarks.first_hour.{MODULES[options.call]}")
+    return recorder.run(module.parts(scale, tuple(options.setups)))
 
 
 if __name__ == "__main__":

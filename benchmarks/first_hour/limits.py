@@ -36,6 +36,7 @@ class Limited(NamedTuple):
 
     stage: int
     network: Network
+    operator: str
     number: int
     """Which of the network's calls of the operator."""
     name: str
@@ -53,13 +54,14 @@ class Limited(NamedTuple):
 
 
 def parts(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
-    """A convolution, a number of samples and a side each."""
-    for limited in passing(scale):
-        operator = limited.name.split()[0]
-        for samples in (1, 2) if scale.small else limited.sizes():
+    """A convolution, a number of samples and a side each; both sides of the limit come first."""
+    found = sorted(passing(scale), key=lambda limited: limited.last_below)
+    for position in range(2 if scale.small else 3):
+        for limited in found:
+            samples = 1 + position if scale.small else limited.sizes()[position]
             for side in ("torch", "kernels"):
                 name = f"{limited.name}, {samples} samples, {side}"
-                yield Part(name, partial(time_per_sample, scale, limited, operator, samples, side))
+                yield Part(name, partial(time_per_sample, scale, limited, samples, side))
 
 
 @cache
@@ -75,9 +77,9 @@ def passing(scale: Scale) -> list[Limited]:
             for operator in OPERATORS:
                 calls = network_calls(whole.kinetics(1), stage, operator, network)
                 for number, call in enumerate(calls):
-                    limited = Limited(
-                        stage, network, number, f"{operator} {call.name}", largest_tensor(call)
-                    )
+                    name = f"{operator} {call.name}"
+                    values = largest_tensor(call)
+                    limited = Limited(stage, network, operator, number, name, values)
                     if limited.last_below < MOST_SAMPLES:
                         found.append(limited)
     return found
@@ -92,12 +94,10 @@ def largest_tensor(call: Call) -> int:
     return max(call.x.numel(), y.numel())
 
 
-def time_per_sample(
-    scale: Scale, limited: Limited, operator: str, samples: int, side: str
-) -> dict[str, Any]:
+def time_per_sample(scale: Scale, limited: Limited, samples: int, side: str) -> dict[str, Any]:
     """Milliseconds per sample of a forward pass, and of one with its backward pass."""
-    calls = network_calls(scale.kinetics(samples), limited.stage, operator, limited.network)
-    call = calls[limited.number]
+    config, operator = scale.kinetics(samples), limited.operator
+    call = network_calls(config, limited.stage, operator, limited.network)[limited.number]
     function, arguments = call.function(), call.draw(scale.device, 0)
     if side == "torch":
         function, arguments = plain_convolution(call), plain_arguments(call, arguments)

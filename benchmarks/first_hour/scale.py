@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.calls import KINETICS
+from benchmarks.setups import CONFIGS
 from engine.configuration import Config, load_config
 
 
@@ -39,7 +39,7 @@ class Scale(NamedTuple):
     def kinetics(self, micro_batch: int) -> Config:
         """configs/kinetics600.yaml for so many samples."""
         batch = f"training.micro_batch={micro_batch}", f"training.global_batch={micro_batch}"
-        return load_config(KINETICS, (*self.overrides(2), *batch))
+        return load_config(CONFIGS / "kinetics600.yaml", (*self.overrides(2), *batch))
 
 
 def scale_here(*, small: bool) -> Scale:

@@ -14,8 +14,6 @@ import kernels
 from benchmarks import results
 from benchmarks.first_hour.parts import Part
 from benchmarks.first_hour.scale import Scale
-from benchmarks.loading import write_video
-from engine.video.decoder_choice import obstacle, try_dali
 
 PACKAGES = ("deepspeed", "pydantic", "numpy", "av", "nvidia-ml-py", "nvidia-dali-cuda130")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -76,6 +74,9 @@ def nvdec_library() -> str:
 
 def dali_decodes(codec: str, scale: Scale) -> str:
     """Two frames of a video, within a few levels of PyAV's. Raises RuntimeError with DALI's."""
+    from benchmarks.loading import write_video
+    from engine.video.decoder_choice import obstacle, try_dali
+
     scale.require_gpu()
     with tempfile.TemporaryDirectory() as folder:
         index = write_video(Path(folder), codec, 128, 128, 20)
