@@ -84,8 +84,9 @@ first_hour() {  # SECONDS CALL SETUP...
     ${SMALL:+--small}
 }
 
-# No limit for a test alone: torch.compile takes minutes.
-PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=0)
+# No limit for a test alone: torch.compile takes minutes. And a failed one shows no arguments, which
+# may be tensors of gigabytes.
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=0 --tb=short)
 
 pytests() {  # SECONDS CALL ARGUMENTS...
   within "$1" "${PYTEST[@]}" -p benchmarks.first_hour.outcomes --outcomes "$OUT/$2.json" "${@:3}"

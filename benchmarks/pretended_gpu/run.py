@@ -165,6 +165,8 @@ def main() -> None:
         "TRITON_LIBCUDA_PATH": str(folder),
         "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
         "PYTEST_PLUGINS": "without_checks",
+        # What a failed test shows of tensors without values may never end.
+        "PYTEST_ADDOPTS": f"--assert=plain --tb=short {os.environ.get('PYTEST_ADDOPTS', '')}",
         "DS_ACCELERATOR": "cuda",
         # What is compiled for other convolutions than these must not be taken for it.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
