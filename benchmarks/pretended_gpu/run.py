@@ -45,6 +45,7 @@ HANDLES = (  # functions that make something, and put its handle where the first
 NUMBERS = {  # functions that answer a number: where among the arguments, and which
     "ncclGetVersion": (0, 22800),
     "ncclCommCount": (1, 1),
+    "ncclCommGetAsyncError": (1, 0),
     "cublasLtMatmulAlgoGetHeuristic": (9, 1),
 }
 TEXTS = ("ncclGetErrorString", "ncclGetLastError")
