@@ -79,7 +79,8 @@ def test_steps(tmp_path: Path, setup: str) -> None:
 def test_profile_without_a_profiler(tmp_path: Path) -> None:
     file = rehearse("profile stage1", tmp_path)["profile-stage1"]
     (part,) = file.parts
-    assert (part.status, part.error) == ("failed", "RuntimeError: the profiler recorded no kernel")
+    assert part.status == "failed"
+    assert str(part.error).endswith("RuntimeError: the profiler recorded no kernel")
 
 
 def test_plan(tmp_path: Path) -> None:
