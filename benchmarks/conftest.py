@@ -45,12 +45,15 @@ import torch
 import kernels
 from benchmarks import report, results
 from benchmarks.calls import Call, kinetics, network_calls
+from benchmarks.first_hour.outcomes import forget_the_last_error
 from benchmarks.session import Session
 from benchmarks.trainers import one_rank
 from engine.errors import UserError
 from engine.trainer.ranks import Ranks
 
 SESSION = pytest.StashKey[Session]()
+WRITTEN = pytest.StashKey[Path]()
+"""The new file, from the first case on."""
 FOLDER = Path(__file__).resolve().parent
 HOW_TO_RUN = "benchmarks are run by: pytest benchmarks/ --benchmark"
 CUDA = torch.cuda.is_available()
@@ -152,7 +155,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Skipped and failed cases go into the file too."""
+    """Skipped and failed cases go into the file too, which is written after every case.
+
+    A later case may take the process with it.
+    """
     outcome = yield
     session = item.config.stash.get(SESSION, None)
     if session is not None and FOLDER in item.path.parents:
@@ -162,7 +168,25 @@ def pytest_runtest_makereport(
             session.failed.append(_case_of(item))
         elif call.when == "call":
             session.passed.append(_case_of(item))
+        if call.when == "teardown" and item.config.getoption("add_to") is None:
+            _write(item.config, session)
     return outcome
+
+
+def pytest_runtest_logfinish() -> None:
+    """A case that failed holds no memory of the next one's."""
+    forget_the_last_error()
+
+
+def _write(config: pytest.Config, session: Session) -> None:
+    """A new file, or what it holds by now."""
+    if not (session.rows or session.counts or session.steps or session.feeds):
+        return
+    document = session.document()
+    if WRITTEN in config.stash:
+        results.save(document, config.stash[WRITTEN])
+    else:
+        config.stash[WRITTEN] = results.write(document, config.getoption("results"))
 
 
 def _case_of(item: pytest.Item) -> str:
@@ -183,7 +207,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     document = session.document()
     path = config.getoption("add_to")
     if path is None:
-        path = results.write(document, config.getoption("results"))
+        _write(config, session)  # with cases that were left out after the last one
+        path = config.stash[WRITTEN]
     else:  # checked at the start; should the file have changed since, nothing is lost
         try:
             document = results.added(results.read(path), document, session.passed)

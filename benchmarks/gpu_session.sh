@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
-# What is measured where there is a GPU, in calls of less than eight minutes each.
+# What is measured where there is a GPU, in calls of less than eight minutes, the cheapest and most
+# decisive first. In brackets about how long a call takes, by arithmetic: none has run on a GPU yet.
 #
 #   benchmarks/gpu_session.sh wheels              here, once: what that machine's Python lacks
-#   benchmarks/gpu_session.sh tests               tests that need a GPU
-#   benchmarks/gpu_session.sh operators PART      every operator; PART is 1, 2 or 3
-#   benchmarks/gpu_session.sh steps SETUP...      whole iterations of these setups, without compiled
-#   benchmarks/gpu_session.sh compiled SETUP...   their torch.compile builds: minutes each
-#   benchmarks/gpu_session.sh plan                the planner's predictions against a real peak
+#   benchmarks/gpu_session.sh versions            packages, GPU, NVDEC, implementations    [20 s]
+#   benchmarks/gpu_session.sh limits              convolutions around 2^31 values          [90 s]
+#   benchmarks/gpu_session.sh correctness         operators at every shape, GPU tests      [6 min]
+#   benchmarks/gpu_session.sh steps [SETUP...]    networks, waits, iterations of 4 to 32   [5 min]
+#   benchmarks/gpu_session.sh profile [SETUP...]  slowest kernels of an iteration of 32    [1 min]
+#   benchmarks/gpu_session.sh plan                predicted memory beside a real peak      [3 min]
+#   benchmarks/gpu_session.sh decoders            DALI's beside PyAV, clips per second     [5 min]
+#   benchmarks/gpu_session.sh large               tests of more than 2^31 values           [3 min]
+#   benchmarks/gpu_session.sh operators PART      every operator; PART is 1, 2 or 3        [7 min]
+#   benchmarks/gpu_session.sh iterations SETUP... every build but compiled ones            [7 min]
+#   benchmarks/gpu_session.sh compiled SETUP...   torch.compile builds: minutes each       [8 min]
 #   benchmarks/gpu_session.sh merge FILE...       here, at the end: one result file of all calls
 #
-# SETUP is stage1, stage2_6, stage2_12, stage2_generated, dvdgan_12 or dvdgan_50. Two of them fit
-# into one call. What is written lies in $OUT (default: ./gpu-session). Carry .whl with every call.
-# With DRY=1 commands are printed and not run. Never run on a GPU yet.
+# SETUP is stage1, stage2_6, stage2_12, stage2_generated, dvdgan_12 or dvdgan_50; iterations takes
+# two of them at a time. A call leaves its JSON in $OUT (default: ./gpu-session), also where a part
+# of it or the whole process fails, and goes on where it was if it is called again. Carry .whl with
+# every call. With DRY=1 commands are printed and not run, with SMALL=1 the calls up to plan take
+# networks of a few channels, to see that they run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,6 +28,7 @@ OUT=${OUT:-gpu-session}
 # There python3 has what is needed, here the environment does.
 PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 BUDGET=${BUDGET:-400}
+START_AGAIN=75  # benchmarks/first_hour/parts.py's
 
 run() {
   printf '+ %s\n' "$*"
@@ -47,24 +57,43 @@ prepare() {
     run "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
       --target /tmp/site .whl/*.whl
   fi
-  export PYTHONPATH="/tmp/site:$PWD" PYTHONUNBUFFERED=1
+  export PYTHONPATH="/tmp/site:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # before torch is imported
   if command -v nvcc > /dev/null && [ ! -e kernels/_csrc.abi3.so ]; then
-    run "$PYTHON" setup.py -q build_ext --inplace  # csrc/, for this machine's torch
+    # Without it operators run other forms, which versions.json names.
+    run "$PYTHON" setup.py -q build_ext --inplace || echo "csrc/ is not built" >&2
   fi
 }
 
-# An interrupt, before the machine's own limit: what was found until then is written. No limit for a
-# test alone: torch.compile takes minutes.
-interrupted_after() {
-  run timeout -s INT "$1" "$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=0 "${@:2}"
+# Run for at most so many seconds, by an interrupt, so that what was found until then is written.
+# Where the GPU's context is lost, or the process dies, again: it goes on behind what it died of.
+within() {  # SECONDS COMMAND...
+  local status end=$((SECONDS + $1)) tries
+  shift
+  for tries in 1 2 3 4 5 6 7 8; do
+    status=0
+    run timeout -k 15 -s INT $((end - SECONDS)) "$@" || status=$?
+    ((status == START_AGAIN || status > 128)) && ((end - SECONDS > 20)) || break
+    echo "exit code $status after try $tries: once more, without what it ended in" >&2
+  done
+  return "$status"
 }
 
-benchmark() {
-  interrupted_after 540 --benchmark --budget "$BUDGET" --results "$OUT" "$@"
+first_hour() {  # SECONDS CALL SETUP...
+  within "$1" "$PYTHON" -m benchmarks.first_hour "${@:2}" --out "$OUT" --budget $(($1 - 40)) \
+    ${SMALL:+--small}
 }
 
-pytests() {  # SECONDS REPORT ARGUMENTS...
-  interrupted_after "$1" --junit-xml "$OUT/$2.xml" "${@:3}"
+# No limit for a test alone: torch.compile takes minutes. And a failed one shows no arguments, which
+# may be tensors of gigabytes.
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -o timeout=0 --tb=short)
+
+pytests() {  # SECONDS CALL ARGUMENTS...
+  within "$1" "${PYTEST[@]}" -p benchmarks.first_hour.outcomes --outcomes "$OUT/$2.json" "${@:3}"
+}
+
+benchmark() {  # SECONDS ARGUMENTS...; writes after every case
+  run timeout -k 15 -s INT "$1" "${PYTEST[@]}" --benchmark --results "$OUT" "${@:2}"
 }
 
 any_of() {  # "a b" → "a or b", for -k
@@ -73,45 +102,68 @@ any_of() {  # "a b" → "a or b", for -k
   printf '%s' "${joined% or }"
 }
 
+# What follows a part that fails is run all the same; the last exit code that is not 0 is ours.
+failed=0
+and_then() { "$@" || failed=$?; }
+
 case ${1:-} in
   wheels) wheels ;;
-  tests)
+  versions)
     prepare
-    # Named, because collecting tests/video needs DALI, which is too large to carry.
-    pytests 330 gpu-tests -m gpu tests/kernels tests/models \
-      tests/trainer/test_acceleration.py tests/trainer/test_gpu_monitor.py tests/test_transfers.py ||
-      failed=1  # the others are run all the same
+    and_then first_hour 90 versions
+    ;;
+  limits)
+    prepare
+    and_then first_hour 240 limits
+    ;;
+  correctness)
+    prepare
+    and_then first_hour 160 correctness
+    # Named, because collecting tests/video needs DALI.
+    and_then pytests 200 correctness-tests -m gpu -k "not 2_to_the_31" tests/kernels tests/models \
+      tests/trainer/test_acceleration.py tests/trainer/test_gpu_monitor.py tests/test_transfers.py
     # What only hardware can get wrong: races, memory that nobody wrote, launches side by side.
-    pytests 150 gpu-forms -k "bit_equal or nothing_unwritten or any_layout" tests/kernels
-    exit "${failed:-0}"
+    and_then pytests 110 correctness-forms -k "bit_equal or nothing_unwritten or any_layout" \
+      tests/kernels
+    ;;
+  steps | profile)
+    prepare
+    and_then first_hour $([[ $1 = steps ]] && echo 470 || echo 240) "$@"
+    ;;
+  plan)
+    prepare
+    and_then first_hour 300 memory
+    and_then pytests 160 plan-tests -m gpu tests/planning
+    ;;
+  decoders)
+    prepare
+    and_then pytests 120 decoders-tests -m gpu tests/video/test_video_loader.py \
+      tests/video/test_what_is_read.py
+    and_then benchmark 340 --budget 280 benchmarks/bench_loader.py
+    ;;
+  large)
+    prepare
+    and_then pytests 450 large-tests -m gpu -k 2_to_the_31 tests/kernels
     ;;
   operators)
     prepare
     case ${2:-} in
-      1) benchmark benchmarks/bench_operators.py benchmarks/bench_spectral_norm.py \
+      1) benchmark 470 --budget "$BUDGET" benchmarks/bench_operators.py benchmarks/bench_spectral_norm.py \
            -k "frame_norm or conv_gru or spectral" ;;
-      2) benchmark benchmarks/bench_operators.py -k "upsample_conv or separable" ;;
-      3) benchmark benchmarks/bench_operators.py benchmarks/bench_step.py \
+      2) benchmark 470 --budget "$BUDGET" benchmarks/bench_operators.py -k "upsample_conv or separable" ;;
+      3) benchmark 470 --budget "$BUDGET" benchmarks/bench_operators.py benchmarks/bench_step.py \
            -k "conv2d or conv_pool or step" ;;
       *) echo "error: operators takes 1, 2 or 3" >&2; exit 2 ;;
     esac
     ;;
-  steps | compiled)
+  iterations | compiled)
     [[ $# -gt 1 ]] || { echo "error: $1 takes setups; see benchmarks/setups.py" >&2; exit 2; }
     prepare
     builds="not compiled"
     # The budget starts no new case; one that compiles takes minutes.
-    [[ $1 = steps ]] || { builds="compiled"; BUDGET=200; }
-    benchmark benchmarks/bench_whole_step.py \
+    [[ $1 = iterations ]] || { builds="compiled"; BUDGET=200; }
+    benchmark 470 --budget "$BUDGET" benchmarks/bench_whole_step.py \
       -k "test_whole_step and not reduced and not counted and $builds and ($(any_of "${@:2}"))"
-    ;;
-  plan)
-    prepare
-    for stage in 1 2; do
-      run sh -c "$PYTHON engine/plan.py --config configs/kinetics600.yaml --stage $stage \
-        --gpus 1 --gpu-memory 80 --json > '$OUT/plan-stage$stage.json'"
-    done
-    pytests 300 plan-tests -m gpu tests/planning
     ;;
   merge)
     [[ $# -gt 1 ]] || { echo "error: merge takes result files" >&2; exit 2; }
@@ -119,3 +171,4 @@ case ${1:-} in
     ;;
   *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
+exit "$failed"

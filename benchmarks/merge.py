@@ -1,5 +1,9 @@
-"""One result file of several calls on the same device, versions and commit."""
+"""One result file of several calls on the same device, versions and commit.
 
+Files of benchmarks/first_hour are taken too, as far as they hold results.
+"""
+
+import json
 import sys
 from functools import reduce
 from pathlib import Path
@@ -8,8 +12,11 @@ if __name__ == "__main__":  # run as a file, its folder is on the path and the r
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import results
+from benchmarks.first_hour.as_results import document_of
+from benchmarks.first_hour.parts import CallFile
 from benchmarks.results import Document
 from engine.command_line import ArgumentParser, run
+from engine.errors import UserError
 
 EPILOG = """\
 example:
@@ -25,8 +32,19 @@ def main(arguments: list[str]) -> None:
         "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where it goes"
     )
     options = parser.parse_args(arguments)
-    merged = reduce(_added, (results.read(path) for path in options.files))
+    merged = reduce(_added, map(read, options.files))
     print(results.write(merged, options.results))
+
+
+def read(path: Path) -> Document:
+    """A result file, or a call's as one. Raises UserError with one line."""
+    try:
+        tree = json.loads(path.read_text())
+        if "call" in tree:
+            return document_of(CallFile.model_validate(tree))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return results.read(path)
 
 
 def _added(before: Document, more: Document) -> Document:

@@ -22,6 +22,8 @@ from engine.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "results"
 REPOSITORY = FOLDER.parents[1]
+PRETENDED = "pretended"
+"""What the name of a device begins with whose times are nobody's: benchmarks/pretended_gpu."""
 FORMAT: Final = 1
 
 Positive = Annotated[float, Field(gt=0)]
@@ -222,7 +224,12 @@ def this_commit() -> tuple[str | None, bool | None]:
 
 
 def write(document: Document, folder: Path) -> Path:
-    """Write a new file into the folder; never over another one."""
+    """Write a new file into the folder; never over another one.
+
+    Raises UserError for a pretended device's in `FOLDER`.
+    """
+    if folder.resolve() == FOLDER and document.device.name.startswith(PRETENDED):
+        raise UserError(f"{document.device.name} is no device: nothing it measured is a result")
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", document.device.name.lower()).strip("-")
     stem = f"{document.date:%Y-%m-%dT%H%M%S}-{document.device.kind}-{device}"

@@ -41,6 +41,7 @@ class Session:
     failed: list[str] = field(default_factory=list)
     commit: tuple[str | None, bool | None] = field(default_factory=results.this_commit)
     """Of the code that was loaded, not of what the tree holds when the run ends."""
+    _device: results.Device = field(default_factory=results.this_device)
     started: float = field(default_factory=time.monotonic)
     _rates: Rates | None = None
 
@@ -98,7 +99,7 @@ class Session:
         return results.Document(
             format=results.FORMAT,
             date=results.now(),
-            device=results.this_device(),
+            device=self._device,
             versions=results.these_versions(),
             commit=commit,
             dirty=dirty,

@@ -15,6 +15,31 @@ def test_values_are_kept() -> None:
     assert to_device(values, torch.device("meta")).shape == values.shape
 
 
+def test_what_has_gaps_is_closed_before_it_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch copies it together in pageable memory otherwise, and the host waits."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(values: torch.Tensor) -> torch.Tensor:
+        pinned.append(values)
+        return values
+
+    asked: list[tuple[torch.device, bool]] = []
+
+    def to(values: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        assert values is pinned[-1]
+        asked.append((device, non_blocking))
+        return values
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    device = torch.device("cuda", 0)
+    values = torch.arange(12).view(3, 4)[:, :2]
+    there = to_device(values, device)
+    assert there.is_contiguous()
+    assert there.equal(values)
+    assert asked == [(device, True)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_not_waited_for() -> None:

@@ -2,7 +2,8 @@
  *
  * Memory is the host's, 80 GiB at most, of which only what is copied becomes real. Copies of less
  * than 64 MiB are made. Kernels do nothing, and say so where their grid could not be launched.
- * Streams and events are always done; a stream that is being captured must not be waited for.
+ * Streams and events are always done; a stream that is being captured must not be waited for. What
+ * a host would wait for is counted: synchronizations, and copies from or to pageable memory.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -25,6 +26,28 @@ static long launches, triton_launches;
 
 long pretended_launches(void) { return launches; }
 long pretended_triton_launches(void) { return triton_launches; }
+
+/* Of what would make the host wait: streams, events, the device, and copies. */
+enum { STREAM, EVENT, DEVICE, COPY, NUM_WAITS };
+static long waits[NUM_WAITS];
+static void (*on_wait)(int kind);
+
+long pretended_waits(int kind) { return kind >= 0 && kind < NUM_WAITS ? waits[kind] : -1; }
+void pretended_on_wait(void (*call)(int kind)) { on_wait = call; }
+
+static void count_wait(int kind) {
+  waits[kind]++;
+  if (on_wait) on_wait(kind);
+}
+
+static enum cudaStreamCaptureStatus capturing;
+
+static err wait_for(int kind, const char *what) {
+  count_wait(kind);
+  if (!capturing) OK;
+  fprintf(stderr, "pretended GPU: %s while a stream is captured\n", what);
+  return cudaErrorStreamCaptureUnsupported;
+}
 
 /* ------------------------------------------------------------------------------- memory */
 
@@ -52,16 +75,31 @@ static void *take(size_t size, int kind) {
   return at;
 }
 
-static void drop(void *at) {
+static void drop(void *at, int unmap) {
   pthread_mutex_lock(&lock);
   for (int i = 0; at && i < num_ranges; i++) {
     if (ranges[i].at != at) continue;
-    munmap(at, ranges[i].size);
+    if (unmap) munmap(at, ranges[i].size);
     if (ranges[i].kind == cudaMemoryTypeDevice) in_use -= ranges[i].size;
     ranges[i].at = NULL;
     break;
   }
   pthread_mutex_unlock(&lock);
+}
+
+/* The caller's own memory, from now on as good as pinned. */
+static err pin(void *at, size_t size) {
+  err result = cudaErrorMemoryAllocation;
+  int i = 0;
+  pthread_mutex_lock(&lock);
+  while (i < num_ranges && ranges[i].at) i++;
+  if (i < 65536) {
+    if (i == num_ranges) num_ranges++;
+    ranges[i].at = at, ranges[i].size = size, ranges[i].kind = cudaMemoryTypeHost;
+    result = cudaSuccess;
+  }
+  pthread_mutex_unlock(&lock);
+  return result;
 }
 
 static int kind_of(const void *pointer) {
@@ -75,6 +113,20 @@ static int kind_of(const void *pointer) {
 static err copy(void *to, const void *from, size_t size) {
   if (size < COPIED) memmove(to, from, size);
   OK;
+}
+
+/* The host waits where one end is pageable; between two such ends no device takes part. */
+static err copy_async(void *to, const void *from, size_t size) {
+  int pageable = kind_of(to) == cudaMemoryTypeUnregistered;
+  if (pageable != (kind_of(from) == cudaMemoryTypeUnregistered)) count_wait(COPY);
+  return copy(to, from, size);
+}
+
+/* The host waits where one end is the host's, pinned or not. */
+static err copy_now(void *to, const void *from, size_t size) {
+  int of_host = kind_of(to) != cudaMemoryTypeDevice;
+  if (of_host || kind_of(from) != cudaMemoryTypeDevice) count_wait(COPY);
+  return copy(to, from, size);
 }
 
 static err fill(void *at, int value, size_t size) {
@@ -92,13 +144,13 @@ err cudaHostAlloc(void **at, size_t size, unsigned flags) {
 }
 err cudaMallocAsync(void **at, size_t size, cudaStream_t s) { return cudaMalloc(at, size); }
 err cudaMallocHost(void **at, size_t size) { return cudaHostAlloc(at, size, 0); }
-err cudaFree(void *at) { drop(at); OK; }
-err cudaFreeAsync(void *at, cudaStream_t s) { drop(at); OK; }
-err cudaFreeHost(void *at) { drop(at); OK; }
-err cudaHostRegister(void *at, size_t size, unsigned flags) { OK; }
-err cudaHostUnregister(void *at) { OK; }
-err cudaMemcpy(void *to, const void *from, size_t n, direction d) { return copy(to, from, n); }
-err cudaMemcpyAsync(void *to, const void *from, size_t n, direction d, cudaStream_t s) { return copy(to, from, n); }
+err cudaFree(void *at) { drop(at, 1); OK; }
+err cudaFreeAsync(void *at, cudaStream_t s) { drop(at, 1); OK; }
+err cudaFreeHost(void *at) { drop(at, 1); OK; }
+err cudaHostRegister(void *at, size_t size, unsigned flags) { return pin(at, size); }
+err cudaHostUnregister(void *at) { drop(at, 0); OK; }
+err cudaMemcpy(void *to, const void *from, size_t n, direction d) { return copy_now(to, from, n); }
+err cudaMemcpyAsync(void *to, const void *from, size_t n, direction d, cudaStream_t s) { return copy_async(to, from, n); }
 err cudaMemcpyPeerAsync(void *to, int a, const void *from, int b, size_t n, cudaStream_t s) { return copy(to, from, n); }
 err cudaMemcpyToSymbol(const void *to, const void *from, size_t n, size_t offset, direction d) { OK; }
 err cudaMemset(void *at, int value, size_t size) { return fill(at, value, size); }
@@ -164,7 +216,7 @@ const char *cudaGetErrorString(err e) { return e ? "pretended error" : "no error
 const char *cudaGetErrorName(err e) { return e ? "pretended" : "cudaSuccess"; }
 err cudaDriverGetVersion(int *v) { *v = CUDART_VERSION; OK; }
 err cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; OK; }
-err cudaDeviceSynchronize(void) { OK; }
+err cudaDeviceSynchronize(void) { return wait_for(DEVICE, "cudaDeviceSynchronize"); }
 err cudaDeviceCanAccessPeer(int *can, int a, int b) { *can = 0; OK; }
 err cudaDeviceEnablePeerAccess(int a, unsigned flags) { OK; }
 err cudaDeviceGetPCIBusId(char *text, int size, int d) { snprintf(text, size, "0000:01:00.0"); OK; }
@@ -174,21 +226,14 @@ err cudaProfilerStop(void) { OK; }
 
 /* -------------------------------------------------------------- streams, events, graphs */
 
-static enum cudaStreamCaptureStatus capturing;
 static unsigned long long num_captures;
-
-static err wait_for(const char *what) {
-  if (!capturing) OK;
-  fprintf(stderr, "pretended GPU: %s while a stream is captured\n", what);
-  return cudaErrorStreamCaptureUnsupported;
-}
 
 err cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) { *s = malloc(8); OK; }
 err cudaStreamCreateWithFlags(cudaStream_t *s, unsigned flags) { *s = malloc(8); OK; }
 err cudaStreamCreate(cudaStream_t *s) { *s = malloc(8); OK; }
 err cudaStreamDestroy(cudaStream_t s) { OK; }
 err cudaStreamGetPriority(cudaStream_t s, int *priority) { *priority = 0; OK; }
-err cudaStreamSynchronize(cudaStream_t s) { return wait_for("cudaStreamSynchronize"); }
+err cudaStreamSynchronize(cudaStream_t s) { return wait_for(STREAM, "cudaStreamSynchronize"); }
 err cudaStreamQuery(cudaStream_t s) { OK; }
 err cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned flags) { OK; }
 err cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t call, void *with, unsigned flags) { call(s, 0, with); OK; }
@@ -225,7 +270,7 @@ err cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { *e = calloc(1, si
 err cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
 err cudaEventDestroy(cudaEvent_t e) { OK; }
 err cudaEventQuery(cudaEvent_t e) { OK; }
-err cudaEventSynchronize(cudaEvent_t e) { return wait_for("cudaEventSynchronize"); }
+err cudaEventSynchronize(cudaEvent_t e) { return wait_for(EVENT, "cudaEventSynchronize"); }
 err cudaEventRecord(cudaEvent_t e, cudaStream_t s) { clock_gettime(CLOCK_MONOTONIC, (struct timespec *)e); OK; }
 err cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) { return cudaEventRecord(e, s); }
 err cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
@@ -288,7 +333,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (void *)16; O
 CUresult cuCtxGetCurrent(CUcontext *c) { *c = (void *)16; OK; }
 CUresult cuCtxSetCurrent(CUcontext c) { OK; }
 CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; OK; }
-CUresult cuCtxSynchronize(void) { OK; }
+CUresult cuCtxSynchronize(void) { count_wait(DEVICE); OK; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit which) { *value = 0; OK; }
 CUresult cuCtxSetLimit(CUlimit which, size_t value) { OK; }
 CUresult cuGetErrorString(CUresult e, const char **text) { *text = "pretended"; OK; }

@@ -10,7 +10,7 @@ What is real: PyTorch and its caching allocator, Triton, which compiles every ke
 launches it with its arguments and grid, DeepSpeed on its CUDA accelerator, streams, events and
 captured graphs as the host sees them. So it finds arguments on the wrong device, launches that no
 GPU takes, waiting while a graph is captured, memory that does not suffice; and it measures what an
-iteration costs the host, and how many kernels it launches.
+iteration costs the host, how many kernels it launches, and how often the host would have to wait.
 
 What is not: every value, so tests of values fail; every time but the host's. cuDNN's, cuBLAS's and
 NCCL's calls return at once. The kernels of csrc/ are left out, since their CUDA runtime, linked
@@ -25,7 +25,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = "cublas|cusolver|cusparse|nccl"
@@ -40,6 +45,7 @@ HANDLES = (  # functions that make something, and put its handle where the first
 NUMBERS = {  # functions that answer a number: where among the arguments, and which
     "ncclGetVersion": (0, 22800),
     "ncclCommCount": (1, 1),
+    "ncclCommGetAsyncError": (1, 0),
     "cublasLtMatmulAlgoGetHeuristic": (9, 1),
 }
 TEXTS = ("ncclGetErrorString", "ncclGetLastError")
@@ -99,6 +105,54 @@ def launches() -> tuple[int, int]:
     return process.pretended_launches(), process.pretended_triton_launches()
 
 
+class Waits(NamedTuple):
+    """How often the host would have waited for a GPU."""
+
+    streams: int
+    """cudaStreamSynchronize"""
+    events: int
+    """cudaEventSynchronize"""
+    devices: int
+    """cudaDeviceSynchronize"""
+    copies: int
+    """From pageable memory to the device or back, and every cudaMemcpy with an end on the host.
+
+    A copy of PyTorch's that blocks is one here and one of `streams`."""
+
+    def __sub__(self, other: "Waits") -> "Waits":
+        """Since then."""
+        return Waits(*(now - then for now, then in zip(self, other, strict=True)))
+
+
+def waits() -> Waits:
+    """So far in this process."""
+    process = ctypes.CDLL(None)
+    process.pretended_waits.restype = ctypes.c_long
+    return Waits(*(process.pretended_waits(kind) for kind in range(len(Waits._fields))))
+
+
+@contextmanager
+def watched_waits() -> Iterator[Counter[str]]:
+    """Within this context, what kind of wait happened where: "copies module.py:12 ..." → times.
+
+    Where: the innermost lines of Python outside of PyTorch, the innermost first.
+    """
+    found: Counter[str] = Counter()
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def note(kind: int) -> None:
+        frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+        lines = [f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-3:])]
+        found[" ".join([Waits._fields[kind], *lines])] += 1
+
+    process = ctypes.CDLL(None)
+    process.pretended_on_wait(note)
+    try:
+        yield found
+    finally:
+        process.pretended_on_wait(None)
+
+
 def main() -> None:
     """Build, then become the Python that was asked for."""
     if len(sys.argv) < 2:
@@ -112,6 +166,8 @@ def main() -> None:
         "TRITON_LIBCUDA_PATH": str(folder),
         "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
         "PYTEST_PLUGINS": "without_checks",
+        # What a failed test shows of tensors without values may never end.
+        "PYTEST_ADDOPTS": f"--assert=plain --tb=short {os.environ.get('PYTEST_ADDOPTS', '')}",
         "DS_ACCELERATOR": "cuda",
         # What is compiled for other convolutions than these must not be taken for it.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from engine.transfers import to_device
 from engine.video.geometry import square_clip
 from engine.video.index import VideoIndex
 from engine.video.sampler import ClipRequest
@@ -35,10 +36,7 @@ class PyAVStream:
             self._in_flight.append(([request.number for request in requests], clips))
         numbers, futures = self._in_flight.popleft()
         clips_BTHWC = torch.stack([future.result() for future in futures])
-        if self._settings.device.type == "cuda":
-            # From pinned memory, or the copy would wait for all that was launched before it.
-            clips_BTHWC = clips_BTHWC.pin_memory().to(self._settings.device, non_blocking=True)
-        return torch.tensor(numbers), clips_BTHWC
+        return torch.tensor(numbers), to_device(clips_BTHWC, self._settings.device)
 
     def close(self) -> None:
         """Stop decoding."""

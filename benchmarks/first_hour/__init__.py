@@ -1,0 +1,1 @@
+"""What is measured first where there is a GPU; start with __main__.py."""

@@ -1,0 +1,153 @@
+"""Time per sample of convolutions around 2^31 values, PyTorch's own and this project's.
+
+Beyond that many values in x or y PyTorch may find no fast kernel in cuDNN (pytorch#128936), so what
+a sample costs may jump. Whole videos pass that limit first at the last resolution and in the
+ConvGRU's gates. Where this project's operators run such convolutions in parts, theirs do not.
+
+Shapes: B batch, T frames, I input and O output channels, H x W pixels.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.calls import Call, Network, network_calls
+from benchmarks.correctness import gradients
+from benchmarks.first_hour.parts import Part
+from benchmarks.first_hour.scale import Scale
+from benchmarks.timing import measure, spread
+
+LIMIT_VALUES = 1 << 31
+MOST_SAMPLES = 128
+OPERATORS = ("conv_gru", "conv2d", "upsample_conv", "conv_pool2d")
+"""Volumes stay below."""
+ROUNDS = 3
+PATIENCE_SECONDS = 0.5
+"""What takes longer is timed once: it is on a slow path."""
+
+
+class Limited(NamedTuple):
+    """A convolution that passes the limit, as its network calls it."""
+
+    stage: int
+    network: Network
+    operator: str
+    number: int
+    """Which of the network's calls of the operator."""
+    name: str
+    values_per_sample: int
+    """Of the largest tensor."""
+
+    @property
+    def last_below(self) -> int:
+        """The most samples that stay below."""
+        return (LIMIT_VALUES - 1) // self.values_per_sample
+
+    def sizes(self) -> tuple[int, int, int]:
+        """The last below, the first above, and the next power of two."""
+        return self.last_below, self.last_below + 1, 1 << self.last_below.bit_length()
+
+
+def parts(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
+    """A convolution, a number of samples and a side each; both sides of the limit come first."""
+    found = sorted(passing(scale), key=lambda limited: limited.last_below)
+    for position in range(2 if scale.small else 3):
+        for limited in found:
+            samples = 1 + position if scale.small else limited.sizes()[position]
+            for side in ("torch", "kernels"):
+                name = f"{limited.name}, {samples} samples, {side}"
+                yield Part(name, partial(time_per_sample, scale, limited, samples, side))
+
+
+@cache
+def passing(scale: Scale) -> list[Limited]:
+    """Every convolution of Kinetics' two stages that passes the limit within `MOST_SAMPLES`.
+
+    Found at the paper's sizes, whatever the scale.
+    """
+    found = []
+    whole = scale._replace(small=False)
+    for stage in (1, 2):
+        for network in get_args(Network):
+            for operator in OPERATORS:
+                calls = network_calls(whole.kinetics(1), stage, operator, network)
+                for number, call in enumerate(calls):
+                    name = f"{operator} {call.name}"
+                    values = largest_tensor(call)
+                    limited = Limited(stage, network, operator, number, name, values)
+                    if limited.last_below < MOST_SAMPLES:
+                        found.append(limited)
+    return found
+
+
+def largest_tensor(call: Call) -> int:
+    """Values of x, of y, or of a ConvGRU's gates before their nonlinearities."""
+    if call.operator == "conv_gru":
+        return 3 * call.x.numel()
+    with torch.no_grad():
+        y = call.function()(**call.arguments)
+    return max(call.x.numel(), y.numel())
+
+
+def time_per_sample(scale: Scale, limited: Limited, samples: int, side: str) -> dict[str, Any]:
+    """Milliseconds per sample of a forward pass, and of one with its backward pass."""
+    config, operator = scale.kinetics(samples), limited.operator
+    call = network_calls(config, limited.stage, operator, limited.network)[limited.number]
+    function, arguments = call.function(), call.draw(scale.device, 0)
+    if side == "torch":
+        function, arguments = plain_convolution(call), plain_arguments(call, arguments)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return function(**arguments)
+
+    dy = torch.randn_like(forward())
+
+    def both() -> object:
+        return gradients(function(**arguments), arguments, dy)
+
+    both()
+    return {
+        "values": largest_tensor(call),
+        "forward_ms": milliseconds(forward, scale.device) / samples,
+        "forward_backward_ms": milliseconds(both, scale.device) / samples,
+    }
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median of a few; of one where it takes long."""
+    began = time.perf_counter()
+    first = measure(run, device)
+    if time.perf_counter() - began > PATIENCE_SECONDS:
+        return 1e3 * first
+    return 1e3 * spread([first, *(measure(run, device) for _ in range(ROUNDS - 1))]).median
+
+
+def plain_convolution(call: Call) -> Callable[..., Tensor]:
+    """PyTorch's convolution of `input` and `weight`, as `plain_arguments` has them."""
+    if call.operator == "upsample_conv":
+        return partial(F.conv_transpose2d, stride=2, padding=1)
+    return partial(F.conv2d, stride=2 if call.operator == "conv_pool2d" else 1, padding=1)
+
+
+def plain_arguments(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
+    """x as channels-last frames [B*T, I, H, W], and a weight of 3x3 taps, of 4x4 if resampling.
+
+    A ConvGRU's gates are one convolution of x, I to 3 I channels.
+    """
+    x_BTIHW: Tensor = next(iter(arguments.values())).detach()
+    I = x_BTIHW.shape[2]  # noqa: E741
+    O = 3 * I if call.operator == "conv_gru" else list(call.weights.values())[-1].shape[0]  # noqa: E741
+    taps = 4 if call.operator in ("upsample_conv", "conv_pool2d") else 3
+    channels = (I, O) if call.operator == "upsample_conv" else (O, I)
+    weight = torch.randn(*channels, taps, taps, device=x_BTIHW.device).to(x_BTIHW.dtype)
+    last = torch.channels_last
+    return {
+        "input": x_BTIHW.flatten(0, 1).contiguous(memory_format=last).requires_grad_(),
+        "weight": weight.contiguous(memory_format=last).requires_grad_(),
+    }

@@ -1,0 +1,150 @@
+"""The parts of a call: each is recorded when it ends, however it ends.
+
+A part that raises is recorded as failed and the next one runs. A part that takes the process with
+it, or the GPU's context, after which no kernel runs any more, is found recorded as begun: the call
+is started again and goes on behind it. So the file says of every part what became of it.
+"""
+
+import gc
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+
+from benchmarks import results
+from benchmarks.results import Record
+
+START_AGAIN = 75
+"""The exit code of a process whose GPU context is lost while parts are left."""
+
+
+class Part(NamedTuple):
+    """Something that is found out by itself."""
+
+    name: str
+    run: Callable[[], Any]
+    """Gives what JSON can hold."""
+
+
+class Outcome(Record):
+    """What became of a part."""
+
+    name: str
+    status: Literal["begun", "done", "failed", "left out"]
+    """Begun: its process did not come to its end."""
+    seconds: Annotated[float, Field(ge=0)] | None = None
+    value: Any = None
+    error: str | None = None
+    """The exception's last lines, or why it was left out."""
+
+
+class CallFile(Record):
+    """The file of a call."""
+
+    call: str
+    date: datetime
+    small: bool
+    """Of a few channels and samples: to see that it runs, not to measure."""
+    device: results.Device
+    versions: dict[str, str | None]
+    commit: str | None
+    dirty: bool | None
+    parts: list[Outcome]
+
+
+class Recorder:
+    """Keeps a call's file up to date. `budget`: start no part after so many seconds.
+
+    What the file says already, of this commit and machine, it goes on with.
+    """
+
+    def __init__(self, path: Path, call: str, *, small: bool, budget: float | None = None) -> None:
+        self._path, self._budget = path, budget
+        self._started = time.monotonic()
+        commit, dirty = results.this_commit()
+        self._file = CallFile(
+            call=call,
+            date=results.now(),
+            small=small,
+            device=results.this_device(),
+            versions=results.these_versions(),
+            commit=commit,
+            dirty=dirty,
+            parts=[],
+        )
+        self.outcomes: dict[str, Outcome] = {}
+        """By the part's name."""
+        if path.exists():
+            found = CallFile.model_validate_json(path.read_text())
+            if found == self._file.model_copy(update={"parts": found.parts, "date": found.date}):
+                self._file = found
+                self.outcomes = {outcome.name: outcome for outcome in found.parts}
+
+    def run(self, parts: Iterable[Part]) -> int:
+        """All that are not recorded yet; the process's exit code."""
+        for part in parts:
+            if part.name in self.outcomes:
+                continue
+            if self._budget is not None and time.monotonic() - self._started > self._budget:
+                self.record(Outcome(name=part.name, status="left out", error="the time was up"))
+                continue
+            self.record(Outcome(name=part.name, status="begun"))
+            self.record(run_part(part))
+            if not context_is_whole():
+                return START_AGAIN
+        return 0
+
+    def record(self, outcome: Outcome) -> None:
+        """In place of what was known of the part; written before it returns."""
+        self.outcomes[outcome.name] = outcome
+        file = self._file.model_copy(update={"parts": list(self.outcomes.values())})
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._path.with_name(self._path.name + ".new")
+        aside.write_text(json.dumps(file.model_dump(mode="json"), indent=1) + "\n")
+        os.replace(aside, self._path)
+        if outcome.status != "begun":
+            print(line(outcome), flush=True)
+
+
+def run_part(part: Part) -> Outcome:
+    """Run it; what it raises is its outcome."""
+    began = time.monotonic()
+    value, error = None, None
+    try:
+        value = part.run()
+        json.dumps(value, allow_nan=False)
+    except Exception as raised:  # whatever it is, the next part is another one
+        error = "".join(traceback.format_exception(raised)[-2:]).strip()[-2000:]
+        del raised
+    seconds = round(time.monotonic() - began, 3)
+    gc.collect()  # tensors that the exception's frames held
+    if error is None:
+        return Outcome(name=part.name, status="done", seconds=seconds, value=value)
+    return Outcome(name=part.name, status="failed", seconds=seconds, error=error)
+
+
+def context_is_whole() -> bool:
+    """Whether kernels still run: after an illegal access none does, for as long as the process."""
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def line(outcome: Outcome) -> str:
+    """For whoever watches: short, since only the end of a log may come back."""
+    text = json.dumps(outcome.value) if outcome.status == "done" else str(outcome.error)
+    text = text.splitlines()[-1] if text else ""
+    seconds = "" if outcome.seconds is None else f" {outcome.seconds:.1f} s"
+    return f"{outcome.status}{seconds}: {outcome.name}: {text[:160]}"
