@@ -49,6 +49,7 @@ from benchmarks.first_hour.outcomes import forget_the_last_error
 from benchmarks.session import Session
 from benchmarks.trainers import one_rank
 from engine.errors import UserError
+from engine.trainer.acceleration import choose_convolutions
 from engine.trainer.ranks import Ranks
 
 SESSION = pytest.StashKey[Session]()
@@ -99,6 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
     kernels.set_default("auto")
     # "fp32" shall mean it, as in training.
     torch.backends.cudnn.allow_tf32 = False
+    choose_convolutions(benchmark=True)  # on both sides, as training has it
     quick = config.getoption("quick")
     config.stash[SESSION] = Session(
         device=torch.device("cuda", 0) if CUDA else torch.device("cpu"),

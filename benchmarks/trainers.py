@@ -17,6 +17,7 @@ from engine.configuration import Config
 from engine.models import build_discriminators, build_generator
 from engine.models.cascade import Cascade
 from engine.models.norms import fix_norm_statistics, frame_norms
+from engine.trainer.acceleration import choose_convolutions
 from engine.trainer.deepspeed_engines import make_engine
 from engine.trainer.networks import LATENTS, StageBuilder
 from engine.trainer.previous import PreviousStages, load_cascade
@@ -92,6 +93,7 @@ def one_rank(device: torch.device) -> Iterator[Ranks]:
     before = dict(environ)
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=device)
     ranks.connect()
+    choose_convolutions(benchmark=True)
     try:
         yield ranks
     finally:
