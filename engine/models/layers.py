@@ -60,8 +60,9 @@ class BlockEnd(BiasedLayer):
     def only_graph(self) -> bool:
         """As the operators' argument. PyTorch ends a pass that is made again when the last tensor
         is kept; a Function's are kept after it ran."""
-        # A compiled block's two passes must be one program, which keeps the same tensors.
-        return self.recomputing and not torch.compiler.is_compiling()
+        # A compiled block's two passes must be one program, which keeps the same tensors: it must
+        # not even ask whether this is the second.
+        return not torch.compiler.is_compiling() and self.recomputing
 
 
 class Convolution(BlockEnd):
