@@ -21,7 +21,7 @@ from benchmarks.session import Session
 from benchmarks.timing import cache_bytes, num_copies
 from engine.models import build_generator
 from engine.models.construction import compute_dtype
-from engine.models.layers import spectral_weights
+from engine.models.spectral import spectral_weights
 
 PARAMETRIZATION = "parametrizations"
 DIRECTIONS = ("iteration", "iteration_forward", "iteration_forward_backward")

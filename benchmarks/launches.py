@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from engine.configuration import Config
-from engine.models.layers import SpectralWeight, spectral_weights
+from engine.models.spectral import SpectralWeight, spectral_weights
 from engine.planning.counters import ChannelsLastConvolutions
 from engine.planning.meta_step import MetaStep
 

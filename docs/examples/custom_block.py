@@ -9,10 +9,10 @@ again with the same gradients. Needs no GPU and no data:
 import torch
 from torch import Tensor
 
-import kernels
-from engine.models import layers
+from engine.models import layers, spectral
 from engine.models.activation_checkpointing import Block, run_block
-from engine.models.norms import Features, FrameNorm
+from engine.models.features import Features
+from engine.models.norms import FrameNorm
 
 
 class GatedBlock(Block):
@@ -25,16 +25,16 @@ class GatedBlock(Block):
 
     def forward(self, x_BTCHW: Tensor, cond_BK: Tensor) -> Tensor:
         """Returns the shape of x."""
-        normalized = self.norm(Features(x_BTCHW), cond_BK)  # not computed yet, nor kept
-        h_BTCHW = kernels.separable_conv3d(normalized, *self.conv(x_BTCHW.dtype))
+        # The norm is not computed yet, nor kept: the convolution does it.
+        h_BTCHW = self.conv(self.norm(Features(x_BTCHW), cond_BK)).video
         return x_BTCHW + self.gate(cond_BK).sigmoid()[:, None, :, None, None] * h_BTCHW
 
 
 if __name__ == "__main__":
     block, x_BTCHW, cond_BK = GatedBlock(16, 8), torch.randn(2, 6, 16, 8, 8), torch.randn(2, 8)
-    layers.update_spectral_norm(block)  # power iteration, once per optimizer step
+    spectral.update_spectral_norm(block)  # power iteration, once per optimizer step
     for block.recomputed in (False, True):  # training.checkpointing: norms, then blocks
-        with layers.normalized_weights(block, torch.float32):  # each over its σ, all at once
+        with spectral.normalized_weights(block, torch.float32):  # each over its σ, all at once
             y_BTCHW = run_block(block, x_BTCHW, cond_BK)
         gradients = torch.autograd.grad(y_BTCHW.square().mean(), list(block.parameters()))
         print(f"{list(y_BTCHW.shape)}, gradients add up to {sum(g.sum() for g in gradients):.8f}")

@@ -8,8 +8,8 @@ from engine.models.construction import (
 )
 from engine.models.discriminators import Discriminators, Scores, draw_frame_indices
 from engine.models.generator import ClipGenerator
-from engine.models.layers import SpectralWeight, spectral_weights, update_spectral_norm
 from engine.models.norms import collect_statistics, fix_norm_statistics, norm_statistics
+from engine.models.spectral import SpectralWeight, spectral_weights, update_spectral_norm
 from engine.models.upsampler import UpsamplingGenerator
 
 __all__ = [

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from engine.models.layers import BlockEnd
 from engine.models.norms import frame_norms
 from engine.models.prepared import prepared_now
 
@@ -30,17 +31,12 @@ class Block(nn.Module):
 
     recomputed = False
     """Whether its backward pass computes it again."""
-    recomputing = False
-    """Whether it is being computed again at this moment."""
 
     @property
-    def only_graph(self) -> bool:
-        """Whether this pass is for the graph of the backward pass alone: nobody reads its result.
-
-        PyTorch ends such a pass when the last tensor is kept; a Function's are kept after it ran.
-        """
-        # A compiled block's two passes must be one program, which keeps the same tensors.
-        return not torch.compiler.is_compiling() and self.recomputing
+    def end(self) -> BlockEnd | None:
+        """The layer whose result is the block's, if there is one: nobody reads it in a pass that is
+        made again."""
+        return None
 
 
 def run_block(block: Block, *inputs: Any) -> Any:
@@ -51,15 +47,18 @@ def run_block(block: Block, *inputs: Any) -> Any:
     prepared = prepared_now(block)
     # Flat: PyTorch hands only tensors that are arguments themselves to hooks of saved tensors.
     leaves, structure = tree_flatten(inputs)
-    again = False
+    end, again = block.end, False
 
     def run(*leaves: Any) -> Any:
         nonlocal again
-        block.recomputing, again = again, True
+        if end is not None:
+            end.recomputing = again
+        again = True
         try:
             return block(*tree_unflatten(leaves, structure))
         finally:
-            block.recomputing = False
+            if end is not None:
+                end.recomputing = False
 
     return checkpoint(
         run,

@@ -5,42 +5,25 @@ are known; `cond_BK` is the condition [z; e(y)] and `low` the low-resolution vid
 size and length.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
 from engine.models.activation_checkpointing import Block, run_block
-from engine.models.layers import ConvGRU, Convolution, SeparableConvolution
-from engine.models.norms import Features, FrameNorm
+from engine.models.features import Features
+from engine.models.layers import (
+    ConvGRU,
+    Convolution,
+    Injection,
+    NoInjection,
+    SeparableConvolution,
+    Shortcut,
+)
+from engine.models.norms import FrameNorm
 
 Temporal = Literal["conv_gru", "separable_conv"]
-LOW_CHANNELS = 3  # x_l is RGB
-
-
-class Injection(nn.Module):
-    """The 1x1 convolution that adds x_l to a block's output (SSW-GAN, upsampling stages)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.projection = Convolution(LOW_CHANNELS, channels, (1, 1))
-
-    def forward(self, low: Tensor, dtype: torch.dtype) -> kernels.LowSkip:
-        """What the block's last operator adds."""
-        return kernels.LowSkip(low, *self.projection(dtype))
-
-
-def _skip(
-    injection: Injection | None, low: Tensor | None, dtype: torch.dtype
-) -> kernels.LowSkip | None:
-    if injection is None:
-        return None
-    if low is None:
-        raise ValueError("this block injects a low-resolution video, but was given none")
-    skip: kernels.LowSkip = injection(low, dtype)
-    return skip
 
 
 class GeneratorBlock2D(Block):
@@ -54,40 +37,31 @@ class GeneratorBlock2D(Block):
         self, in_channels: int, channels: int, condition_size: int, *, upsample: bool, inject: bool
     ) -> None:
         super().__init__()
-        self.upsample = upsample
+        resample: Literal["up"] | None = "up" if upsample else None
         self.norm1 = FrameNorm(in_channels, condition_size)
-        self.conv1 = Convolution(in_channels, channels, fold="upsampling" if upsample else None)
+        self.conv1 = Convolution(in_channels, channels, resample=resample)
         self.norm2 = FrameNorm(channels, condition_size)
         self.conv2 = Convolution(channels, channels)
         changes = upsample or in_channels != channels
-        self.shortcut = Convolution(in_channels, channels, (1, 1)) if changes else None
-        self.injection = Injection(channels) if inject else None
+        self.shortcut: nn.Module = (
+            Shortcut(in_channels, channels, resample=resample) if changes else nn.Identity()
+        )
+        self.injection = Injection(channels) if inject else NoInjection()
 
     def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns [B, T, channels, H, W], or 2H x 2W when upsampling."""
-        dtype = x.video.dtype
-        # What upsamples folds the weight in the precision it is kept in, and only then rounds it.
-        kept = None if self.upsample else dtype
-        first = kernels.upsample_conv_with_moments if self.upsample else kernels.conv2d_with_moments
-        wanted = self.norm2.takes_moments  # and so will the norm that comes after the block
-        h = Features(*first(self.norm1(x, cond_BK), *self.conv1(kept), wanted=wanted), x.frames_BT)
-        y, moments = kernels.conv2d_with_moments(
+        h = self.conv1(self.norm1(x, cond_BK))
+        y: Features = self.conv2(
             self.norm2(h, cond_BK),
-            *self.conv2(dtype),
-            residual_BTOHW=self._residual(x.video),
-            skip=_skip(self.injection, low, dtype),
-            only_graph=self.only_graph,
-            wanted=wanted,
+            residual=self.shortcut(x.video),
+            skip=self.injection(low, x.video),
         )
-        return Features(y, moments, x.frames_BT)
+        return y
 
-    def _residual(self, x_BTCHW: Tensor) -> Tensor | kernels.UpsampledShortcut:
-        if self.shortcut is None:
-            return x_BTCHW
-        weight, bias = self.shortcut(x_BTCHW.dtype)
-        if self.upsample:
-            return kernels.UpsampledShortcut(x_BTCHW, weight, bias)
-        return kernels.conv2d(x_BTCHW, weight, bias)
+    @property
+    def end(self) -> Convolution:
+        """The last convolution."""
+        return self.conv2
 
 
 class GeneratorBlock3D(Block):
@@ -99,26 +73,20 @@ class GeneratorBlock3D(Block):
         self.conv1 = SeparableConvolution(channels, channels)
         self.norm2 = FrameNorm(channels, condition_size)
         self.conv2 = SeparableConvolution(channels, channels)
-        self.injection = Injection(channels) if inject else None
+        self.injection = Injection(channels) if inject else NoInjection()
 
     def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns the shape of x."""
-        dtype = x.video.dtype
-        wanted = self.norm2.takes_moments
-        h = Features(
-            *kernels.separable_conv3d_with_moments(
-                self.norm1(x, cond_BK), *self.conv1(dtype), wanted=wanted
-            )
+        h = self.conv1(self.norm1(x, cond_BK))
+        y: Features = self.conv2(
+            self.norm2(h, cond_BK), residual=x.video, skip=self.injection(low, x.video)
         )
-        y, moments = kernels.separable_conv3d_with_moments(
-            self.norm2(h, cond_BK),
-            *self.conv2(dtype),
-            residual_BTOHW=x.video,
-            skip=_skip(self.injection, low, dtype),
-            only_graph=self.only_graph,
-            wanted=wanted,
-        )
-        return Features(y, moments)
+        return y
+
+    @property
+    def end(self) -> SeparableConvolution:
+        """The last convolution."""
+        return self.conv2
 
 
 class RecurrentBlock(Block):
@@ -131,12 +99,12 @@ class RecurrentBlock(Block):
     def __init__(self, channels: int, *, inject: bool) -> None:
         super().__init__()
         self.gru = ConvGRU(channels)
-        self.injection = Injection(channels) if inject else None
+        self.injection = Injection(channels) if inject else NoInjection()
 
     def forward(self, x: Features, cond_BK: Tensor, low: Tensor | None) -> Features:
         """Returns the shape of x; the condition is not used."""
         h: Tensor = self.gru(x.video)
-        skip = _skip(self.injection, low, h.dtype)
+        skip = self.injection(low, h)
         return Features(h if skip is None else kernels.add_low_skip(h, skip))
 
 
@@ -206,27 +174,21 @@ class DiscriminatorBlock(Block):
         pooling: kernels.Pooling | None,
     ) -> None:
         super().__init__()
-        self.volumetric, self.leading_relu, self.pooling = volumetric, leading_relu, pooling
+        self.leading_relu = leading_relu
         kernel_size = (3, 3, 3) if volumetric else (3, 3)
         self.conv1 = Convolution(in_channels, channels, kernel_size)
-        fold = pooling if volumetric or pooling is None else pooling[1:]
-        self.conv2 = Convolution(channels, channels, kernel_size, fold=fold)
+        self.conv2 = Convolution(channels, channels, kernel_size, resample=pooling)
         # Decided: a 1x1 convolution in every block, also where channels stay and nothing pools.
-        self.shortcut = Convolution(in_channels, channels, (1, 1))
+        self.shortcut = Shortcut(in_channels, channels, resample=pooling)
 
     def forward(self, x_BTCHW: Tensor) -> Tensor:
         """Returns [B, T, channels, H, W], or T, H and W halved as `pooling` says."""
-        dtype, pooling = x_BTCHW.dtype, self.pooling
-        conv = kernels.conv3d if self.volumetric else kernels.conv2d
-        residual = x_BTCHW if pooling is None else kernels.average_pool(x_BTCHW, pooling)
-        residual = kernels.conv2d(residual, *self.shortcut(dtype))
+        residual = self.shortcut(x_BTCHW)
         h = F.relu(x_BTCHW) if self.leading_relu else x_BTCHW
-        h = conv(h, *self.conv1(dtype), relu=True)
-        end: dict[str, Any] = {"residual_BTOHW": residual, "only_graph": self.only_graph}
-        if pooling is None:
-            return conv(h, *self.conv2(dtype), **end)
-        # The weight as it is kept, in fp32: pooling is folded into it, and only then it is rounded.
-        weight, bias = self.conv2(None)
-        if not self.volumetric:
-            return kernels.conv_pool2d(h, weight, bias, **end)
-        return kernels.conv_pool3d(h, weight, bias, **end, pooling=pooling)
+        y: Tensor = self.conv2(self.conv1(h, relu=True), residual=residual)
+        return y
+
+    @property
+    def end(self) -> Convolution:
+        """The last convolution."""
+        return self.conv2

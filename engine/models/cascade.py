@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.configuration import Config
 from engine.models.generator import ClipGenerator
-from engine.models.layers import settle_weights
+from engine.models.spectral import settle_weights
 from engine.models.upsampler import UpsamplingGenerator
 from engine.transfers import to_device
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 import kernels
 from engine.models.activation_checkpointing import Block, run_block
 from engine.models.blocks import DiscriminatorBlock
-from engine.models.layers import Embedding, Linear, normalized_weights
+from engine.models.layers import Embedding, Linear
+from engine.models.spectral import normalized_weights
 from engine.views import nearest_view
 
 NUM_VOLUMETRIC_BLOCKS = 2

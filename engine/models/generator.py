@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-import kernels
 from engine.models.blocks import GeneratorUnit, RecurrentBlock, Temporal
-from engine.models.layers import Convolution, Embedding, Linear, normalized_weights
-from engine.models.norms import Features, FrameNorm, frame_norms, modulated_norms
+from engine.models.features import Features
+from engine.models.layers import Convolution, Embedding, Linear
+from engine.models.norms import FrameNorm, frame_norms, modulated_norms
+from engine.models.spectral import normalized_weights
 
 BASE_RESOLUTION = 4
 
@@ -120,8 +121,9 @@ class GeneratorTrunk(nn.Module):
         for unit in self.units[:-1]:
             h = unit(h, cond_BK, low)
         h = self.units[-1](h, cond_BK, low, frames_BW)
-        rgb = kernels.conv2d(self.norm(h, cond_BK), *self.to_rgb(h.video.dtype))
-        return torch.tanh(rgb.float())
+        normalized = self.norm(h, cond_BK)._replace(wants_moments=False)  # no norm comes next
+        rgb: Features = self.to_rgb(normalized)
+        return torch.tanh(rgb.video.float())
 
 
 class ClipGenerator(GeneratorTrunk):

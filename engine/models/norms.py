@@ -6,7 +6,7 @@ accumulating them (`collect_statistics`, the paper's dummy passes), or on fixed 
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,27 +15,10 @@ from torch.nn import functional as F
 
 import kernels
 from engine.errors import UserError
-from engine.models.layers import SpectralWeight
+from engine.models.features import Features, NormalizedFeatures
 from engine.models.prepared import Prepared, PreparedLayer, layers_of
+from engine.models.spectral import SpectralWeight
 from kernels.frame_norm import EPSILON
-
-
-class Features(NamedTuple):
-    """What a block of a generator hands on."""
-
-    video: Tensor
-    """[B, T, C, H, W]."""
-    moments: kernels.Moments | None = None
-    """Of the video, where whoever made it knows them: a norm need not take them again."""
-    frames_BT: Tensor | None = None
-    """Which of its clip's frames each sample's are; None: all of them."""
-
-    def only(self, frames_BW: Tensor) -> "Features":
-        """These frames of each sample's whole clip."""
-        samples_B1 = torch.arange(len(frames_BW), device=frames_BW.device)[:, None]
-        # Channels last, as the blocks have it: indexing lays out its result anew.
-        video = self.video.permute(0, 1, 3, 4, 2)[samples_B1, frames_BW].permute(0, 1, 4, 2, 3)
-        return Features(video, None, frames_BW)
 
 
 class Modulation(PreparedLayer):
@@ -120,8 +103,8 @@ class FrameNorm(nn.Module):
         self.keeps_result = False
         """Whether the normalised x is kept for the backward pass, not made again there."""
 
-    def forward(self, x: Features, condition_BK: Tensor) -> kernels.Normalized:
-        """What a convolution takes in place of the normalised x, so that it need not keep it.
+    def forward(self, x: Features, condition_BK: Tensor) -> NormalizedFeatures:
+        """For a convolution, which computes it.
 
         Raises UserError at a length other than the fixed.
         """
@@ -136,10 +119,12 @@ class FrameNorm(nn.Module):
         elif self._accumulated is not None:
             statistics = kernels.frame_statistics(x_BTCHW)
             self._accumulated.add(*statistics)
-        group = self.group if statistics is None else None
-        return kernels.Normalized(
+        of_batch = statistics is None
+        group = self.group if of_batch else None
+        normalized = kernels.Normalized(
             x_BTCHW, gain, bias, statistics, group, moments, self.keeps_result
         )
+        return NormalizedFeatures(normalized, x_BTCHW.dtype, frames_BT, wants_moments=of_batch)
 
     def _of_frames(
         self, gain_BC: Tensor, bias_BC: Tensor, frames_BT: Tensor
@@ -160,11 +145,6 @@ class FrameNorm(nn.Module):
                 f"norm statistics are fixed for {len(self.mean)} frames, but the video has "
                 f"{num_frames}; collect them again at that length"
             )
-
-    @property
-    def takes_moments(self) -> bool:
-        """Whether it works on the batch's statistics, and those of x would spare it a pass."""
-        return self.mean is None and self._accumulated is None
 
     def start_accumulating(self) -> None:
         """Use the batch's statistics again and remember them from now on."""

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.models.blocks import LOW_CHANNELS, Temporal
+from engine.models.blocks import Temporal
 from engine.models.generator import GeneratorTrunk
+from engine.models.layers import LOW_CHANNELS
 
 LowFrames = Literal["repeat", "interpolate"]
 

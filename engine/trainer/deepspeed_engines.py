@@ -23,7 +23,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from engine.configuration import Training
-from engine.models.layers import spectral_weights, update_spectral_norm
+from engine.models.spectral import spectral_weights, update_spectral_norm
 from engine.trainer.adam import make_adam
 from engine.trainer.checkpoints import read_tensors
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from engine.models.layers import divided_one_by_one
+from engine.models.spectral import divided_one_by_one
 
 _NUM_WARM_UPS = 2  # Triton compiles, cuDNN chooses, the allocator grows
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from engine.models.layers import spectral_weights
+from engine.models.spectral import spectral_weights
 from engine.models.upsampler import UpsamplingGenerator
 from kernels import power_iteration_cuda, power_iteration_triton
 

@@ -19,8 +19,8 @@ from engine.models.construction import (
     build_joint_generator,
 )
 from engine.models.discriminators import Discriminators
-from engine.models.layers import divided_one_by_one, spectral_weights
 from engine.models.norms import frame_norms
+from engine.models.spectral import divided_one_by_one, spectral_weights
 from engine.models.upsampler import UpsamplingGenerator
 
 MODES: tuple[Checkpointing, ...] = get_args(Checkpointing)

@@ -16,7 +16,7 @@ from benchmarks.trainers import make_trainer, plain_engines, stage_builder, trai
 from benchmarks.whole_step import operators_of, settling_nothing
 from engine.configuration import load_config
 from engine.models import update_spectral_norm
-from engine.models.layers import SpectralWeight, spectral_weights
+from engine.models.spectral import SpectralWeight, spectral_weights
 from engine.trainer.ranks import Ranks
 
 LABELS = torch.tensor([1, 3])

@@ -1,5 +1,7 @@
 """What each discriminator sees, how it scores, and that its parts can be switched off."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 from small_networks import discriminators
@@ -139,25 +141,32 @@ def test_block(volumetric: bool, leading_relu: bool, pooling: kernels.Pooling | 
         torch.nn.init.normal_(convolution.bias_in(None))
     x = torch.randn(2, 3, 3, 8, 8)
     conv = kernels.conv3d if volumetric else kernels.conv2d
-    h = conv(F.relu(x) if leading_relu else x, *block.conv1(torch.float32))
-    h = conv(F.relu(h), *block.conv2(torch.float32))
-    h = h + kernels.conv2d(x, *block.shortcut(torch.float32))
+    h = conv(F.relu(x) if leading_relu else x, *block.conv1.operands(torch.float32))
+    h = conv(F.relu(h), *block.conv2.operands(torch.float32))
+    h = h + kernels.conv2d(x, block.shortcut.normalized(), block.shortcut.bias)
     if pooling is not None:  # avg_pool3d takes [B, C, T, H, W]
         h = F.avg_pool3d(h.transpose(1, 2), pooling).transpose(1, 2)
     torch.testing.assert_close(block(x), h, check_stride=False)
 
 
+def pooling(tower: ResidualTower) -> list[Any]:
+    """Block by block."""
+    return [block.end.resample for block in cast(list[DiscriminatorBlock], list(tower.blocks))]
+
+
+def volumetric(tower: ResidualTower) -> list[bool]:
+    """Block by block."""
+    return [block.end.volumetric for block in cast(list[DiscriminatorBlock], list(tower.blocks))]
+
+
 def test_blocks_of_a_tower() -> None:
     """No ReLU on pixels, two volumetric blocks, pooling down to 4x4 and never in the last."""
-    temporal, spatial = (
-        discriminators().temporal.tower.blocks,
-        discriminators().spatial.tower.blocks,
-    )
-    assert [b.leading_relu for b in temporal] == [False, True, True]
-    assert [b.volumetric for b in temporal] == [True, True, False]
-    assert [b.volumetric for b in spatial] == [False, False, False]
-    assert [b.pooling for b in spatial] == [(1, 2, 2), (1, 2, 2), None]  # 16 → 8 → 4
-    assert [b.pooling for b in temporal] == [(1, 2, 2), None, None]  # 8 → 4
+    temporal, spatial = discriminators().temporal.tower, discriminators().spatial.tower
+    assert [b.leading_relu for b in temporal.blocks] == [False, True, True]
+    assert volumetric(temporal) == [True, True, False]
+    assert volumetric(spatial) == [False, False, False]
+    assert pooling(spatial) == [(1, 2, 2), (1, 2, 2), None]  # 16 → 8 → 4
+    assert pooling(temporal) == [(1, 2, 2), None, None]  # 8 → 4
     shallow = ResidualTower(
         in_channels=3,
         resolution=32,
@@ -167,7 +176,7 @@ def test_blocks_of_a_tower() -> None:
         num_classes=None,
         compute_dtype=torch.float32,
     )
-    assert [b.pooling for b in shallow.blocks] == [(1, 2, 2), None]  # the last never does
+    assert pooling(shallow) == [(1, 2, 2), None]  # the last never does
 
 
 def test_time_is_pooled_where_asked_for_and_in_volumetric_blocks_only() -> None:
@@ -175,8 +184,7 @@ def test_time_is_pooled_where_asked_for_and_in_volumetric_blocks_only() -> None:
     network = TemporalDiscriminator(
         resolution=64, channels=4, multipliers=(1, 2, 2, 2), pool_time=True
     )
-    pooling = [b.pooling for b in network.tower.blocks]
-    assert pooling == [(2, 2, 2), (2, 2, 2), (1, 2, 2), None]
+    assert pooling(network.tower) == [(2, 2, 2), (2, 2, 2), (1, 2, 2), None]
     assert network(torch.randn(2, 12, 3, 64, 64), None).shape == (2, 3)
 
 

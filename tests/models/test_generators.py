@@ -10,8 +10,9 @@ from torch import Tensor
 import kernels
 from engine.models import blocks
 from engine.models.blocks import GeneratorBlock2D, GeneratorBlock3D, Temporal
+from engine.models.features import Features
 from engine.models.generator import ClipGenerator, GeneratorTrunk
-from engine.models.norms import Features
+from engine.models.layers import Injection, NoInjection, Shortcut
 from engine.models.upsampler import UpsamplingGenerator, interpolate_frames, repeat_ends
 
 BOTH = pytest.mark.parametrize("temporal", ["conv_gru", "separable_conv"])
@@ -77,7 +78,7 @@ def parts(generator: GeneratorTrunk) -> list[Any]:
 
 
 def injections(generator: GeneratorTrunk) -> list[bool]:
-    return [part.injection is not None for part in parts(generator)]
+    return [isinstance(part.injection, Injection) for part in parts(generator)]
 
 
 @BOTH
@@ -107,7 +108,7 @@ def test_every_injection_adds_the_projected_x_l(temporal: Temporal) -> None:
     torch.manual_seed(0)
     generator = upsampling_generator(temporal=temporal)
     z, _, low = inputs()
-    places = [part for part in parts(generator) if part.injection is not None]
+    places = [part for part in parts(generator) if isinstance(part.injection, Injection)]
     records: list[tuple[Features, Tensor, Tensor, Features]] = []
     for part in places:
         part.register_forward_hook(lambda _, args, y: records.append((*args, y)))
@@ -115,9 +116,9 @@ def test_every_injection_adds_the_projected_x_l(temporal: Temporal) -> None:
     assert len(records) == len(places) == 5
     for part, (x, cond, _, result) in zip(places, tuple(records), strict=True):
         y = result.video
-        injection, part.injection = part.injection, None
+        injection, part.injection = part.injection, NoInjection()
         without = part(x, cond, None).video
-        weight, bias = injection.projection(torch.float32)
+        weight, bias = injection.projection.operands(torch.float32)
         small = low[..., :: 8 // y.shape[-1], :: 8 // y.shape[-1]].repeat_interleave(2, dim=1)
         added = torch.einsum("btihw,oi->btohw", small, weight[:, 0, 0])
         torch.testing.assert_close(y, without + added + bias[:, None, None], check_stride=False)
@@ -173,14 +174,15 @@ def test_2d_block_is_what_the_paper_draws() -> None:
         h, shortcut = (
             v.repeat_interleave(2, 3).repeat_interleave(2, 4) if upsample else v for v in (h, x)
         )
-        h = Features(kernels.conv2d(h, *block.conv1(torch.float32)))
+        h = Features(kernels.conv2d(h, *block.conv1.operands(torch.float32)))
         h = block.norm2(h, cond).value()
-        h = kernels.conv2d(h, *block.conv2(torch.float32))
+        h = kernels.conv2d(h, *block.conv2.operands(torch.float32))
         if upsample or out != 6:
-            assert block.shortcut is not None
-            shortcut = kernels.conv2d(shortcut, *block.shortcut(torch.float32))
+            assert isinstance(block.shortcut, Shortcut)
+            weight, bias = block.shortcut.normalized(), block.shortcut.bias
+            shortcut = kernels.conv2d(shortcut, weight, bias)
         else:
-            assert block.shortcut is None
+            assert isinstance(block.shortcut, torch.nn.Identity)
         y = block(Features(x), cond, None).video
         torch.testing.assert_close(y, h + shortcut, check_stride=False)
 
@@ -191,8 +193,8 @@ def test_3d_block_is_residual() -> None:
     block = GeneratorBlock3D(6, 5, inject=False)
     _scramble_biases(block)
     h = block.norm1(Features(x), cond).value()
-    h = Features(kernels.separable_conv3d(h, *block.conv1(torch.float32)))
-    h = kernels.separable_conv3d(block.norm2(h, cond).value(), *block.conv2(torch.float32))
+    h = Features(kernels.separable_conv3d(h, *block.conv1.operands(torch.float32)))
+    h = kernels.separable_conv3d(block.norm2(h, cond).value(), *block.conv2.operands(torch.float32))
     torch.testing.assert_close(block(Features(x), cond, None).video, h + x, check_stride=False)
 
 

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from engine.models.discriminators import Discriminators
 from engine.models.generator import ClipGenerator, GeneratorTrunk
-from engine.models.layers import (
-    ConvGRU,
-    Embedding,
-    Linear,
+from engine.models.layers import ConvGRU, Embedding, Linear
+from engine.models.spectral import (
     SpectralWeight,
     divided_one_by_one,
     spectral_weights,

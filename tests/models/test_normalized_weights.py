@@ -15,9 +15,10 @@ import kernels
 from engine.models.activation_checkpointing import set_checkpointing
 from engine.models.discriminators import Discriminators, ResidualTower
 from engine.models.generator import GeneratorTrunk
-from engine.models.layers import (
-    Convolution,
-    Embedding,
+from engine.models.layers import Convolution, Embedding
+from engine.models.norms import FrameNorm, Modulation
+from engine.models.prepared import PreparedLayer, layers_of
+from engine.models.spectral import (
     SpectralWeight,
     divided_one_by_one,
     normalized_weights,
@@ -25,8 +26,6 @@ from engine.models.layers import (
     spectral_weights,
     update_spectral_norm,
 )
-from engine.models.norms import FrameNorm, Modulation
-from engine.models.prepared import PreparedLayer, layers_of
 from kernels.folding import fold
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -295,14 +294,14 @@ def test_what_a_layer_gets() -> None:
     """The prepared tensor in the dtype it was made for, else one of its own; a kernel with a fold
     only where none is asked for by dtype."""
     torch.manual_seed(0)
-    folded, plain = Convolution(4, 5, fold="upsampling"), Convolution(4, 5)
+    folded, plain = Convolution(4, 5, resample="up"), Convolution(4, 5)
     network = nn.ModuleList([folded, plain, SpectralWeight(3, 4, kept_dtype=True)])
     whole = [layer().detach() for layer in spectral_weights(network)]
     with normalized_weights(network, torch.float16):
-        assert torch.equal(folded(None)[0], fold(whole[0], "upsampling").half())
-        assert torch.equal(folded(torch.float16)[0], whole[0].half())
-        assert plain(torch.float16)[0] is plain.normalized.prepared
-        assert torch.equal(plain(None)[0], whole[1])
+        assert torch.equal(folded.operands(torch.float16)[0], fold(whole[0], "upsampling").half())
+        assert torch.equal(folded.normalized(torch.float16), whole[0].half())
+        assert plain.operands(torch.float16)[0] is plain.normalized.prepared
+        assert torch.equal(plain.normalized(), whole[1])
         assert network[2]() is network[2].prepared
-    assert torch.equal(folded(None)[0], whole[0])
+    assert torch.equal(folded.operands(torch.float16)[0], whole[0])
     assert nothing_prepared(network)

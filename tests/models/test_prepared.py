@@ -13,16 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from engine.models.activation_checkpointing import set_checkpointing
-from engine.models.layers import (
-    BiasedLayer,
-    Linear,
-    divided_one_by_one,
-    normalized_weights,
-    rounded_biases,
-    settle_weights,
-)
+from engine.models.biases import BiasedLayer, rounded_biases
+from engine.models.layers import Linear
 from engine.models.norms import FrameNorm, Modulation, _Products, modulated_norms
 from engine.models.prepared import PreparedLayer, layers_of
+from engine.models.spectral import divided_one_by_one, normalized_weights, settle_weights
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "clip": partial(clip_generator, num_classes=5),

@@ -25,7 +25,7 @@ from small_runs import free_port
 from torch import Tensor
 
 from engine.configuration import load_config
-from engine.models.layers import divided_one_by_one
+from engine.models.spectral import divided_one_by_one
 from engine.train import main
 from engine.trainer import adam, stage_run  # noqa: F401 — imports DeepSpeed before the ranks fork
 from engine.trainer.deepspeed_engines import whole_state

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.configuration import Training
 from engine.errors import UserError
-from engine.models.layers import spectral_weights
+from engine.models.spectral import spectral_weights
 from engine.trainer.adam import check_adam, make_adam
 from engine.trainer.ranks import Ranks
 

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.errors import UserError
-from engine.models.norms import Features, Modulation
+from engine.models.features import Features
+from engine.models.norms import Modulation
 from engine.models.prepared import Prepared, PreparedLayer, layers_of
 from engine.trainer.profiling import timeline
 from engine.trainer.profiling.counts import Counted, OperatorCounter

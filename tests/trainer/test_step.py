@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from engine.configuration import Config, accumulation_steps
 from engine.errors import UserError
 from engine.models.construction import build_generator
-from engine.models.layers import spectral_weights
 from engine.models.norms import FrameNorm, collect_statistics
+from engine.models.spectral import spectral_weights
 from engine.trainer.deepspeed_engines import frozen
 from engine.trainer.fakes import Fake, Fakes, Inputs, LatentSource
 from engine.trainer.networks import StageBuilder

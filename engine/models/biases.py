@@ -1,0 +1,42 @@
+"""Layers with a bias, and a network's biases in the dtype that it computes in, rounded at once."""
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.prepared import PreparedLayer, layers_of
+
+
+class BiasedLayer(PreparedLayer):
+    """A layer with a bias, zero at first, of which a pass may have prepared the rounded one."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, num_biases: int, *, kept_dtype: bool = False) -> None:
+        super().__init__()
+        self.num_biases, self._kept_dtype = num_biases, kept_dtype
+        self.bias = nn.Parameter(torch.zeros(num_biases)) if num_biases else None
+
+    def rounds_to(self, dtype: torch.dtype) -> bool:
+        """Whether there is a bias, and another one in a network that computes in `dtype`."""
+        return self.bias is not None and not self._kept_dtype and self.bias.dtype != dtype
+
+    def bias_in(self, dtype: torch.dtype | None) -> Tensor:
+        """The bias; None stands for the dtype that it is kept in, or for the prepared one's."""
+        if self.prepared is not None and dtype in (None, self.prepared.dtype):
+            return self.prepared
+        assert self.bias is not None
+        return self.bias.to(dtype or self.bias.dtype)
+
+
+def rounded_biases(network: nn.Module, dtype: torch.dtype) -> dict[PreparedLayer, Tensor]:
+    """The biases of a network's layers in the dtype that it computes in, rounded at once; none
+    where there is nothing to round."""
+    # Those of an odd size come last: the others' values are where wide loads find them.
+    layers = sorted(
+        (layer for layer in layers_of(network, BiasedLayer) if layer.rounds_to(dtype)),
+        key=lambda layer: layer.num_biases % 64 != 0,
+    )
+    if not layers:
+        return {}
+    together = torch.cat([layer.bias for layer in layers if layer.bias is not None]).to(dtype)
+    return dict(zip(layers, together.split([layer.num_biases for layer in layers]), strict=True))
