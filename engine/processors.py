@@ -13,8 +13,8 @@ def cores_per_process() -> int:
     """The cores that this process may run on, divided by the job's processes on this machine."""
     cores = usable_cores()
     # srun, unless told otherwise, gives every task cores of its own.
-    by_srun = cores == os.cpu_count() or any(name in os.environ for name in _LOCAL_PROCESSES)
-    return max(1, cores // local_processes()) if by_srun else cores
+    are_shared = cores == os.cpu_count() or any(name in os.environ for name in _LOCAL_PROCESSES)
+    return max(1, cores // local_processes()) if are_shared else cores
 
 
 def local_processes() -> int:

@@ -5,7 +5,8 @@ runs a kernel that is some 60 times slower (pytorch#128936), or finds none. Samp
 not see each other in a convolution, so parts of the batch give the same y and dx. A weight's
 gradient is the sum of its parts', added in fp32: it differs by rounding.
 
-Bytes moved besides, where there are parts: y (or dx) once read and once written.
+Bytes moved besides, where there are parts: y (or dx) once read and once written. References and
+`upsample_conv`'s shuffled form, which no device runs by itself, stay whole.
 """
 
 from collections.abc import Callable, Iterator

@@ -43,6 +43,8 @@ class SpectralWeight(PreparedLayer):
     def __init__(self, *shape: int, fold: kernels.Fold = None, kept_dtype: bool = False) -> None:
         super().__init__()
         self.fold, self.kept_dtype = fold, kept_dtype
+        self.is_settled = False
+        """Whether the weight is gone. Not asked of the weight, which ZeRO-3 would gather for it."""
         self.weight = nn.Parameter(torch.empty(shape))
         self.register_buffer("u", torch.empty(shape[0]))
         self.register_buffer("v", torch.empty(self.weight[0].numel()))
@@ -70,11 +72,6 @@ class SpectralWeight(PreparedLayer):
         if self.prepared is not None and self._is_asked_for(dtype, self.prepared):
             return self.prepared
         return kernels.spectral_normalize(self.weight, self.u, self.v, dtype)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the weight is gone."""
-        return self._parameters["weight"] is None
 
     def _is_asked_for(self, dtype: torch.dtype | None, prepared: Tensor) -> bool:
         if self.fold is not None:
@@ -124,6 +121,7 @@ def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
     for layer, kernel in zip(layers, _divided(layers, dtype, None), strict=True):
         layer.prepare(kernel)
         layer.register_parameter("weight", None)
+        layer.is_settled = True
     for biased, bias in rounded_biases(network, dtype).items():
         biased.prepare(bias)
 

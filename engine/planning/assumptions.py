@@ -52,12 +52,14 @@ def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
         )
     share_of(config, number, num_gpus)
     training = config.stages[number].training
-    if training.micro_batch != "auto":
+    if training.micro_batch == "auto":
+        smallest = training.model_copy(update={"micro_batch": 1})
+    else:
         config = share_among(config, number, num_gpus)
-        training = config.stages[number].training
+        training = smallest = config.stages[number].training
         accumulation_steps(training, num_gpus)
-        if training.sample_bank is not None:
-            batches_per_rank(training.sample_bank, training, num_gpus)
+    if training.sample_bank is not None:
+        batches_per_rank(training.sample_bank, smallest, num_gpus)
     assumptions.device.tflops(training.precision)
     if assumptions.limit_bytes <= 0:
         raise UserError(

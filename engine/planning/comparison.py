@@ -54,8 +54,9 @@ def _compared(planner: Planner, assumed: Assumptions, config: Config, number: in
     measured = config.name in MODELS_OF_TABLE_3
     paper = TABLE_3.get((stage.resolution, stage.num_frames)) if measured else None
     if paper is None:
-        config = planner.settled(config, number)
-        samples = config.stages[number].training.samples_per_pass
+        asked = stage.training.micro_batch
+        samples = (planner.largest(config, number) or 1) if asked == "auto" else asked
+        config = with_training(config, number, micro_batch=samples)
     else:
         samples = paper.samples_per_gpu
         config = with_training(config, number, micro_batch=samples, sample_bank=None)

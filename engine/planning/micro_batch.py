@@ -1,4 +1,7 @@
-"""`training.micro_batch: auto`: the largest micro-batch that a device's memory holds, as planned.
+"""`training.micro_batch: auto`: the largest micro-batch that is planned to fit a device's memory.
+
+Planned is an upper bound, which may lie some per cent above what a divisor of the batch takes. And
+no tensor may have more values than a 32-bit index counts (`Step.most_samples`).
 
 Few samples leave a GPU waiting for Python: at 4 of them an iteration of Kinetics' stage 2 launches
 for three times as long as it computes. Norm statistics are over all samples of a pass, so more of
@@ -35,16 +38,23 @@ def settle_micro_batch(
     memory = StageMemory(config, number, {})
     limit_gb = max(0.0, memory_gb - reserve_gb(memory_gb))
     found = largest_micro_batch(memory, share, num_ranks, limit_gb * 1e9)
+    most_samples = memory.step(share).most_samples
     if found is None:
+        conditions = [f"{limit_gb:.0f} of {memory_gb:.0f} GB"]
+        if most_samples < share:
+            conditions.append(f"{most_samples} samples, beyond which 32-bit indices do not reach")
+        if training.reuse_fakes:
+            conditions.append("reuse_fakes, which takes all of them at once")
         raise UserError(
-            f"stages.{number}.training.micro_batch is auto, and none of {share} samples per "
-            f"process fits {limit_gb:.0f} of {memory_gb:.0f} GB; engine/plan.py shows what would"
+            f"stages.{number}.training.micro_batch is auto, and of {share} samples per process no "
+            f"part suits {', and '.join(conditions)}; engine/plan.py shows what would"
         )
     scaling = Scaling(training.zero_stage, num_ranks, accumulates=found < share)
     peak_gb = memory.bound(found, scaling) / 1e9
     return with_training(config, number, micro_batch=found), (
         f"micro_batch: auto is {found}, of {share} samples per process; planned peak "
         f"{peak_gb:.2g} of {memory_gb:.0f} GB"
+        + (f"; 32-bit indices allow {most_samples}" if most_samples < share else "")
     )
 
 

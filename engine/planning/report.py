@@ -69,7 +69,7 @@ def _heading(plan: Plan) -> str:
             f"{assumed.num_gpus} x {assumed.device.title} of {assumed.device.memory_gb:g} GB",
             f"batch {training.global_batch} = {gpus} x {plan.share} samples; "
             f"configured: micro-batch {training.samples_per_pass}"
-            f"{' (auto)' if plan.is_auto else ''}, ZeRO-{training.zero_stage}, "
+            f"{plan.chosen_by}, ZeRO-{training.zero_stage}, "
             f"checkpointing {training.checkpointing}",
             f"parameters: G {plan.generator_parameters / 1e6:.1f} M, "
             f"D {plan.discriminator_parameters / 1e6:.1f} M",

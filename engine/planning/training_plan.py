@@ -51,8 +51,8 @@ class Plan:
     assumptions: Assumptions
     share: int
     """Samples of a GPU per update."""
-    is_auto: bool
-    """Whether the micro-batch was left to the planner."""
+    chosen_by: str
+    """Words on who chose the micro-batch; empty where the configuration says it."""
     most_samples: int
     """In one pass, so that no tensor has more values than 32 bits count."""
     generator_parameters: int
@@ -75,8 +75,10 @@ class Planner:
     def plan(self, config: Config, number: int) -> Plan:
         """Every ZeRO stage and way of checkpointing. Raises UserError."""
         config = checked(config, number, self._assumptions)
-        is_auto = config.stages[number].training.micro_batch == "auto"
-        config = self.settled(config, number)
+        asked = config.stages[number].training.micro_batch
+        found = self.largest(config, number) if asked == "auto" else asked
+        chosen_by = "" if asked != "auto" else " (auto)" if found else " (auto: none is possible)"
+        config = with_training(config, number, micro_batch=found or 1)
         training = config.stages[number].training
         share = share_of(config, number, self._assumptions.num_gpus)
         memories = {
@@ -92,7 +94,7 @@ class Planner:
             number=number,
             assumptions=self._assumptions,
             share=share,
-            is_auto=is_auto,
+            chosen_by=chosen_by,
             most_samples=counted.most_samples,
             generator_parameters=sum(counted.generator_sizes),
             discriminator_parameters=sum(counted.discriminator_sizes),
@@ -104,16 +106,13 @@ class Planner:
             ],
         )
 
-    def settled(self, config: Config, number: int) -> Config:
-        """With a number for `micro_batch: auto`, as train.py takes it; 1 where none fits."""
-        if config.stages[number].training.micro_batch != "auto":
-            return config
+    def largest(self, config: Config, number: int) -> int | None:
+        """What train.py takes for `micro_batch: auto`; None where it refuses."""
         assumed = self._assumptions
         share = share_of(config, number, assumed.num_gpus)
-        found = largest_micro_batch(
+        return largest_micro_batch(
             self.memory(config, number), share, assumed.num_gpus, assumed.limit_bytes
         )
-        return with_training(config, number, micro_batch=found or 1)
 
     def memory(self, config: Config, number: int) -> StageMemory:
         """Which tells when it counts."""

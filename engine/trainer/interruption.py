@@ -28,7 +28,7 @@ class Interruption:
 
 class Agreement:
     """What all ranks do at the same time: stop, because a signal reached one of them, or save,
-    because rank 0's clock says so. Its questions are collective."""
+    because one of their clocks says so. Its questions are collective."""
 
     def __init__(self, ranks: Ranks, save_every_minutes: float | None) -> None:
         self._ranks = ranks
@@ -50,7 +50,7 @@ class Agreement:
         """Whether a signal has reached any rank."""
         is_due = time.monotonic() - self._saved > self._save_every_seconds
         found = self._ranks.largest(2 * self._interruption.signal + int(is_due))
-        self.signal, self.save_is_due = found // 2, found % 2 == 1 or found > 1
+        self.signal, self.save_is_due = found // 2, found > 0  # who stops saves, too
         return self.signal > 0
 
     def step_took(self, seconds: float, num_micro_batches: int) -> None:

@@ -17,6 +17,9 @@ from engine.errors import UserError
 from engine.models.construction import forbid_tf32
 from engine.trainer.deepspeed_builds import leave_out_inference_collectives
 
+# Rank 0 may be making the sample data set or the previous stage's statistics.
+_TIMEOUT = timedelta(hours=1)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -81,12 +84,11 @@ class Ranks:
         deepspeed.init_distributed(
             dist_backend="nccl" if self.device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
-            # Rank 0 may be making the sample data set or the previous stage's statistics.
-            timeout=timedelta(hours=1),
+            timeout=_TIMEOUT,
             verbose=False,
         )
         if self.device.type == "cuda" and self.world_size > 1:
-            self._hosts.append(dist.new_group(backend="gloo"))
+            self._hosts.append(dist.new_group(backend="gloo", timeout=_TIMEOUT))
 
     def barrier(self) -> None:
         """Wait for all ranks."""

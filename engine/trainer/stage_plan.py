@@ -98,6 +98,7 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
                 f"{_was_conditioned_on(checkpoint)}; resume with --condition-on "
                 f"{_was_conditioned_on(checkpoint)}"
             )
+        _note_another_bank(plan, checkpoint)
     if needs_previous(config, number):
         _settle_previous(plan)
     if plan.previous is not None:
@@ -118,6 +119,21 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
     if condition_on == "data" and (number == 1 or stage.joint):
         plan.notes.append("condition_on=data is not used: this stage upsamples no frozen one")
     return plan
+
+
+def _note_another_bank(plan: Plan, checkpoint: Checkpoint) -> None:
+    """A configuration may have got one since the run began: it changes what is trained on."""
+    number = plan.options.stage_number
+    was = checkpoint.config().stages[number].training.sample_bank
+    now = plan.config.stages[number].training.sample_bank
+    if was != now:
+        shown = [
+            "none"
+            if bank is None
+            else f"{bank.num_videos} videos, replaced in {bank.refresh_every} iterations"
+            for bank in (was, now)
+        ]
+        plan.notes.append(f"changed since: sample_bank {shown[0]} -> {shown[1]}")
 
 
 def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]:

@@ -80,8 +80,8 @@ def _check_same_micro_batch(plan: Plan, ranks: Ranks) -> None:
     least, most = -ranks.largest(-own), ranks.largest(own)
     if least != most:
         raise UserError(
-            f"micro_batch: auto is {least} on some ranks and {most} on others, whose devices have "
-            f"more memory; use --set stages.{number}.training.micro_batch={least}"
+            f"micro_batch: auto came to {least} and to {most} on different ranks; use "
+            f"--set stages.{number}.training.micro_batch={least}"
         )
 
 
@@ -168,6 +168,8 @@ class _Run:
         self._checkpoints = self._folder / CHECKPOINTS
         self._agreement = Agreement(self._ranks, self._training.checkpoint_minutes)
         self._resumed: Path | None = None
+        # What this process has loaded from its folder or written there, and how far that is.
+        self._on_disk: tuple[Path, tuple[int, int]] | None = None
 
     def resume(self) -> None:
         """Load the newest undamaged checkpoint, if there is one to resume from."""
@@ -176,6 +178,8 @@ class _Run:
             checkpoint = self._resume_from[chosen]
             load_run(self._trainer, checkpoint, self._ranks)
             self._resumed = checkpoint.path
+            if checkpoint.path.parent.resolve() == self._checkpoints.resolve():
+                self._on_disk = checkpoint.path, self._trainer.progress
             self._console.say(f"resumed: {checkpoint.path}, step {checkpoint.step}")
             changes = apply_optimizer_settings(self._trainer, self._training)
             if changes:
@@ -191,9 +195,7 @@ class _Run:
             return Ended(self._resumed or checkpoint)  # it may stand elsewhere
         profile = self._profile(last_step - trainer.step)
         if not self._fill_bank():
-            if not checkpoint.exists():
-                checkpoint = self._save()
-            return self._interrupted(checkpoint)
+            return self._interrupted(self._saved())
         logbook = None
         if self._ranks.is_main:
             device = self._ranks.device
@@ -211,9 +213,7 @@ class _Run:
             try:
                 measures = (profile or trainer).train_step(self._agreement.goes_on)
             except StepStoppedError:
-                checkpoint = self._checkpoints / step_name(trainer.step)
-                if not checkpoint.exists():  # one of this step lacks a part of an iteration
-                    checkpoint = self._save()
+                checkpoint = self._saved()
                 break
             step, seconds = trainer.step, time.monotonic() - step_began
             waits.add(trainer.seconds_waited - had_waited, seconds)
@@ -246,6 +246,12 @@ class _Run:
             logbook.close()
         return self._interrupted(checkpoint) if trainer.step < last_step else Ended(checkpoint)
 
+    def _saved(self) -> Path:
+        """A checkpoint of where the run is: its own that is there already, or a new one."""
+        if self._on_disk is not None and self._on_disk[1] == self._trainer.progress:
+            return self._on_disk[0]
+        return self._save()
+
     def _save(self) -> Path:
         checkpoint = save_run(
             self._trainer,
@@ -254,6 +260,7 @@ class _Run:
             keep=self._training.keep_checkpoints,
         )
         self._agreement.saved()
+        self._on_disk = checkpoint, self._trainer.progress
         return checkpoint
 
     def _interrupted(self, checkpoint: Path) -> Ended:

@@ -76,6 +76,11 @@ class Trainer:
         self._d_update = EngineUpdate(d_engine, zero_stage)
 
     @property
+    def progress(self) -> tuple[int, int]:
+        """Whole iterations, and D updates of the one at hand that are done."""
+        return self.step, len(self._d_updates)
+
+    @property
     def num_micro_batches(self) -> int:
         """Of an iteration."""
         return self._accumulation_steps * (self._training.discriminator_steps + 1)
@@ -89,7 +94,8 @@ class Trainer:
         """One iteration (paper): `discriminator_steps` D updates and one G update.
 
         Returns measures averaged over the D updates, the micro-batches and all ranks.
-        `goes_on` is asked before every micro-batch; its answers must be the same on all ranks.
+        `goes_on` is asked before every micro-batch but where G judges what D was just shown; its
+        answers must be the same on all ranks.
 
         Raises StepStoppedError after a no. What is saved then is the beginning of the update at
         hand: a resumed run does that update again. This trainer trains no more, since a part of

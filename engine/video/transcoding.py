@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from engine.durable_files import make_writable_folder, put_on_disk, remove_folder, writing
@@ -49,6 +50,7 @@ _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some clusters' file systems
 _LONGEST_NAME = 255  # bytes, of Linux's file systems
 _FIELDS = {field.name for field in fields(VideoEntry)} - {"label"}
+_ENTRY = TypeAdapter(VideoEntry)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def build_copies(
     _check(root, out, folder, settings)
     make_writable_folder(folder)
     with _alone_in(folder, say):
+        _check_ours(folder, settings)  # again: another run may just have ended
         known = _known(folder)
         _write_journal(folder, settings, known)
         sources, rejects = build_index(
@@ -179,6 +182,8 @@ def _check(root: Path, out: Path, folder: Path, settings: dict[str, Any]) -> Non
         )
     if root in out.resolve().parents:
         raise UserError(f"{out} lies among the videos of {root}, and is of their copies; move it")
+    if out.resolve().parent == folder and out.name in (_JOURNAL, _SOURCES, _UNFINISHED, _LOCK):
+        raise UserError(f"{out} is a file of the copies' own; choose another --out")
     check_replaceable(out, folder)
     if as_text(str(folder)) != str(folder):
         raise UserError(f"{as_text(str(folder))}: the folder's name is not UTF-8; choose another")
@@ -236,6 +241,7 @@ def _known(folder: Path) -> dict[str, _Copy]:
         try:
             record = json.loads(line)
             if record["facts"].keys() == _FIELDS:  # else an older version's
+                _ENTRY.validate_python({**record["facts"], "label": None})
                 known[record["path"]] = _Copy(record["source_sha256"], record["facts"])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # the line that the interruption cut

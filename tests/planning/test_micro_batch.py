@@ -71,18 +71,34 @@ def test_the_largest_that_fits(tiny: Tiny) -> None:
     )
 
 
+def test_what_32_bits_allow(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is told, and the refusal of what must be done at once."""
+    monkeypatch.setattr(Step, "most_samples", 11)
+    config = tiny.config(*AUTO)
+    found, note = settle_micro_batch(config, 2, num_ranks=1, memory_gb=80)
+    assert found.stages[2].training.micro_batch == 8
+    assert note.endswith(" of 80 GB; 32-bit indices allow 11")
+    with pytest.raises(UserError, match="suits 74 of 80 GB, and 11 samples, beyond which 32-bit"):
+        settled(tiny.config(*AUTO, "training.reuse_fakes=true"), 80)
+
+
 def test_what_the_settings_allow(tiny: Tiny) -> None:
     bank = "stages.2.training.sample_bank={num_videos: 12}"  # whole batches of 4
     assert settled(tiny.config(*AUTO, bank), 80) == 4
     config = tiny.config(*AUTO)
     less = memory_for(peak(config, 16) * 0.9)
-    with pytest.raises(UserError, match="none of 16 samples per process fits"):
+    with pytest.raises(
+        UserError,
+        match="no part suits 0 of 2 GB, and reuse_fakes",
+    ):
         settled(tiny.config(*AUTO, "training.reuse_fakes=true"), less)
     assert settled(tiny.config(*AUTO, "training.reuse_fakes=true"), 80) == 16
     assert settled(tiny.config(*AUTO, "training.acceleration=cuda_graphs"), less) == 4 < 8
     assert settled(config, less) == 8
     compares = "stages.2.discriminators.minibatch_stddev=true"
-    with pytest.raises(UserError, match="fits"):  # one sample would, but has none to compare with
+    with pytest.raises(
+        UserError, match="no part suits"
+    ):  # one sample would, but has none to compare with
         settled(tiny.config(*AUTO, compares), memory_for(peak(config, 1) * 1.2))
 
 
@@ -93,7 +109,7 @@ def test_what_the_settings_allow(tiny: Tiny) -> None:
             [],
             1,
             2.1,
-            "auto, and none of 16 samples per process fits 0 of 2 GB; engine/plan.py shows what",
+            "auto, and of 16 samples per process no part suits 0 of 2 GB; engine/plan.py shows",
         ),
         ([], 3, 80, "global_batch 16 is no multiple of 3 processes x micro_batch 1; nearest"),
         (["stages.2.training.sample_bank={num_videos: 3}"], 2, 80, "num_videos 3 must be a"),
@@ -136,7 +152,7 @@ def test_ranks_must_agree(tiny: Tiny, tmp_path: Path) -> None:
     keys = [word for key in AUTO for word in ("--set", key)]
     finished = two_ranks(script, *tiny.options(1, tmp_path / "out", *keys))
     assert finished.code == 2
-    assert "error: micro_batch: auto is 4 on some ranks and 8 on others" in finished.err
+    assert "error: micro_batch: auto came to 4 and to 8 on different ranks; use" in finished.err
 
 
 def test_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

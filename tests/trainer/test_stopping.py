@@ -1,6 +1,7 @@
 """A signal is obeyed between micro-batches, and going on gives the run that did not stop."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from small_runs import Tiny, contents, differences, logged, two_ranks
 
+from engine.trainer.checkpoints import open_checkpoint
 from engine.trainer.fakes import ClipFakes, Inputs, WindowFakes
 from engine.trainer.interruption import Agreement
 from engine.trainer.ranks import Ranks
@@ -87,19 +89,38 @@ def test_a_stop_within_an_iteration(
     assert logged(out / f"stage{stage}") == logged(tmp_path / f"whole/stage{stage}")
 
 
-def test_a_checkpoint_of_whole_iterations_is_not_written_over(
+def test_stops_in_one_iteration_get_on(
     tiny: Tiny, tmp_path: Path, stopped_at: Callable[[int], None]
 ) -> None:
+    """The first D update, then the second, in place of what was saved before the iteration."""
     options = (*ACCUMULATED, "--set", "training.checkpoint_every=1", "--max-steps", "3")
     whole = tiny.trained(1, tmp_path / "whole", *options)
-    stopped_at(1 + MICRO_BATCHES + 6)
-    stopped = tiny.train(1, tmp_path / "stopped", *options)
-    (saved,) = (tmp_path / "stopped/stage1/checkpoints").iterdir()
-    assert saved.name == "step-00000001"
-    assert f"interrupted: saved {saved}" in stopped.out
-    assert contents(saved)["rank-00000.pt"]["trainer"]["d_updates"] == []
+    for number, num_updates in ((1 + MICRO_BATCHES + 6, 1), (2 + 5, 2), (2, 2)):
+        stopped_at(number)
+        stopped = tiny.train(1, tmp_path / "stopped", *options)
+        (saved,) = (tmp_path / "stopped/stage1/checkpoints").iterdir()
+        assert saved.name == "step-00000001"
+        assert f"interrupted: saved {saved}" in stopped.out
+        done = contents(saved)["rank-00000.pt"]["trainer"]["d_updates"]
+        assert len(done) == num_updates
     resumed = tiny.trained(1, tmp_path / "stopped", *options)
     assert differences(contents(resumed), contents(whole)) == []
+
+
+def test_a_damaged_checkpoint_of_that_step_is_replaced(
+    tiny: Tiny, tmp_path: Path, stopped_at: Callable[[int], None]
+) -> None:
+    """Its run goes on from a copy elsewhere, is stopped at once, and is safe."""
+    out, backup = tmp_path / "run", tmp_path / "backup"
+    saved = tiny.trained(1, out, *ACCUMULATED, "--max-steps", "1")
+    shutil.copytree(out, backup)
+    (saved / "rank-00000.pt").write_bytes(b"damaged")
+    stopped_at(2)
+    resume = ("--resume", backup / "stage1/checkpoints/step-00000001", "--max-steps", "2")
+    stopped = tiny.train(1, out, *ACCUMULATED, *resume)
+    assert stopped.code == 128 + signal.SIGTERM
+    assert f"interrupted: saved {saved}; the same command with --resume auto goes on" in stopped.out
+    open_checkpoint(saved).verify()
 
 
 def test_nothing_comes_between_reused_fakes_and_their_update(
