@@ -241,7 +241,7 @@ def _known(folder: Path) -> dict[str, _Copy]:
         try:
             record = json.loads(line)
             if record["facts"].keys() == _FIELDS:  # else an older version's
-                _ENTRY.validate_python({**record["facts"], "label": None})
+                _ENTRY.validate_json(json.dumps({**record["facts"], "label": None}))
                 known[record["path"]] = _Copy(record["source_sha256"], record["facts"])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # the line that the interruption cut
