@@ -328,6 +328,13 @@ def test_text_and_comparison(plan: Plan, tmp_path: Path) -> None:
             ["--stage", "2", "--set", "stages.2.training.sample_bank={num_videos: 3}"],
             "training.sample_bank.num_videos 3 must be a multiple of 4",
         ),
+        (
+            [
+                *("--stage", "2", "--set", "training.micro_batch=auto", "--gpus", "2"),
+                *("--set", "stages.2.training.sample_bank={num_videos: 3}"),
+            ],
+            "num_videos 3 must be a multiple of 2 (2 processes x micro_batch 1)",
+        ),
         (["--stage", "1", "--gpu-memory", "-1"], "--gpu-memory must be more than 0, not -1"),
         (["--stage", "1", "--gpu-memory", "nan"], "--gpu-memory must be more than 0, not nan"),
         (["--stage", "1", "--reserve", "80"], "--reserve 80 leaves nothing of --gpu-memory 80"),

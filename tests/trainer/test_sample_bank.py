@@ -275,6 +275,17 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert len(differences(contents(whole), contents(anew))) > 100
 
 
+def test_a_bank_that_came_later_is_told(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
+    """As with a newer configuration file, which has one."""
+    options: tuple[str | Path, ...] = ("--previous", cascade_run, "--max-steps")
+    tiny.trained(2, tmp_path, *options, "1")
+    bank = ("--set", f"stages.2.training.sample_bank={BANK}")
+    resumed = tiny.train(2, tmp_path, *options, "2", *bank)
+    assert resumed.code == 0, resumed.err
+    assert "note: changed since: sample_bank none -> 8 videos, replaced in " in resumed.out
+    assert "sample_bank" not in tiny.train(2, tmp_path, *options, "3", *bank).out
+
+
 def test_a_signal_ends_the_drawing_and_nothing_is_lost(
     tiny: Tiny, cascade_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

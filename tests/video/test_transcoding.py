@@ -1,6 +1,7 @@
 """Small copies of videos: the same frames under the same numbers, whole or not there."""
 
 import fcntl
+import json
 import os
 import re
 import weakref
@@ -424,6 +425,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_copies(tmp_path: Path) -> No
         (("v", "small", "other"), "other is a folder; --out names the index file"),
         (("v", "small", "other/x"), "x is there already and is not a video index"),
         (("v", "small", "source"), "source is the index of .*v, not of .*small"),
+        (("v", "small", "small/.copies.jsonl"), "jsonl is a file of the copies' own; choose"),
         (("empty", "small", "i"), "empty is empty"),
     ],
 )
@@ -471,6 +473,19 @@ def test_a_damaged_list_of_copies_is_named(tmp_path: Path) -> None:
     (tmp_path / "small" / ".copies.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*copies\.jsonl: damaged"):
         copies_of(videos(tmp_path / "v", "a"))
+
+
+def test_a_damaged_line_of_the_list_is_a_copy_to_be_made(tmp_path: Path) -> None:
+    root = videos(tmp_path / "v", "a")
+    assert copies_of(root).num_made == 1
+    journal = tmp_path / "small" / ".copies.jsonl"
+    settings, line = journal.read_text().splitlines()
+    record = json.loads(line)
+    for damage in ({"path": 5}, {"num_frames": "many"}, {"keyframes": 1}):
+        damaged = json.dumps({**record, "facts": {**record["facts"], **damage}})
+        journal.write_text(f"{settings}\n{damaged}\n")
+        assert copies_of(root).num_made == 1
+    assert copies_of(root).num_made == 0
 
 
 def test_a_name_that_leaves_no_room_for_the_copys_is_rejected(tmp_path: Path) -> None:
