@@ -109,12 +109,15 @@ class Convolution(BlockEnd):
         """
         weight, bias = self.operands(x.dtype)
         if isinstance(x, NormalizedFeatures):
+            assert not relu, "a norm comes next, and has one"
             return self._behind_norm(x, weight, bias, residual, skip)
+        assert skip is None, "x_l is for generators, which have norms"
         end: dict[str, Any] = {"residual_BTOHW": residual, "only_graph": self.only_graph}
         if self.resample is None:
             convolve = kernels.conv3d if self.volumetric else kernels.conv2d
             return convolve(x, weight, bias, **end, relu=relu)
         assert self.resample != "up", "blocks that upsample have norms"
+        assert not relu, "nothing but a block's end pools"
         if self.volumetric:
             return kernels.conv_pool3d(x, weight, bias, **end, pooling=self.resample)
         return kernels.conv_pool2d(x, weight, bias, **end)
@@ -129,10 +132,14 @@ class Convolution(BlockEnd):
     ) -> Features:
         wanted = x.wants_moments
         if self.resample == "up":
+            assert residual is None, "nothing but a block's beginning upsamples"
+            assert skip is None, "nothing but a block's beginning upsamples"
             y, moments = kernels.upsample_conv_with_moments(
                 x.normalized, weight, bias, wanted=wanted
             )
             return Features(y, moments, x.frames_BT)
+        assert self.resample is None, "nothing that pools comes after a norm"
+        assert not self.volumetric, "SeparableConvolution is for volumes"
         y, moments = kernels.conv2d_with_moments(
             x.normalized,
             weight,

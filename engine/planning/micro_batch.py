@@ -3,9 +3,9 @@
 Planned is an upper bound, which may lie some per cent above what a divisor of the batch takes. And
 no tensor may have more values than a 32-bit index counts (`Step.most_samples`).
 
-Few samples leave a GPU waiting for Python: at 4 of them an iteration of Kinetics' stage 2 launches
-for three times as long as it computes. Norm statistics are over all samples of a pass, so more of
-them are also closer to the paper's, which accumulates nothing.
+Few samples leave a GPU waiting for Python: at 4 of them an iteration of Kinetics' stage 2 takes the
+host longer to launch than a GPU is predicted to compute. Norm statistics are over all samples of a
+pass, so more of them are also closer to the paper's, which accumulates nothing.
 """
 
 import os
