@@ -445,8 +445,14 @@ def share_among(config: Config, stage_number: int, world_size: int) -> Config:
     share, remainder = divmod(stage.training.global_batch, world_size)
     if remainder or not 0 < share < stage.training.samples_per_pass:
         return config
-    training = stage.training.model_copy(update={"micro_batch": share})
-    stages = config.stages | {stage_number: stage.model_copy(update={"training": training})}
+    return with_training(config, stage_number, micro_batch=share)
+
+
+def with_training(config: Config, number: int, **changes: object) -> Config:
+    """The configuration with other keys in one stage's `training`."""
+    stage = config.stages[number]
+    training = stage.training.model_copy(update=changes)
+    stages = config.stages | {number: stage.model_copy(update={"training": training})}
     return config.model_copy(update={"stages": stages})
 
 

@@ -1,9 +1,9 @@
 """Convolutions of more values than cuDNN indexes, in parts of the batch.
 
-cuDNN counts a tensor's values in 32 bits. PyTorch hands it larger tensors as they are, and then
-runs a kernel that is some 60 times slower (pytorch#128936), or finds none. Samples and frames do
-not see each other in a convolution, so parts of the batch give the same y and dx. A weight's
-gradient is the sum of its parts', added in fp32: it differs by rounding.
+cuDNN counts a tensor's values in 32 bits. PyTorch hands it larger tensors as they are; reported are
+far slower kernels (pytorch#128936) and failures (pytorch#117736), neither tried here. Samples and
+frames do not see each other in a convolution, so parts of the batch give the same y and dx. A
+weight's gradient is the sum of its parts', added in fp32: it differs by rounding.
 
 Bytes moved besides, where there are parts: y (or dx) once read and once written. References and
 `upsample_conv`'s shuffled form, which no device runs by itself, stay whole.

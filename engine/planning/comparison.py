@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from engine.configuration import Config
+from engine.configuration import Config, with_training
 from engine.planning.assumptions import Assumptions
 from engine.planning.paper import MODELS_OF_TABLE_3, TABLE_3, Measured
 from engine.planning.peak import Scaling
-from engine.planning.stage_memory import with_training
 from engine.planning.step_time import predict
 from engine.planning.training_plan import Planner
 

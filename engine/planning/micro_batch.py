@@ -13,11 +13,11 @@ from collections.abc import Iterable
 
 import torch
 
-from engine.configuration import Config, Training, accumulation_steps
+from engine.configuration import Config, Training, accumulation_steps, with_training
 from engine.errors import UserError
 from engine.planning.assumptions import reserve_gb
 from engine.planning.peak import Scaling
-from engine.planning.stage_memory import StageMemory, divisors, with_training
+from engine.planning.stage_memory import StageMemory, divisors
 from engine.processors import local_processes
 from engine.trainer.sample_bank import batches_per_rank
 

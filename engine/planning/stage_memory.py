@@ -3,19 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from engine.configuration import Config
+from engine.configuration import Config, with_training
 from engine.planning.meta_step import Step, run_step
 from engine.planning.peak import Peak, Scaling, find_peak
 
 Runner = Callable[[Config, int], Step]
-
-
-def with_training(config: Config, number: int, **changes: object) -> Config:
-    """The configuration with other keys in one stage's `training`."""
-    stage = config.stages[number]
-    training = stage.training.model_copy(update=changes)
-    stages = config.stages | {number: stage.model_copy(update={"training": training})}
-    return config.model_copy(update={"stages": stages})
 
 
 @dataclass

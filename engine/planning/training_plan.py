@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.configuration import Config
+from engine.configuration import Config, with_training
 from engine.models.activation_checkpointing import Checkpointing
 from engine.planning.assumptions import Assumptions, checked, share_of
 from engine.planning.meta_step import Step, run_step
 from engine.planning.micro_batch import largest_micro_batch
 from engine.planning.peak import Peak, Scaling
-from engine.planning.stage_memory import StageMemory, with_training
+from engine.planning.stage_memory import StageMemory
 from engine.planning.step_time import Seconds, Work, predict, work_of
 from engine.planning.zero_memory import ZERO_STAGES
 

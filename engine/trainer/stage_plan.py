@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from engine.configuration import Config, Training, accumulation_steps, share_among
+from engine.configuration import (
+    Config,
+    Training,
+    accumulation_steps,
+    share_among,
+    with_training,
+)
 from engine.errors import UserError
 from engine.trainer.adam import check_adam, whose_adam
 from engine.trainer.checkpoints import (
@@ -172,11 +178,8 @@ def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]
 
 def with_micro_batch_of(checkpoint: Checkpoint, config: Config, number: int) -> Config:
     """The configuration with the micro-batch that a resumed run has."""
-    training = config.stages[number].training
     trained = checkpoint.config().stages[number].training
-    training = training.model_copy(update={"micro_batch": trained.micro_batch})
-    stage = config.stages[number].model_copy(update={"training": training})
-    return config.model_copy(update={"stages": config.stages | {number: stage}})
+    return with_training(config, number, micro_batch=trained.micro_batch)
 
 
 def settle_batches(config: Config, options: RunOptions, world_size: int) -> Config:

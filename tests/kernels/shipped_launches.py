@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 import kernels
-from engine.configuration import Config, load_config, variant_names
+from engine.configuration import Config, load_config, variant_names, with_training
 from engine.planning.forward_flops import frozen_stages
 from engine.planning.meta_step import MetaStep
-from engine.planning.stage_memory import with_training
 from kernels import power_iteration_cuda
 
 CONFIGS = Path(__file__).parents[2] / "configs"

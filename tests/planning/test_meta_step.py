@@ -10,11 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from engine.configuration import Config, load_config
+from engine.configuration import Config, load_config, with_training
 from engine.planning.counters import BACKWARD, FORWARD, FROZEN, Update
 from engine.planning.forward_flops import count_forward
 from engine.planning.meta_step import MetaStep, run_step
-from engine.planning.stage_memory import with_training
 from engine.planning.training_plan import MODES
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,13 +7,13 @@ import pytest
 import torch
 from small_runs import Tiny, two_ranks
 
-from engine.configuration import Config
+from engine.configuration import Config, with_training
 from engine.errors import UserError
 from engine.planning import micro_batch
 from engine.planning.meta_step import Step, run_step
 from engine.planning.micro_batch import settle_micro_batch
 from engine.planning.peak import Scaling, find_peak
-from engine.planning.stage_memory import StageMemory, with_training
+from engine.planning.stage_memory import StageMemory
 from engine.processors import local_processes
 from engine.trainer.checkpoints import open_checkpoint
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.configuration import Config, Training, accumulation_steps
+from engine.configuration import Config, Training, accumulation_steps, with_training
 from engine.models.cascade import Cascade
 from engine.models.construction import build_generator
 from engine.models.norms import fix_norm_statistics, frame_norms
@@ -101,7 +101,7 @@ def rehearse(
                 partitions += own
                 continue
             say(f"ZeRO-{zero_stage}: building engines to compare")
-            other = replace(builder, config=_changed(config, number, zero_stage=zero_stage))
+            other = replace(builder, config=with_training(config, number, zero_stage=zero_stage))
             partitions += _partitions(_one_micro_batch(other).trainer(clips), zero_stage, ranks)
     return Rehearsal(
         config=config,
@@ -174,18 +174,10 @@ def _one_micro_batch(builder: StageBuilder) -> StageBuilder:
     training = builder.config.stages[builder.number].training
     global_batch = training.samples_per_pass * builder.ranks.world_size
     settings = {"global_batch": global_batch} | NOT_REHEARSED
-    return replace(builder, config=_changed(builder.config, builder.number, **settings))
+    return replace(builder, config=with_training(builder.config, builder.number, **settings))
 
 
 def _any_decoder(config: Config) -> Config:
     """Nothing is decoded, and the one asked for may need the GPU that is not here."""
     data = config.data.model_copy(update={"decoder": "auto"})
     return config.model_copy(update={"data": data})
-
-
-def _changed(config: Config, number: int, **settings: Any) -> Config:
-    """Other training settings for one stage."""
-    stage = config.stages[number]
-    training = stage.training.model_copy(update=settings)
-    stages = config.stages | {number: stage.model_copy(update={"training": training})}
-    return config.model_copy(update={"stages": stages})
