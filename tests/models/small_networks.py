@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from engine.models.blocks import Temporal
 from engine.models.discriminators import (
@@ -75,3 +76,23 @@ def discriminators(
         TemporalDiscriminator(resolution=16, **sizes),
         MatchingDiscriminator(low_resolution=8, frame_step=2, **sizes) if matching else None,
     )
+
+
+def run(network: nn.Module, seed: int = 1) -> Tensor:
+    """A generator's video, or all scores of discriminators, of drawn inputs with classes."""
+    random = torch.Generator().manual_seed(seed)
+    labels, low = torch.tensor([1, 3]), torch.randn(2, 2, 3, 8, 8, generator=random)
+    if isinstance(network, Discriminators):
+        video = torch.randn(2, 4, 3, 16, 16, generator=random)
+        scores: Tensor = network(video, labels, low, torch.tensor([[0, 2], [1, 3]])).all
+        return scores
+    z = torch.randn(2, 16, generator=random)
+    y: Tensor = network(z, labels, low if hasattr(network, "frame_step") else 4)
+    return y
+
+
+def results(network: nn.Module, seed: int = 1) -> list[Tensor]:
+    """The output and every parameter's gradient."""
+    y = run(network, seed)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, list(network.parameters()), upstream)]

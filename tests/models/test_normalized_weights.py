@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import clip_generator, discriminators, upsampling_generator
+from small_networks import clip_generator, discriminators, results, run, upsampling_generator
 from torch import Tensor, nn
 
 import kernels
 from engine.models.activation_checkpointing import set_checkpointing
-from engine.models.discriminators import Discriminators, ResidualTower
+from engine.models.discriminators import ResidualTower
 from engine.models.generator import GeneratorTrunk
 from engine.models.layers import Convolution, Embedding
 from engine.models.norms import FrameNorm, Modulation
@@ -58,25 +58,6 @@ def build(name: str) -> nn.Module:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     update_spectral_norm(network, num_iterations=3)
     return network
-
-
-def run(network: nn.Module, seed: int = 1) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    labels, low = torch.tensor([1, 3]), torch.randn(2, 2, 3, 8, 8, generator=random)
-    if isinstance(network, Discriminators):
-        video = torch.randn(2, 4, 3, 16, 16, generator=random)
-        scores: Tensor = network(video, labels, low, torch.tensor([[0, 2], [1, 3]])).all
-        return scores
-    z = torch.randn(2, 16, generator=random)
-    y: Tensor = network(z, labels, low if hasattr(network, "frame_step") else 4)
-    return y
-
-
-def results(network: nn.Module, seed: int = 1) -> list[Tensor]:
-    """The output and every parameter's gradient."""
-    y = run(network, seed)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, list(network.parameters()), upstream)]
 
 
 def nothing_prepared(network: nn.Module) -> bool:

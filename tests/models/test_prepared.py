@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import clip_generator, discriminators, upsampling_generator
-from torch import Tensor, nn
+from small_networks import clip_generator, discriminators, results, run, upsampling_generator
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -36,25 +36,6 @@ def build(name: str, dtype: torch.dtype = BF16) -> nn.Module:
             if layer.bias is not None:
                 layer.bias.normal_()
     return network
-
-
-def run(network: nn.Module, seed: int = 1) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    labels, low = torch.tensor([1, 3]), torch.randn(2, 2, 3, 8, 8, generator=random)
-    if not hasattr(network, "latent_size"):
-        video = torch.randn(2, 4, 3, 16, 16, generator=random)
-        scores: Tensor = network(video, labels, low, torch.tensor([[0, 2], [1, 3]])).all
-        return scores
-    z = torch.randn(2, 16, generator=random)
-    y: Tensor = network(z, labels, low if hasattr(network, "frame_step") else 4)
-    return y
-
-
-def results(network: nn.Module) -> list[Tensor]:
-    """The output and every parameter's gradient."""
-    y = run(network)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, list(network.parameters()), upstream)]
 
 
 class Roundings(TorchDispatchMode):
