@@ -25,8 +25,8 @@ import kernels
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.planning.forward_flops import generator_inputs
-from kernels.convolution import Normalized
-from kernels.layout import channels_last
+from kernels.common.layout import channels_last
+from kernels.convolution.fused import Normalized
 
 Network = Literal["generator", "discriminators"]
 

@@ -38,7 +38,7 @@ def operator_cost(call: Call, *, backward: bool) -> Cost:
 def spectral_cost(num_values: int, dtype_bytes: int, *, normalize: bool, backward: bool) -> Cost:
     """One power iteration of weights of `num_values` in all; then Ŵ of `dtype_bytes`; then dW.
 
-    kernels/spectral_norm_list.py: all weights together fit no cache, so W is read twice, and dK.
+    kernels/spectral_norm/network.py: all weights together fit no cache, so W is read twice, and dK.
     """
     cost = Cost(8 * num_values, 4 * num_values)
     if normalize:

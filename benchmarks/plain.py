@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 import kernels
 from engine.models import discriminators, generator
-from kernels.convolution import Moments
+from kernels.common.layout import channels_last
+from kernels.convolution.fused import Moments
 from kernels.frame_norm import EPSILON
-from kernels.layout import channels_last
 
 
 class PlainOperators:

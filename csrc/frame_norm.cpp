@@ -1,5 +1,5 @@
 // kernels.frame_norm on a CPU: every pass reads x once.
-// Equations, names and shapes are those of kernels/frame_norm.py: rows [B, T, S, C], contiguous, in
+// Equations, names and shapes are those of kernels/frame_norm/__init__.py: rows [B, T, S, C], contiguous, in
 // fp32, bf16 or fp16; statistics [T, C], gain and bias [B, t, C], in fp32; arithmetic in fp32, and
 // in fp64 where moments of blocks of rows are merged.
 //

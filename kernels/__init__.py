@@ -3,12 +3,15 @@
 Models call `kernels.<op>(...)` and nothing beneath it, so that an operator's implementation can
 change without a change in any model. Nothing here knows what a GAN is. Every operator has a
 reference, a composition of differentiable PyTorch operators that works in fp64 and to any order;
-`kernels.implementation` says how it is chosen among what else there is.
+`kernels.dispatch` says how it is chosen among what else there is.
 """
 
-from kernels.conv import conv2d, conv2d_with_moments, conv3d
 from kernels.conv_gru import conv_gru, conv_gru_reference
-from kernels.conv_pool import (
+from kernels.convolution import conv2d, conv2d_with_moments, conv3d
+from kernels.convolution.folding import Fold
+from kernels.convolution.fused import Moments, Normalized
+from kernels.convolution.low_skip import LowSkip, add_low_skip
+from kernels.convolution.pooling import (
     Pooling,
     average_pool,
     conv_pool2d,
@@ -16,10 +19,14 @@ from kernels.conv_pool import (
     conv_pool3d,
     conv_pool3d_reference,
 )
-from kernels.convolution import Moments, Normalized
-from kernels.folding import Fold
-from kernels.frame_norm import frame_norm, frame_statistics
-from kernels.implementation import (
+from kernels.convolution.separable import separable_conv3d, separable_conv3d_with_moments
+from kernels.convolution.upsampled_shortcut import UpsampledShortcut
+from kernels.convolution.upsampling import (
+    upsample_conv,
+    upsample_conv_reference,
+    upsample_conv_with_moments,
+)
+from kernels.dispatch import (
     ImplementationError,
     chosen,
     implementations,
@@ -27,16 +34,8 @@ from kernels.implementation import (
     set_default,
     use,
 )
-from kernels.low_skip import LowSkip, add_low_skip
-from kernels.separable_conv3d import separable_conv3d, separable_conv3d_with_moments
-from kernels.spectral_norm import power_iteration_, spectral_normalize
-from kernels.spectral_norm_list import spectral_normalize_all
-from kernels.upsample_conv import (
-    upsample_conv,
-    upsample_conv_reference,
-    upsample_conv_with_moments,
-)
-from kernels.upsampled_shortcut import UpsampledShortcut
+from kernels.frame_norm import frame_norm, frame_statistics
+from kernels.spectral_norm import power_iteration_, spectral_normalize, spectral_normalize_all
 
 __all__ = [
     "Fold",

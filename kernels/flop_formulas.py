@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import kernels.convolution  # noqa: F401 — defines the operators
+import kernels.convolution.fused  # noqa: F401 — defines the operators
 
 Shape = Sequence[int]
 

@@ -115,7 +115,7 @@ def test_spectral_norm_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     true = kernels.spectral_normalize_all
 
     def wrong(*arguments: Any) -> list[Tensor]:
-        by = 1 if kernels.implementation._setting == "reference" else 1.001
+        by = 1 if kernels.dispatch._setting == "reference" else 1.001
         return [by * weight for weight in true(*arguments)]
 
     monkeypatch.setattr(kernels, "spectral_normalize_all", wrong)
@@ -156,7 +156,7 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(
     true = getattr(kernels, operator)
 
     def wrong(x: Tensor, weight: Tensor, *others: Any, **named: Any) -> Any:
-        if kernels.implementation._setting != "reference" and torch.is_grad_enabled():
+        if kernels.dispatch._setting != "reference" and torch.is_grad_enabled():
             weight = ScaledGradient.apply(weight)
         return true(x, weight, *others, **named)
 

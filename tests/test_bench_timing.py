@@ -144,7 +144,7 @@ def test_bytes_by_hand() -> None:
     x = torch.empty(2, 3, 16, 4, 4, dtype=torch.bfloat16, device=META, requires_grad=True)
     gain = torch.empty(2, 16, device=META)
     norm = Call("frame_norm", {"x_BTCHW": x, "gain": gain, "bias": gain})
-    # 6 and 10 bytes per element of x, as kernels/frame_norm.py says.
+    # 6 and 10 bytes per element of x, as kernels/frame_norm/__init__.py says.
     assert operator_cost(norm, backward=False).num_bytes == 6 * x.numel()
     assert operator_cost(norm, backward=True).num_bytes == (6 + 10) * x.numel()
     weight = torch.empty(8, 3, 3, 16, dtype=torch.bfloat16, device=META)

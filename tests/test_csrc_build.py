@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import kernels
-from kernels import csrc_libraries
+from kernels.common import csrc_libraries
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("column_sums", "merge_columns", "row_sums", "finish")
@@ -68,7 +68,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import csrc_libraries
+from kernels.common import csrc_libraries
 
 csrc_libraries.CUDA = Path(sys.argv[1])
 assert csrc_libraries.unavailable(csrc_libraries.CUDA) is None

@@ -46,7 +46,7 @@ from engine.trainer.fakes import (
 )
 from engine.trainer.reals import Reals
 from engine.trainer.step import Trainer
-from kernels.large_batches import MOST_VALUES
+from kernels.common.large_batches import MOST_VALUES
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.conv_pool import conv_pool2d_folded, conv_pool3d_folded
+from kernels.convolution.pooling import conv_pool2d_folded, conv_pool3d_folded
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

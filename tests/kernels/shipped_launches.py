@@ -19,7 +19,7 @@ import kernels
 from engine.configuration import Config, load_config, variant_names, with_training
 from engine.planning.forward_flops import frozen_stages
 from engine.planning.meta_step import MetaStep
-from kernels import power_iteration_cuda
+from kernels.spectral_norm import cuda as power_iteration_cuda
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TYPES = {
@@ -43,7 +43,7 @@ class RealOperators(TorchDispatchMode):
 
 
 def specialisation(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What Triton compiles a launch for, in the terms of `kernels.resources.Variant`.
+    """What Triton compiles a launch for, in the terms of `kernels.compiled.variant.Variant`.
 
     Of numbers that are 1 Triton makes constants, which no variant does: programs only shrink.
     """

@@ -15,7 +15,7 @@ from large_gpu import needs_gpu_memory
 from torch import Tensor
 
 import kernels
-from kernels.conv_gru_gates import passes
+from kernels.conv_gru.gates import passes
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -33,8 +33,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
-from kernels.convolution import convolve
-from kernels.convolution_pytorch import Layout
+from kernels.convolution.fused import convolve
+from kernels.convolution.pytorch import Layout
 
 
 @pytest.mark.parametrize(("kind", "more"), CASES, ids=str)

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.convolution_pytorch import convolve_volume
-from kernels.low_skip import LowSkip, add_low_skip
+from kernels.convolution.low_skip import LowSkip, add_low_skip
+from kernels.convolution.pytorch import convolve_volume
 
-convolution = pytest.importorskip("kernels.convolution_triton")
+convolution = pytest.importorskip("kernels.convolution.triton")
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -408,7 +408,7 @@ def test_copies_are_wide_and_under_way_during_products(tmp_path: Path) -> None:
     """
     script = (
         "import re\n"
-        "from kernels.convolution_triton import variants\n"
+        "from kernels.compiled.convolution import variants\n"
         "[wide] = [v for v in variants() if v.label == 'bf16 128x128x64']\n"
         "ptx = wide.compile('sm_90').asm['ptx']\n"
         "copies = re.findall(r'cp\\.async\\.c[ag]\\.shared\\.global [^;]*?(0x[0-9a-f]+)', ptx)\n"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.folding import fold
+from kernels.convolution.folding import fold
 
 Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 CASES: dict[str, tuple[Operator, Any, tuple[int, ...]]] = {

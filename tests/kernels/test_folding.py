@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from kernels.conv_pool import conv_pool2d_folded, conv_pool3d_folded
-from kernels.folding import pooling_kernel, upsampling_kernel
+from kernels.convolution.folding import pooling_kernel, upsampling_kernel
+from kernels.convolution.pooling import conv_pool2d_folded, conv_pool3d_folded
 
 Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -75,7 +75,7 @@ def test_the_table_chooses_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits tell which ran: the two forms add in different orders."""
     rows = (("cpu", 1, "transposed"), ("cpu", 5, "shuffled"), ("cuda", 5, "transposed"))
     # By its module's name: the attribute of the package is the function.
-    monkeypatch.setattr(sys.modules["kernels.upsample_conv"], "TABLE", rows)
+    monkeypatch.setattr(sys.modules["kernels.convolution.upsampling"], "TABLE", rows)
     for channels, form in ((4, "transposed"), (5, "shuffled"), (9, "shuffled")):
         x, weight, bias = inputs((3, 3), (2, 4, channels, 4, 6))
         forms = {name: run(x, weight, bias) for name, run in UPSAMPLING.items()}

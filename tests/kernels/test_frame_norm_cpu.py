@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import csrc_libraries, frame_norm_cpu
-from kernels.implementation import meta_as
+from kernels.common import csrc_libraries
+from kernels.dispatch import meta_as
+from kernels.frame_norm import cpu as frame_norm_cpu
 
 pytestmark = pytest.mark.skipif(
     csrc_libraries.unavailable(csrc_libraries.CPU) is not None, reason="csrc/ is not built"

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import large_batches
-from kernels.folding import pooling_kernel, upsampling_kernel
+from kernels.common import large_batches
+from kernels.convolution.folding import pooling_kernel, upsampling_kernel
 from kernels.frame_norm import EPSILON
 
 B, T, I, O = 5, 3, 4, 6  # noqa: E741

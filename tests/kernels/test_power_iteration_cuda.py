@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.power_iteration_plan import addresses, cut
+from kernels.spectral_norm.power_iteration_tables import addresses, cut
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 CSRC = Path(__file__).parents[2] / "csrc"

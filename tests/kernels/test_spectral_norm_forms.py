@@ -16,7 +16,8 @@ from torch import Tensor
 import kernels
 from engine.models.spectral import spectral_weights
 from engine.models.upsampler import UpsamplingGenerator
-from kernels import power_iteration_cuda, power_iteration_triton
+from kernels.spectral_norm import cuda as power_iteration_cuda
+from kernels.spectral_norm import power_iteration_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

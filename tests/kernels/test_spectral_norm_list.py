@@ -16,9 +16,9 @@ from torch import Tensor
 import kernels
 from engine.models.spectral import spectral_weights
 from engine.models.upsampler import UpsamplingGenerator
-from kernels import power_iteration_triton, spectral_norm_list_plan, spectral_norm_list_triton
-from kernels.folding import FOLDS, fold, unfold
-from kernels.spectral_norm_list_plan import PIECE, taps_of
+from kernels.convolution.folding import FOLDS, fold, unfold
+from kernels.spectral_norm import network_tables, network_triton, power_iteration_triton
+from kernels.spectral_norm.network_tables import PIECE, taps_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -240,7 +240,7 @@ def test_nan_and_zero() -> None:
 
 
 def test_a_tap_is_a_sum_of_taps() -> None:
-    """By hand, as `kernels.folding` draws it: [w0, w0 + w1, w1 + w2, w2], flipped or averaged."""
+    """By hand, as `kernels...folding` draws it: [w0, w0 + w1, w1 + w2, w2], flipped or averaged."""
     pooled = taps_of((1, 3), (2, 2))
     assert pooled.fold == [[0], [0, 1], [1, 2], [2]] * 2
     assert pooled.unfold == [[0, 1, 4, 5], [1, 2, 5, 6], [2, 3, 6, 7]]
@@ -277,7 +277,7 @@ def test_six_launches_for_the_whole_stage_2_generator(monkeypatch: pytest.Monkey
     """Kinetics-600's but for the channels, on which the number does not depend: four for the power
     iteration, two for all kernels, and then two for all gradients."""
     launches: list[str] = []
-    for module in (power_iteration_triton, spectral_norm_list_triton):
+    for module in (power_iteration_triton, network_triton):
         for name, value in vars(module).copy().items():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _Counted(value, launches))
@@ -310,10 +310,10 @@ def test_lists_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Same shapes, other memory: the tables of work are there already, the addresses are new."""
     drawn, other = (draw(list(SHAPES.values())[:3]) for _ in range(2))
     first = results(drawn, [None] * 3, "triton")
-    misses = spectral_norm_list_plan.cut.cache_info().misses
+    misses = network_tables.cut.cache_info().misses
     assert not equal(results(other, [None] * 3, "triton"), first)
     assert equal(results(drawn, [None] * 3, "triton"), first)
-    assert spectral_norm_list_plan.cut.cache_info().misses == misses
+    assert network_tables.cut.cache_info().misses == misses
     assert PIECE == (256, 128)  # what SHAPES is about
 
 

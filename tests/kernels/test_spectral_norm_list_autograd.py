@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels.folding import FOLDS, fold
+from kernels.convolution.folding import FOLDS, fold
 
 FORMS = ("pytorch", "triton")
 OPS = torch.ops.sswgan

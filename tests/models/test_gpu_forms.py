@@ -22,7 +22,7 @@ from small_networks import clip_generator, discriminators, upsampling_generator
 import kernels
 from engine.models import update_spectral_norm
 from engine.models.activation_checkpointing import set_checkpointing
-from kernels import implementation
+from kernels import dispatch as implementation
 
 for operator in implementation._operators.values():
     # As on CUDA: "auto" passes nothing over for being on a CPU. Not measured is still not run.

@@ -26,7 +26,7 @@ from engine.models.spectral import (
     spectral_weights,
     update_spectral_norm,
 )
-from kernels.folding import fold
+from kernels.convolution.folding import fold
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "clip, GRU": partial(clip_generator, num_classes=5),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import power_iteration_cuda
+from kernels.spectral_norm import cuda as power_iteration_cuda
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

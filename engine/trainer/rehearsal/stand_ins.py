@@ -92,7 +92,9 @@ class ShapesOnly(TorchDispatchMode):
 
     def _count_collective(self, func: Any, args: tuple[Any, ...]) -> None:
         name = func._schema.name.split("::")[1].strip("_")
-        if func.namespace == "_c10d_functional":  # its only user here is kernels/collectives.py
+        if (
+            func.namespace == "_c10d_functional"
+        ):  # its only user here is kernels/common/collectives.py
             name = f"{name} of norm statistics"
         elif func.namespace != "c10d":
             return

@@ -1,0 +1,1 @@
+"""What several operators need: memory layout, launch grids, ranks, libraries, large batches."""

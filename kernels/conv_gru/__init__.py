@@ -1,0 +1,111 @@
+"""Convolutional gated recurrent unit over a whole sequence.
+
+r = σ(W_r * [h; x] + b_r)      u = σ(W_u * [h; x] + b_u)
+c = relu(W_c * [x; r⊙h] + b_c)
+h' = u⊙h + (1-u)⊙c,            h = 0 before the first frame
+
+SSW-GAN, stage 1 (as DVD-GAN): 3x3 convolutions, ReLU in place of tanh.
+
+Shapes: B batch, T frames, C channels of x and of the hidden state h, H x W pixels. Weights
+[C, 3, 3, 2C], their inputs concatenated in the order written above; weights and biases in the
+dtype of x (fp32, fp16, bf16, fp64), in which r, u, c and h are kept too. Gates are computed in
+fp32 (fp64 for fp64).
+
+FLOPs: 2·54·C² per pixel and frame, of which half (the part that reads x) needs no recurrence and
+is one convolution over all frames, over one frame where x is the same at every time step (a stride
+of 0, as `expand` makes it: the generator's first unit). What reads h is skipped at the first
+frame, where h = 0. The backward pass costs twice the forward pass's; weight gradients are one
+convolution over all frames.
+
+Gates, bytes per element of h and frame in bf16: forward 16 (the convolutions' shares and h are
+read; r, u, r⊙h written) + 14 (shares, u and h read; c, and h' twice, written; 2 less where c is not
+kept); backward 18 (u, c) + 14 (r, and r⊙h for the weight gradient). To and from time-major memory,
+once for the whole sequence: 4 forward (x), 8 backward (x, h).
+
+Kept for the backward pass, beside x (one frame of it if it is constant), y (which is h) and the
+weights, per element of y: "gates" r, u and c, 6 bytes in bf16 and 12 in fp32; "states" nothing:
+the gates are computed again, all frames at once, with as many FLOPs as the forward pass has. The
+reference keeps 9 values, y among them.
+
+Implementations: "triton" (the gates; fp32, fp16, bf16), "pytorch" (the gates in PyTorch operators,
+on any device), "reference" (autograd through the equations as they stand). Convolutions are
+PyTorch's in all. Derivatives of order two and higher are the reference's in all of them.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kernels.conv_gru.pytorch import conv_gru_reference
+from kernels.conv_gru.sequence import ConvGRUFunction, run
+from kernels.dispatch import (
+    REFERENCE,
+    Implementation,
+    Operator,
+    everywhere,
+    triton_obstacle,
+    triton_reluctance,
+)
+
+Save = Literal["gates", "states"]
+
+OPERATOR = Operator(
+    "conv_gru",
+    Implementation("triton", triton_obstacle, triton_reluctance),
+    Implementation("pytorch", everywhere),
+)
+
+
+def conv_gru(
+    x_BTCHW: Tensor,
+    weight_r: Tensor,
+    weight_u: Tensor,
+    weight_c: Tensor,
+    bias_r_C: Tensor,
+    bias_u_C: Tensor,
+    bias_c_C: Tensor,
+    *,
+    save: Save = "gates",
+    impl: str | None = None,
+) -> Tensor:
+    """Every h, [B, T, C, H, W], channels last in memory.
+
+    `save` says what is kept for the backward pass beside x, y and the weights: "gates" keeps r, u
+    and c (6 bytes per element of y in bf16, 12 in fp32); "states" keeps nothing (0 bytes) and runs
+    the forward convolutions again. The reference keeps what autograd keeps. `impl` as in
+    `kernels.dispatch`.
+
+    No step waits for the device or looks at a value, so a caller may capture the call and its
+    backward pass in a CUDA graph.
+
+    Raises ValueError for shapes that do not fit, a video without frames and an unknown `save`;
+    ImplementationError for an implementation that cannot run.
+    """
+    inputs = x_BTCHW, weight_r, weight_u, weight_c, bias_r_C, bias_u_C, bias_c_C
+    _check(*inputs)
+    if save not in get_args(Save):
+        raise ValueError(f"save must be gates or states, not {save!r}")
+    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
+    if impl == REFERENCE or x_BTCHW.numel() == 0:
+        return conv_gru_reference(*inputs)
+    num_frames = x_BTCHW.shape[1]
+    if num_frames > 1 and x_BTCHW.stride(1) == 0:
+        x_BTCHW = x_BTCHW[:, :1]
+    arguments = x_BTCHW, *inputs[1:], num_frames
+    if torch.is_grad_enabled() and any(v.requires_grad for v in inputs):
+        y_BTCHW: Tensor = ConvGRUFunction.apply(*arguments, save == "gates", impl)
+        return y_BTCHW
+    return run(*arguments, False, impl)[0]
+
+
+def _check(x_BTCHW: Tensor, *parameters: Tensor) -> None:
+    if x_BTCHW.dim() != 5 or x_BTCHW.shape[1] == 0:
+        shape = tuple(x_BTCHW.shape)
+        raise ValueError(f"x must be [B, T, C, H, W] with at least one frame, not {shape}")
+    C = x_BTCHW.shape[2]
+    names = "weight_r", "weight_u", "weight_c", "bias_r", "bias_u", "bias_c"
+    for name, value in zip(names, parameters, strict=True):
+        expected = (C, 3, 3, 2 * C) if name.startswith("weight") else (C,)
+        if tuple(value.shape) != expected:
+            raise ValueError(f"{name} must be {list(expected)}, not {tuple(value.shape)}")

@@ -1,0 +1,112 @@
+"""The passes of `kernels.frame_norm` in C++ for a CPU: csrc/, where it has been built.
+
+Names, arguments and results are those of `frame_norm_pytorch`; x is fp32, fp16 or bf16. Every pass
+reads x once. Of values of x's size, forward and backward read and write eight; the operators of
+`frame_norm_pytorch` 32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.common import csrc_libraries
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Looked for at once: a compiler that traces an operator's choice could not follow.
+_UNAVAILABLE = csrc_libraries.unavailable(csrc_libraries.CPU)
+_OPERATORS: Any = torch.ops.sswgan_cpu
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why it cannot run; None where it can."""
+    if device.type not in ("cpu", "meta"):
+        return f"tensors are on {device.type}, not on the CPU"
+    if dtype not in _DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not among fp32, fp16 and bf16"
+    return _UNAVAILABLE
+
+
+def reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why "auto" does not run it where it can."""
+    return None if device.type == "cpu" else f"tensors are on {device.type}, not on the CPU"
+
+
+def moments(x_BTSC: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every (time step, channel), each [T, C]."""
+    mean_TC = x_BTSC.new_empty(x_BTSC.shape[1], x_BTSC.shape[3], dtype=torch.float32)
+    var_TC = torch.empty_like(mean_TC)
+    _OPERATORS.moments(x_BTSC, mean_TC, var_TC)
+    return mean_TC, var_TC
+
+
+def normalize(
+    x_BTSC: Tensor,
+    gain_BtC: Tensor,
+    bias_BtC: Tensor,
+    mean_TC: Tensor,
+    var_TC: Tensor,
+    residual_BTSC: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """y in the dtype of x."""
+    y_BTSC = torch.empty_like(x_BTSC)
+    scaling = _scaling(gain_BtC, bias_BtC, mean_TC, var_TC)
+    if residual_BTSC is not None:
+        residual_BTSC = residual_BTSC.to(x_BTSC.dtype).contiguous()
+    _OPERATORS.normalize(x_BTSC, *scaling, residual_BTSC, eps, relu, y_BTSC)
+    return y_BTSC
+
+
+def sums(
+    dy_BTSC: Tensor,
+    x_BTSC: Tensor,
+    gain_BtC: Tensor,
+    bias_BtC: Tensor,
+    mean_TC: Tensor,
+    var_TC: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """(S1, S2) as [2, B, T, C], and Σ_b gain·(S1, S2) as [2, T, C]."""
+    B, T, _, C = x_BTSC.shape
+    sums_2BTC = x_BTSC.new_empty(2, B, T, C, dtype=torch.float32)
+    scaling = _scaling(gain_BtC, bias_BtC, mean_TC, var_TC)
+    dy_BTSC = dy_BTSC.to(x_BTSC.dtype)
+    _OPERATORS.sums(dy_BTSC, x_BTSC, *scaling, eps, relu, sums_2BTC)
+    return sums_2BTC, (sums_2BTC * gain_BtC).sum(1)
+
+
+def dx(
+    dy_BTSC: Tensor,
+    x_BTSC: Tensor,
+    gain_BtC: Tensor,
+    bias_BtC: Tensor,
+    mean_TC: Tensor,
+    var_TC: Tensor,
+    terms_2TC: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """dx in the dtype of x; `terms` None: the statistics do not depend on x."""
+    dx_BTSC = torch.empty_like(x_BTSC)
+    scaling = _scaling(gain_BtC, bias_BtC, mean_TC, var_TC)
+    dy_BTSC = dy_BTSC.to(x_BTSC.dtype)
+    terms = None if terms_2TC is None else terms_2TC.contiguous()
+    _OPERATORS.dx(dy_BTSC, x_BTSC, *scaling, terms, eps, relu, dx_BTSC)
+    return dx_BTSC
+
+
+def _scaling(*tensors: Tensor) -> list[Tensor]:
+    """Gain, bias, mean and variance as the library takes them."""
+    return [tensor.to(torch.float32).contiguous() for tensor in tensors]
+
+
+def _nothing(*arguments: Any) -> None:
+    """On meta tensors: all that the operators do is to write what they are given."""
+
+
+if _UNAVAILABLE is None:
+    for _name in ("moments", "normalize", "sums", "dx"):
+        torch.library.register_fake(f"sswgan_cpu::{_name}", _nothing)
