@@ -10,7 +10,7 @@ Shapes: B batch, T frames, C channels, H x W pixels.
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 import kernels
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
+from engine.models.spectral import divided_one_by_one
 from engine.planning.forward_flops import generator_inputs
+from kernels import Normalized
 from kernels.common.layout import channels_last
-from kernels.convolution.fused import Normalized
 
 Network = Literal["generator", "discriminators"]
 
@@ -46,14 +47,11 @@ REDUCED = (
 RECORDED = {
     "Normalized": "frame_norm",
     "conv2d": "conv2d",
-    "conv2d_with_moments": "conv2d",
     "conv_gru": "conv_gru",
     "conv_pool2d": "conv_pool2d",
     "conv_pool3d": "conv_pool3d",
     "separable_conv3d": "separable_conv3d",
-    "separable_conv3d_with_moments": "separable_conv3d",
     "upsample_conv": "upsample_conv",
-    "upsample_conv_with_moments": "upsample_conv",
 }
 
 
@@ -175,7 +173,8 @@ def _rank(call: Call) -> tuple[int, bool]:
 @cache
 def _recorded(tree: str, stage_number: int, network: Network) -> tuple[Call, ...]:
     config = config_from_tree(json.loads(tree), "recorded configuration")
-    with _recording() as calls, torch.device("meta"):
+    # Operators fold weights themselves in these benchmarks: none comes folded already.
+    with _recording() as calls, divided_one_by_one(), torch.device("meta"):
         if network == "generator":
             _run_generator(config, stage_number)
         else:
@@ -223,33 +222,13 @@ def _recording() -> Iterator[list[Call]]:
 
         return call
 
-    prepare = kernels.spectral_normalize_all
     try:
-        # Operators fold weights themselves in these benchmarks: none comes folded already.
-        kernels.spectral_normalize_all = _unfolded
         for name in RECORDED:
             setattr(kernels, name, recorded(name))
         yield calls
     finally:
-        kernels.spectral_normalize_all = prepare
         for name, original in originals.items():
             setattr(kernels, name, original)
-
-
-def _unfolded(
-    weights: Sequence[Tensor],
-    us: Sequence[Tensor],
-    vs: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype | None],
-    folds: Sequence[kernels.Fold],
-    *,
-    impl: str | None = None,
-) -> list[Tensor]:
-    """`kernels.spectral_normalize_all` with weights that are to be folded left as they are kept."""
-    return [
-        kernels.spectral_normalize(w, u, v, dtype if how is None else None)
-        for w, u, v, dtype, how in zip(weights, us, vs, dtypes, folds, strict=True)
-    ]
 
 
 def _on_videos(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +238,7 @@ def _on_videos(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value.video if isinstance(value, Normalized) else value
         for key, value in arguments.items()
-        if key not in ("only_graph", "wanted")  # of passes that are made again, and of moments
+        if key != "only_graph"  # of passes that are made again
     }
 
 

@@ -118,7 +118,12 @@ def _away_from_relu(call: Call, wide: dict[str, Any], dy: Tensor) -> Tensor:
     if call.operator != "frame_norm":
         return dy
     with torch.no_grad():
-        before_relu = kernels.frame_norm(**wide | {"relu": False}, impl="reference")
+        # relu(y) - relu(-y) = y.
+        turned = wide | {name: -wide[name] for name in ("gain", "bias")}
+        positive, negative = (
+            kernels.frame_norm(**arguments, impl="reference") for arguments in (wide, turned)
+        )
+        before_relu = positive - negative
     # Eight roundings of fp32 of the largest value, as in tests/kernels/test_frame_norm_forms.py.
     near = before_relu.abs() < 8 * 2**-24 * before_relu.abs().max()
     return dy.masked_fill(near, 0)

@@ -60,7 +60,7 @@ def _conv2d(call: Call) -> tuple[Cost, Cost]:
 
 
 def _upsample_conv(call: Call) -> tuple[Cost, Cost]:
-    """32·I·O per input pixel (transposed form)."""
+    """32·I·O per input pixel (folded)."""
     O, _, _, I = call.arguments["weight_OhwI"].shape  # noqa: E741
     return _convolution(call, 4 * _pixels(call) * O, 32 * _pixels(call) * I * O)
 

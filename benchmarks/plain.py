@@ -20,9 +20,9 @@ Shapes: B batch, T frames, I input and O output channels, C channels, H x W pixe
 their input channels last.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ from torch.nn import functional as F
 import kernels
 from engine.models import discriminators, generator
 from kernels.common.layout import channels_last
-from kernels.convolution.fused import Moments
 from kernels.frame_norm import EPSILON
 
 
@@ -55,7 +54,7 @@ class PlainOperators:
     def installed(self) -> Iterator[None]:
         """Within this context models run on these; initialise networks outside it."""
         replaced: list[tuple[Any, str, Any]] = [
-            *((kernels, name, getattr(self, name)) for name in INSTALLED),
+            *((kernels, name, _behind_norms(getattr(self, name))) for name in INSTALLED),
             # No network divides all its weights at once, and windows are cut out of whole clips.
             *((module, "normalized_weights", _nothing) for module in (generator, discriminators)),
             (generator.ClipGenerator, "can_leave_frames_out", False),
@@ -88,23 +87,11 @@ class PlainOperators:
         y = self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
         return F.relu(y) if relu else y
 
-    def conv2d_with_moments(
-        self, *arguments: Any, wanted: bool = True, **named: Any
-    ) -> tuple[Tensor, Moments | None]:
-        """The norm that comes next takes its own."""
-        return self.conv2d(*arguments, **named), None
-
     def upsample_conv(
         self, x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
     ) -> Tensor:
         """Upsample, then convolve."""
         return self.conv2d(self._upsampled(x_BTIHW), weight_OhwI, bias_O)
-
-    def upsample_conv_with_moments(
-        self, *arguments: Any, wanted: bool = True
-    ) -> tuple[Tensor, Moments | None]:
-        """As `conv2d_with_moments`."""
-        return self.upsample_conv(*arguments), None
 
     def conv_pool2d(
         self,
@@ -174,12 +161,6 @@ class PlainOperators:
             mixed, spatial_weight_OhwO, bias_O, residual_BTOHW=residual_BTOHW, skip=skip
         )
 
-    def separable_conv3d_with_moments(
-        self, *arguments: Any, wanted: bool = True, **named: Any
-    ) -> tuple[Tensor, Moments | None]:
-        """As `conv2d_with_moments`."""
-        return self.separable_conv3d(*arguments, **named), None
-
     def conv_gru(
         self,
         x_BTCHW: Tensor,
@@ -212,7 +193,7 @@ class PlainOperators:
         statistics: tuple[Tensor, Tensor] | None = None,
         *_: Any,
         **__: Any,
-    ) -> Tensor:
+    ) -> "PlainNormalized":
         """The norm and its ReLU, computed here and now."""
         if statistics is None:
             var_TC, mean_TC = torch.var_mean(video, dim=(0, 3, 4), correction=0)
@@ -221,7 +202,8 @@ class PlainOperators:
         scale_BTC = gain[:, None] * torch.rsqrt(var_TC + EPSILON)
         shift_BTC = bias[:, None] - mean_TC * scale_BTC
         scale, shift = (v.to(video.dtype)[..., None, None] for v in (scale_BTC, shift_BTC))
-        return F.relu(torch.addcmul(shift, self._video(video), scale), inplace=True)
+        y = F.relu(torch.addcmul(shift, self._video(video), scale), inplace=True)
+        return PlainNormalized(y)
 
     def add_low_skip(self, y_BTOHW: Tensor, skip: kernels.LowSkip) -> Tensor:
         """Project x_l, repeat its frames, add."""
@@ -281,6 +263,27 @@ class PlainOperators:
             residual = self.conv2d(self._upsampled(video), weight, bias)
         y = y if residual is None else y + residual
         return y if skip is None else self.add_low_skip(y, skip)
+
+
+class PlainNormalized(NamedTuple):
+    """What a norm hands to a convolution: computed."""
+
+    video: Tensor
+
+    def value(self) -> Tensor:
+        """The video."""
+        return self.video
+
+
+def _behind_norms(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, which may also be given what a norm hands on; moments it has none."""
+
+    def run(x: Any, *arguments: Any, **named: Any) -> Any:
+        if isinstance(x, PlainNormalized):
+            return kernels.Measured(operator(x.video, *arguments, **named), None)
+        return operator(x, *arguments, **named)
+
+    return run
 
 
 def _nothing(*_: Any) -> nullcontext[None]:

@@ -1,7 +1,7 @@
 // kernels.frame_norm on a CPU: every pass reads x once.
-// Equations, names and shapes are those of kernels/frame_norm/__init__.py: rows [B, T, S, C], contiguous, in
-// fp32, bf16 or fp16; statistics [T, C], gain and bias [B, t, C], in fp32; arithmetic in fp32, and
-// in fp64 where moments of blocks of rows are merged.
+// Equations, names and shapes are those of kernels/frame_norm/__init__.py: rows [B, T, S, C],
+// contiguous, in fp32, bf16 or fp16; statistics [T, C], gain and bias [B, t, C], in fp32; arithmetic
+// in fp32, and in fp64 where moments of blocks of rows are merged.
 //
 // A frame, [S, C], is one thread's work, and every channel's sums are taken in one order: the bits
 // do not depend on the number of threads, and are the same with SSE2 and with AVX2 (checked by hand;
@@ -17,7 +17,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -155,10 +154,9 @@ INLINE void frames_moments(const T* all, const Shape& shape, int64_t begin, int6
 }
 
 template <class T>
-INLINE void frames_normalized(const T* all, const Scaling& by, const T* residuals, bool relu,
-                              const Shape& shape, int64_t begin, int64_t end, T* results) {
+INLINE void frames_normalized(const T* all, const Scaling& by, const Shape& shape, int64_t begin,
+                              int64_t end, T* results) {
   const int64_t C = shape.C;
-  const float floor = relu ? 0.0f : -std::numeric_limits<float>::infinity();
   Coefficients of(C);
   for (int64_t frame = begin; frame < end; ++frame) {
     of.set(by, shape, frame);
@@ -168,36 +166,24 @@ INLINE void frames_normalized(const T* all, const Scaling& by, const T* residual
     T* __restrict y = results + frame * shape.frame();
     const auto value = [&](int64_t i, int64_t c) INLINE_LAMBDA {
       const float before_relu = (static_cast<float>(x[i]) - mean[c]) * scale[c] + bias[c];
-      return before_relu < floor ? floor : before_relu;  // a NaN stays one
+      return before_relu < 0.0f ? 0.0f : before_relu;  // a NaN stays one
     };
-    if (residuals == nullptr) {
-      for (int64_t first = 0; first < shape.frame(); first += C)
-        for (int64_t c = 0; c < C; ++c) y[first + c] = static_cast<T>(value(first + c, c));
-      continue;
-    }
-    const T* __restrict residual = residuals + frame * shape.frame();
     for (int64_t first = 0; first < shape.frame(); first += C)
-      for (int64_t c = 0; c < C; ++c) {
-        const int64_t i = first + c;
-        y[i] = static_cast<T>(value(i, c) + static_cast<float>(residual[i]));
-      }
+      for (int64_t c = 0; c < C; ++c) y[first + c] = static_cast<T>(value(first + c, c));
   }
 }
 
-// dy where the ReLU was open; `closed` is 0, or NaN where there is no ReLU.
+// dy where the ReLU was open, else 0.
 template <class T>
-INLINE float passed(T dy, float centred, float scale, float bias, float closed) {
-  return centred * scale + bias <= closed ? 0.0f : static_cast<float>(dy);
+INLINE float passed(T dy, float centred, float scale, float bias) {
+  return centred * scale + bias <= 0.0f ? 0.0f : static_cast<float>(dy);
 }
-
-INLINE float closed_at(bool relu) { return relu ? 0.0f : std::nanf(""); }
 
 // sums: [2, B, T, C], S1 and S2.
 template <class T>
-INLINE void frames_sums(const T* all_dy, const T* all, const Scaling& by, bool relu,
-                        const Shape& shape, int64_t begin, int64_t end, float* sums) {
+INLINE void frames_sums(const T* all_dy, const T* all, const Scaling& by, const Shape& shape,
+                        int64_t begin, int64_t end, float* sums) {
   const int64_t C = shape.C;
-  const float closed = closed_at(relu);
   Coefficients of(C);
   std::vector<float> block(2 * C);
   float *__restrict first_sum = block.data(), *__restrict second_sum = first_sum + C;
@@ -219,7 +205,7 @@ INLINE void frames_sums(const T* all_dy, const T* all, const Scaling& by, bool r
           for (int r = 0; r < number; ++r) {
             const int64_t i = (s + r) * C + c;
             const float centred = static_cast<float>(x[i]) - mean[c];
-            const float g = passed(dy[i], centred, scale[c], bias[c], closed);
+            const float g = passed(dy[i], centred, scale[c], bias[c]);
             sum += g;
             product_sum += g * centred;
           }
@@ -239,9 +225,8 @@ INLINE void frames_sums(const T* all_dy, const T* all, const Scaling& by, bool r
 // terms: [2, T, C], or null where the statistics do not depend on x.
 template <class T>
 INLINE void frames_dx(const T* all_dy, const T* all, const Scaling& by, const float* terms,
-                      bool relu, const Shape& shape, int64_t begin, int64_t end, T* results) {
+                      const Shape& shape, int64_t begin, int64_t end, T* results) {
   const int64_t C = shape.C;
-  const float closed = closed_at(relu);
   Coefficients of(C);
   std::vector<float> shared(2 * C);
   float *__restrict offset = shared.data(), *__restrict slope = offset + C;
@@ -253,7 +238,7 @@ INLINE void frames_dx(const T* all_dy, const T* all, const Scaling& by, const fl
     const T* __restrict dy = all_dy + frame * shape.frame();
     T* __restrict dx = results + frame * shape.frame();
     const auto scaled = [&](int64_t i, int64_t c, float centred) INLINE_LAMBDA {
-      return passed(dy[i], centred, scale[c], bias[c], closed) * scale[c];
+      return passed(dy[i], centred, scale[c], bias[c]) * scale[c];
     };
     if (terms == nullptr) {
       for (int64_t first = 0; first < shape.frame(); first += C)
@@ -284,17 +269,17 @@ INLINE void frames_dx(const T* all_dy, const T* all, const Scaling& by, const fl
                              double* partial) {                                                    \
     frames_moments(x, shape, begin, end, partial);                                                 \
   }                                                                                                \
-  FOR_EVERY_CPU void normalize(const T* x, const Scaling& by, const T* residual, bool relu,        \
-                               const Shape& shape, int64_t begin, int64_t end, T* y) {             \
-    frames_normalized(x, by, residual, relu, shape, begin, end, y);                                \
+  FOR_EVERY_CPU void normalize(const T* x, const Scaling& by, const Shape& shape, int64_t begin,   \
+                               int64_t end, T* y) {                                                \
+    frames_normalized(x, by, shape, begin, end, y);                                                \
   }                                                                                                \
-  FOR_EVERY_CPU void sums(const T* dy, const T* x, const Scaling& by, bool relu,                   \
-                          const Shape& shape, int64_t begin, int64_t end, float* result) {         \
-    frames_sums(dy, x, by, relu, shape, begin, end, result);                                       \
+  FOR_EVERY_CPU void sums(const T* dy, const T* x, const Scaling& by, const Shape& shape,          \
+                          int64_t begin, int64_t end, float* result) {                             \
+    frames_sums(dy, x, by, shape, begin, end, result);                                             \
   }                                                                                                \
-  FOR_EVERY_CPU void dx(const T* dy, const T* x, const Scaling& by, const float* terms, bool relu, \
+  FOR_EVERY_CPU void dx(const T* dy, const T* x, const Scaling& by, const float* terms,            \
                         const Shape& shape, int64_t begin, int64_t end, T* result) {               \
-    frames_dx(dy, x, by, terms, relu, shape, begin, end, result);                                  \
+    frames_dx(dy, x, by, terms, shape, begin, end, result);                                        \
   }
 PASSES(float)
 PASSES(BFloat16)
@@ -401,22 +386,21 @@ void moments_op(Tensor x, Tensor mean, Tensor var) {
 }
 
 void normalize_op(Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var,
-                  std::optional<Tensor> residual, double eps, bool relu, Tensor y) {
+                  double eps, Tensor y) {
   const Shape shape = shape_of(x);
   const Scaling by = scaling(gain, bias, mean, var, eps, shape);
   with_type_of(x, [&](auto like) {
     using T = decltype(like);
     const T* values = as_x<T>(x, "x", x);
-    const T* residuals = residual ? as_x<T>(*residual, "the residual", x) : nullptr;
     T* results = result_as_x<T>(y, x);
     over_frames(shape, [&](int64_t begin, int64_t end) {
-      normalize(values, by, residuals, relu, shape, begin, end, results);
+      normalize(values, by, shape, begin, end, results);
     });
   });
 }
 
 void sums_op(Tensor dy, Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var, double eps,
-             bool relu, Tensor sums_2BTC) {
+             Tensor sums_2BTC) {
   const Shape shape = shape_of(x);
   const Scaling by = scaling(gain, bias, mean, var, eps, shape);
   float* results = result(sums_2BTC, 2 * shape.B * shape.T * shape.C);
@@ -424,13 +408,13 @@ void sums_op(Tensor dy, Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor 
     using T = decltype(like);
     const T *values = as_x<T>(x, "x", x), *grads = as_x<T>(dy, "dy", x);
     over_frames(shape, [&](int64_t begin, int64_t end) {
-      sums(grads, values, by, relu, shape, begin, end, results);
+      sums(grads, values, by, shape, begin, end, results);
     });
   });
 }
 
 void dx_op(Tensor dy, Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var,
-           std::optional<Tensor> terms, double eps, bool relu, Tensor dx_BTSC) {
+           std::optional<Tensor> terms, double eps, Tensor dx_BTSC) {
   const Shape shape = shape_of(x);
   const Scaling by = scaling(gain, bias, mean, var, eps, shape);
   const float* shared = terms ? values(*terms, "terms", 2 * shape.T * shape.C) : nullptr;
@@ -439,7 +423,7 @@ void dx_op(Tensor dy, Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor va
     const T *values = as_x<T>(x, "x", x), *grads = as_x<T>(dy, "dy", x);
     T* results = result_as_x<T>(dx_BTSC, x);
     over_frames(shape, [&](int64_t begin, int64_t end) {
-      dx(grads, values, by, shared, relu, shape, begin, end, results);
+      dx(grads, values, by, shared, shape, begin, end, results);
     });
   });
 }
@@ -449,14 +433,14 @@ void dx_op(Tensor dy, Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor va
 STABLE_TORCH_LIBRARY(sswgan_cpu, m) {
   m.def("moments(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
-      "normalize(Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var, Tensor? residual, "
-      "float eps, bool relu, Tensor(a!) y) -> ()");
+      "normalize(Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var, float eps, "
+      "Tensor(a!) y) -> ()");
   m.def(
       "sums(Tensor dy, Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var, float eps, "
-      "bool relu, Tensor(a!) sums) -> ()");
+      "Tensor(a!) sums) -> ()");
   m.def(
       "dx(Tensor dy, Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var, Tensor? terms, "
-      "float eps, bool relu, Tensor(a!) dx) -> ()");
+      "float eps, Tensor(a!) dx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sswgan_cpu, CPU, m) {

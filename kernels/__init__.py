@@ -1,4 +1,4 @@
-"""The operators of SSW-GAN's networks, one file each: equation, costs, plain PyTorch form.
+"""The operators of SSW-GAN's networks, a folder each: equation, costs, implementations.
 
 Models call `kernels.<op>(...)` and nothing beneath it, so that an operator's implementation can
 change without a change in any model. Nothing here knows what a GAN is. Every operator has a
@@ -6,25 +6,24 @@ reference, a composition of differentiable PyTorch operators that works in fp64 
 `kernels.dispatch` says how it is chosen among what else there is.
 """
 
-from kernels.conv_gru import conv_gru, conv_gru_reference
-from kernels.convolution import conv2d, conv2d_with_moments, conv3d
-from kernels.convolution.folding import Fold
-from kernels.convolution.fused import Moments, Normalized
-from kernels.convolution.low_skip import LowSkip, add_low_skip
-from kernels.convolution.pooling import (
+from kernels.conv_gru import conv_gru
+from kernels.convolution import (
+    Fold,
+    Folded,
+    LowSkip,
+    Measured,
+    Moments,
+    Normalized,
     Pooling,
+    UpsampledShortcut,
+    add_low_skip,
     average_pool,
+    conv2d,
+    conv3d,
     conv_pool2d,
-    conv_pool2d_reference,
     conv_pool3d,
-    conv_pool3d_reference,
-)
-from kernels.convolution.separable import separable_conv3d, separable_conv3d_with_moments
-from kernels.convolution.upsampled_shortcut import UpsampledShortcut
-from kernels.convolution.upsampling import (
+    separable_conv3d,
     upsample_conv,
-    upsample_conv_reference,
-    upsample_conv_with_moments,
 )
 from kernels.dispatch import (
     ImplementationError,
@@ -39,8 +38,10 @@ from kernels.spectral_norm import power_iteration_, spectral_normalize, spectral
 
 __all__ = [
     "Fold",
+    "Folded",
     "ImplementationError",
     "LowSkip",
+    "Measured",
     "Moments",
     "Normalized",
     "Pooling",
@@ -49,26 +50,19 @@ __all__ = [
     "average_pool",
     "chosen",
     "conv2d",
-    "conv2d_with_moments",
     "conv3d",
     "conv_gru",
-    "conv_gru_reference",
     "conv_pool2d",
-    "conv_pool2d_reference",
     "conv_pool3d",
-    "conv_pool3d_reference",
     "frame_norm",
     "frame_statistics",
     "implementations",
     "meta_as",
     "power_iteration_",
     "separable_conv3d",
-    "separable_conv3d_with_moments",
     "set_default",
     "spectral_normalize",
     "spectral_normalize_all",
     "upsample_conv",
-    "upsample_conv_reference",
-    "upsample_conv_with_moments",
     "use",
 ]

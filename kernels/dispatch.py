@@ -39,9 +39,9 @@ class Implementation:
     """One way to compute an operator."""
 
     name: str
-    obstacle: Callable[[torch.device, torch.dtype], str | None]
+    unsupported: Callable[[torch.device, torch.dtype], str | None]
     """Why it cannot run on a device and dtype; None where it can."""
-    reluctance: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    not_preferred: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     """Why "auto" passes it over although it can run; None where it does not."""
 
 
@@ -86,7 +86,7 @@ class Operator:
         name, passed_over = self._chosen(impl, device, dtype)
         if (_setting if impl is None else impl) != AUTO:
             return Choice(name, "asked for")
-        reasons = [f"not {form}: {reason}" for form, reason in passed_over]
+        reasons = [f"not {implementation}: {reason}" for implementation, reason in passed_over]
         return Choice(name, "; ".join(reasons) or "the best there is")
 
     def _chosen(
@@ -98,23 +98,23 @@ class Operator:
         if asked != AUTO:
             return self._named(asked, device, dtype), []
         passed_over = []
-        for form in self._implementations:
-            reason = form.obstacle(device, dtype) or form.reluctance(device, dtype)
+        for one in self._implementations:
+            reason = one.unsupported(device, dtype) or one.not_preferred(device, dtype)
             if reason is None:
                 break
-            passed_over.append((form.name, reason))
-        return form.name, passed_over
+            passed_over.append((one.name, reason))
+        return one.name, passed_over
 
     def _named(self, asked: str, device: torch.device, dtype: torch.dtype) -> str:
-        for form in self._implementations:
-            if form.name == asked:
-                obstacle = form.obstacle(device, dtype)
-                if obstacle is not None:
+        for one in self._implementations:
+            if one.name == asked:
+                reason = one.unsupported(device, dtype)
+                if reason is not None:
                     raise ImplementationError(
-                        f"kernels.{self.name} cannot run as {asked}: {obstacle}"
+                        f"kernels.{self.name} cannot run as {asked}: {reason}"
                     )
                 return asked
-        known = ", ".join(form.name for form in self._implementations)
+        known = ", ".join(one.name for one in self._implementations)
         raise ImplementationError(
             f"kernels.{self.name} has no implementation {asked!r}, only {known}"
         )
@@ -152,7 +152,7 @@ def use(impl: str) -> Iterator[None]:
 
 @contextmanager
 def meta_as(device: torch.device | str) -> Iterator[None]:
-    """Within this context, operators on meta tensors run the form that they run on `device`.
+    """Within this context, operators on meta tensors run what they run on `device`.
 
     In the whole process. For planning: what a step on that device allocates, counted without one.
     """
@@ -171,11 +171,11 @@ def set_default(impl: str) -> None:
 
 
 def everywhere(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The obstacle of an implementation that has none."""
+    """No reason: for an implementation that runs on every device, in every dtype."""
     return None
 
 
-def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot run; the interpreter (TRITON_INTERPRET=1) runs them on the CPU."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
@@ -188,7 +188,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def triton_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_not_preferred(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why "auto" does not run Triton where it can."""
     return None if device.type == "cuda" else f"tensors are on {device.type}, not on CUDA"
 

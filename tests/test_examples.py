@@ -24,7 +24,7 @@ def test_there_are_no_others_and_all_are_short() -> None:
 
 def test_an_operator_by_itself_is_its_reference() -> None:
     chosen, *compared, times = _run("one_operator.py")
-    assert "transposed" in chosen
+    assert "folded" in chosen
     assert [line.split(":")[0] for line in compared] == ["y", "dx", "dweight"]
     # √K roundings of fp32 for the longest sum, dweight's over K = 2·6·32² pixels.
     bound = (2 * 6 * 32**2) ** 0.5 * np.finfo(np.float32).eps

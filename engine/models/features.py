@@ -33,12 +33,13 @@ class NormalizedFeatures(NamedTuple):
     """
 
     normalized: kernels.Normalized
-    dtype: torch.dtype
     frames_BT: Tensor | None
     """As in `Features`."""
-    wants_moments: bool
-    """Whether norms work on the batch's statistics: the next one is spared a pass by the moments of
-    what the convolution makes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The video's."""
+        return self.normalized.video.dtype
 
     def value(self) -> Tensor:
         """The video itself."""

@@ -68,7 +68,7 @@ class GeneratorTrunk(nn.Module):
             )
             width = channels * multiplier
         self.units = nn.ModuleList(units)
-        self.norm = FrameNorm(width, condition_size)
+        self.norm = FrameNorm(width, condition_size, is_last=True)
         self.to_rgb = Convolution(width, 3)
 
     def condition(self, z_BZ: Tensor, labels_B: Tensor | None) -> Tensor:
@@ -121,8 +121,7 @@ class GeneratorTrunk(nn.Module):
         for unit in self.units[:-1]:
             h = unit(h, cond_BK, low)
         h = self.units[-1](h, cond_BK, low, frames_BW)
-        normalized = self.norm(h, cond_BK)._replace(wants_moments=False)  # no norm comes next
-        rgb: Features = self.to_rgb(normalized)
+        rgb: Features = self.to_rgb(self.norm(h, cond_BK))
         return torch.tanh(rgb.video.float())
 
 

@@ -3,7 +3,8 @@
 A layer computes in the dtype of its input, into which it casts the normalised weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -85,11 +86,11 @@ class Convolution(BlockEnd):
             out_channels, *kernel_size, in_channels, fold=_fold(resample, kernel_size)
         )
 
-    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def operands(self, dtype: torch.dtype) -> tuple[Any, Tensor]:
         """(weight, bias) as the operator takes them, in `dtype`.
 
         Where the operator folds resampling into the weight they are as they are kept, because it
-        rounds only then; a weight that the pass has prepared has it in it already.
+        rounds only then; or the weight is `kernels.Folded` already, as the pass has prepared it.
         """
         asked = dtype if self.resample is None else None
         return self.normalized(asked), self.bias_in(asked)
@@ -107,49 +108,31 @@ class Convolution(BlockEnd):
         `residual` and, behind a norm, `skip` (x_l) are added; with `relu`, which is for a video,
         the result is the ReLU of the sum.
         """
+        asked: dict[str, Any] = {
+            "residual_BTOHW": residual,
+            "skip": skip,
+            "relu": relu or None,
+            "only_graph": self.only_graph or None,
+        }
+        # No operator takes all of them, and no block asks one for what it does not take.
+        terms = {name: term for name, term in asked.items() if term is not None}
         weight, bias = self.operands(x.dtype)
         if isinstance(x, NormalizedFeatures):
-            assert not relu, "a norm comes next, and has one"
-            return self._behind_norm(x, weight, bias, residual, skip)
-        assert skip is None, "x_l is for generators, which have norms"
-        end: dict[str, Any] = {"residual_BTOHW": residual, "only_graph": self.only_graph}
-        if self.resample is None:
-            convolve = kernels.conv3d if self.volumetric else kernels.conv2d
-            return convolve(x, weight, bias, **end, relu=relu)
-        assert self.resample != "up", "blocks that upsample have norms"
-        assert not relu, "nothing but a block's end pools"
-        if self.volumetric:
-            return kernels.conv_pool3d(x, weight, bias, **end, pooling=self.resample)
-        return kernels.conv_pool2d(x, weight, bias, **end)
+            y: kernels.Measured = self.operator(x.normalized, weight, bias, **terms)
+            return Features(y.video, y.moments, x.frames_BT)
+        y_BTCHW: Tensor = self.operator(x, weight, bias, **terms)
+        return y_BTCHW
 
-    def _behind_norm(
-        self,
-        x: NormalizedFeatures,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | kernels.UpsampledShortcut | None,
-        skip: kernels.LowSkip | None,
-    ) -> Features:
-        wanted = x.wants_moments
+    @property
+    def operator(self) -> Callable[..., Any]:
+        """The one of `kernels` that convolves and resamples so."""
         if self.resample == "up":
-            assert residual is None, "nothing but a block's beginning upsamples"
-            assert skip is None, "nothing but a block's beginning upsamples"
-            y, moments = kernels.upsample_conv_with_moments(
-                x.normalized, weight, bias, wanted=wanted
-            )
-            return Features(y, moments, x.frames_BT)
-        assert self.resample is None, "nothing that pools comes after a norm"
-        assert not self.volumetric, "SeparableConvolution is for volumes"
-        y, moments = kernels.conv2d_with_moments(
-            x.normalized,
-            weight,
-            bias,
-            residual_BTOHW=residual,
-            skip=skip,
-            only_graph=self.only_graph,
-            wanted=wanted,
-        )
-        return Features(y, moments, x.frames_BT)
+            return kernels.upsample_conv
+        if self.resample is None:
+            return kernels.conv3d if self.volumetric else kernels.conv2d
+        if self.volumetric:
+            return partial(kernels.conv_pool3d, pooling=self.resample)
+        return kernels.conv_pool2d
 
 
 def _fold(resample: Resampling, kernel_size: Sequence[int]) -> kernels.Fold:
@@ -182,15 +165,14 @@ class SeparableConvolution(BlockEnd):
         skip: kernels.LowSkip | None = None,
     ) -> Features:
         """As `Convolution` behind a norm."""
-        y, moments = kernels.separable_conv3d_with_moments(
+        y = kernels.separable_conv3d(
             x.normalized,
             *self.operands(x.dtype),
             residual_BTOHW=residual,
             skip=skip,
             only_graph=self.only_graph,
-            wanted=x.wants_moments,
         )
-        return Features(y, moments, x.frames_BT)
+        return Features(y.video, y.moments, x.frames_BT)
 
 
 class Shortcut(BiasedLayer):

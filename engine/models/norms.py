@@ -84,14 +84,16 @@ class _Products(torch.autograd.Function):
 class FrameNorm(nn.Module):
     """relu(gain · normalised x + bias), gain = 1 + W_g·cond and bias = W_b·cond per sample.
 
-    Statistics are of every (time step, channel) over batch and space (SSW-GAN).
+    Statistics are of every (time step, channel) over batch and space (SSW-GAN). `is_last` says that
+    no norm comes after the convolution that reads this one.
     """
 
     mean: Tensor | None
     var: Tensor | None
 
-    def __init__(self, channels: int, condition_size: int) -> None:
+    def __init__(self, channels: int, condition_size: int, *, is_last: bool = False) -> None:
         super().__init__()
+        self.is_last = is_last
         self.gain = Modulation(condition_size, channels, offset=1)
         self.bias = Modulation(condition_size, channels, offset=0)
         # Not in the state_dict: they belong to one length, and to sampling.
@@ -120,11 +122,17 @@ class FrameNorm(nn.Module):
             statistics = kernels.frame_statistics(x_BTCHW)
             self._accumulated.add(*statistics)
         of_batch = statistics is None
-        group = self.group if of_batch else None
         normalized = kernels.Normalized(
-            x_BTCHW, gain, bias, statistics, group, moments, self.keeps_result
+            x_BTCHW,
+            gain,
+            bias,
+            statistics,
+            group=self.group if of_batch else None,
+            moments=moments,
+            kept=self.keeps_result,
+            wants_moments=of_batch and not self.is_last,  # the next norm's are the batch's, too
         )
-        return NormalizedFeatures(normalized, x_BTCHW.dtype, frames_BT, wants_moments=of_batch)
+        return NormalizedFeatures(normalized, frames_BT)
 
     def _of_frames(
         self, gain_BC: Tensor, bias_BC: Tensor, frames_BT: Tensor

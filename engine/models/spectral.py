@@ -59,19 +59,19 @@ class SpectralWeight(PreparedLayer):
         nn.init.normal_(self.u)
         kernels.power_iteration_([self.weight], [self.u], [self.v], _INITIAL_ITERATIONS)
 
-    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor | kernels.Folded:
         """weight / σ in `dtype`; None leaves it in the dtype that it is kept in.
 
-        A weight with a `fold` is asked with None. If it is prepared or settled, the kernel is
-        returned that has the fold in it, in the network's dtype; the operator tells it by its size.
+        A weight with a `fold` is asked with None, because its operator rounds after folding. If it
+        is prepared or settled, it has the fold in it and is in the network's dtype: `Folded`.
         """
+        prepared = self.prepared
         if self.is_settled:
-            assert self.prepared is not None
-            assert dtype in (None, self.prepared.dtype), "it is kept in one dtype only"
-            return self.prepared
-        if self.prepared is not None and self._is_asked_for(dtype, self.prepared):
-            return self.prepared
-        return kernels.spectral_normalize(self.weight, self.u, self.v, dtype)
+            assert prepared is not None
+            assert dtype in (None, prepared.dtype), "it is kept in one dtype only"
+        elif prepared is None or not self._is_asked_for(dtype, prepared):
+            return kernels.spectral_normalize(self.weight, self.u, self.v, dtype)
+        return prepared if self.fold is None else kernels.Folded(prepared, self.fold)
 
     def _is_asked_for(self, dtype: torch.dtype | None, prepared: Tensor) -> bool:
         if self.fold is not None:

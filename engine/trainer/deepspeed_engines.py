@@ -56,8 +56,7 @@ def deepspeed_settings(
             "allgather_bucket_size": 50_000_000,
             # The two networks take turns, so a prefetched trace of one is wrong for the other.
             "stage3_prefetch_bucket_size": 0,
-            # Layers hand their biases to an operator outside themselves, where a gathered bias
-            # would be gone again; so small parameters stay whole.
+            # Small parameters, such as biases, stay whole: to gather each takes a collective.
             "stage3_param_persistence_threshold": 10_000,
         },
         "gradient_clipping": training.max_gradient_norm or 0.0,  # unsaid, it would be 1

@@ -1,6 +1,6 @@
 """Sums and means over the ranks of a process group, named by a string; "" is no group.
 
-Names, because operators registered with PyTorch take no other form of a group.
+Names, because operators registered with PyTorch take a group in no other way.
 """
 
 from typing import Any, cast

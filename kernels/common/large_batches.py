@@ -5,8 +5,8 @@ far slower kernels (pytorch#128936) and failures (pytorch#117736), neither tried
 frames do not see each other in a convolution, so parts of the batch give the same y and dx. A
 weight's gradient is the sum of its parts', added in fp32: it differs by rounding.
 
-Bytes moved besides, where there are parts: y (or dx) once read and once written. References and
-`upsample_conv`'s shuffled form, which no device runs by itself, stay whole.
+Bytes moved besides, where there are parts: y (or dx) once read and once written. References stay
+whole.
 """
 
 from collections.abc import Callable, Iterator

@@ -18,18 +18,13 @@ from kernels.frame_norm.triton import (
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel at every tile, with ReLU, for `kernels.compiled`."""
+    """Every kernel at every tile."""
     for dtype, block_c, aligned in CHANNEL_TILES:
         tile = {"BLOCK_S": TILE // block_c, "BLOCK_C": block_c}
         label = f"{dtype} {tile['BLOCK_S']}x{block_c}" + " unaligned" * (not aligned)
-        relu = tile | {"RELU": True}
-        plain = relu | {"RESIDUAL": False, "residual_ptr": None}
-        yield _variant(moments_kernel, label, dtype, tile, aligned)
-        yield _variant(normalize_kernel, label, dtype, plain, aligned)
-        residual = relu | {"RESIDUAL": True}
-        yield _variant(normalize_kernel, label + " residual", dtype, residual, aligned)
-        yield _variant(sums_kernel, label, dtype, relu, aligned)
-        yield _variant(dx_kernel, label, dtype, relu | {"TERMS": True}, aligned)
+        for kernel in (moments_kernel, normalize_kernel, sums_kernel):
+            yield _variant(kernel, label, dtype, tile, aligned)
+        yield _variant(dx_kernel, label, dtype, tile | {"TERMS": True}, aligned)
     for aligned in (True, False):
         label = "fp32" + " unaligned" * (not aligned)
         yield _variant(merge_moments_kernel, label, "fp32", MERGE_TILE, aligned)
@@ -38,12 +33,12 @@ def variants() -> Iterator[Variant]:
 
 def _variant(kernel, label: str, dtype: str, constants, aligned: bool) -> Variant:
     # Gain and bias are the models', which are fp32.
-    videos = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "residual_ptr")
+    videos = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
 
     def type_of(name: str) -> str:
         if name.endswith("_ptr"):
             return f"*{dtype}" if name in videos else "*fp32"
-        return "fp32" if name in ("eps", "total") else "i32"
+        return "fp32" if name == "total" else "i32"
 
     types = {name: type_of(name) for name in kernel.arg_names if name not in constants}
     divisible = frozenset({"C"} if aligned else ())

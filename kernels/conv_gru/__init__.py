@@ -18,41 +18,36 @@ frame, where h = 0. The backward pass costs twice the forward pass's; weight gra
 convolution over all frames.
 
 Gates, bytes per element of h and frame in bf16: forward 16 (the convolutions' shares and h are
-read; r, u, r⊙h written) + 14 (shares, u and h read; c, and h' twice, written; 2 less where c is not
-kept); backward 18 (u, c) + 14 (r, and r⊙h for the weight gradient). To and from time-major memory,
-once for the whole sequence: 4 forward (x), 8 backward (x, h).
+read; r, u, r⊙h written) + 14 (shares, u and h read; c, and h' twice, written; 2 less where no
+gradient is wanted); backward 18 (u, c) + 14 (r, and r⊙h for the weight gradient). To and from
+time-major memory, once for the whole sequence: 4 forward (x), 8 backward (x, h).
 
 Kept for the backward pass, beside x (one frame of it if it is constant), y (which is h) and the
-weights, per element of y: "gates" r, u and c, 6 bytes in bf16 and 12 in fp32; "states" nothing:
-the gates are computed again, all frames at once, with as many FLOPs as the forward pass has. The
-reference keeps 9 values, y among them.
+weights: r, u and c, per element of y 6 bytes in bf16 and 12 in fp32. The reference keeps 9 values,
+y among them.
 
 Implementations: "triton" (the gates; fp32, fp16, bf16), "pytorch" (the gates in PyTorch operators,
 on any device), "reference" (autograd through the equations as they stand). Convolutions are
 PyTorch's in all. Derivatives of order two and higher are the reference's in all of them.
 """
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from kernels.conv_gru.pytorch import conv_gru_reference
-from kernels.conv_gru.sequence import ConvGRUFunction, run
+from kernels.conv_gru.sequence import ConvGRUFunction, GRUOperands, run
 from kernels.dispatch import (
     REFERENCE,
     Implementation,
     Operator,
     everywhere,
-    triton_obstacle,
-    triton_reluctance,
+    triton_not_preferred,
+    triton_unsupported,
 )
-
-Save = Literal["gates", "states"]
 
 OPERATOR = Operator(
     "conv_gru",
-    Implementation("triton", triton_obstacle, triton_reluctance),
+    Implementation("triton", triton_unsupported, triton_not_preferred),
     Implementation("pytorch", everywhere),
 )
 
@@ -66,37 +61,34 @@ def conv_gru(
     bias_u_C: Tensor,
     bias_c_C: Tensor,
     *,
-    save: Save = "gates",
     impl: str | None = None,
 ) -> Tensor:
     """Every h, [B, T, C, H, W], channels last in memory.
 
-    `save` says what is kept for the backward pass beside x, y and the weights: "gates" keeps r, u
-    and c (6 bytes per element of y in bf16, 12 in fp32); "states" keeps nothing (0 bytes) and runs
-    the forward convolutions again. The reference keeps what autograd keeps. `impl` as in
-    `kernels.dispatch`.
+    `impl` as in `kernels.dispatch`.
 
     No step waits for the device or looks at a value, so a caller may capture the call and its
     backward pass in a CUDA graph.
 
-    Raises ValueError for shapes that do not fit, a video without frames and an unknown `save`;
-    ImplementationError for an implementation that cannot run.
+    Raises ValueError for shapes that do not fit and a video without frames; ImplementationError for
+    an implementation that cannot run.
+
+    >>> weights = [torch.randn(8, 3, 3, 16) / 12 for _ in range(3)]
+    >>> kernels.conv_gru(torch.randn(2, 4, 8, 6, 6), *weights, *torch.zeros(3, 8)).shape
+    torch.Size([2, 4, 8, 6, 6])
     """
-    inputs = x_BTCHW, weight_r, weight_u, weight_c, bias_r_C, bias_u_C, bias_c_C
-    _check(*inputs)
-    if save not in get_args(Save):
-        raise ValueError(f"save must be gates or states, not {save!r}")
+    operands = GRUOperands(x_BTCHW, weight_r, weight_u, weight_c, bias_r_C, bias_u_C, bias_c_C)
+    _check(*operands)
     impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
     if impl == REFERENCE or x_BTCHW.numel() == 0:
-        return conv_gru_reference(*inputs)
+        return conv_gru_reference(*operands)
     num_frames = x_BTCHW.shape[1]
     if num_frames > 1 and x_BTCHW.stride(1) == 0:
-        x_BTCHW = x_BTCHW[:, :1]
-    arguments = x_BTCHW, *inputs[1:], num_frames
-    if torch.is_grad_enabled() and any(v.requires_grad for v in inputs):
-        y_BTCHW: Tensor = ConvGRUFunction.apply(*arguments, save == "gates", impl)
+        operands = operands._replace(x_BtCHW=x_BTCHW[:, :1])
+    if torch.is_grad_enabled() and any(v.requires_grad for v in operands):
+        y_BTCHW: Tensor = ConvGRUFunction.apply(num_frames, impl, *operands)
         return y_BTCHW
-    return run(*arguments, False, impl)[0]
+    return run(operands, num_frames, impl, keep_gates=False)[0]
 
 
 def _check(x_BTCHW: Tensor, *parameters: Tensor) -> None:

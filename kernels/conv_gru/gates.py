@@ -1,6 +1,6 @@
 """The registered operators of `kernels.conv_gru`: its gates, elementwise, forward and backward.
 
-They write into the tensors that they are given and return nothing; `conv_gru_pytorch` describes
+They write into the tensors that they are given and return nothing; `pytorch.py` describes
 the arguments and has the same functions in PyTorch. Registered are the Triton kernels: PyTorch's
 own operators need it not, and torch.compile fuses them where it can see them.
 """
@@ -29,14 +29,14 @@ def _kernels() -> ModuleType:
 
 @operator("gru_reset_update", mutates_args=("ru_BHW2C", "rh_BHWC"))
 def gru_reset_update(
-    gates_x_bHW3C: Tensor,
+    gates_x_BHW3C: Tensor,
     gates_h_BHW2C: Tensor,
     h_BHWC: Tensor,
     ru_BHW2C: Tensor,
     rh_BHWC: Tensor,
 ) -> None:
     """r, u and r⊙h."""
-    _kernels().reset_update(gates_x_bHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC)
+    _kernels().reset_update(gates_x_BHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC)
 
 
 @operator("gru_candidate", mutates_args=("ru_BHW2C", "h_BHWC", "c_BHWC", "y_BHWC"))

@@ -1,6 +1,6 @@
 """The gates of `kernels.conv_gru` in PyTorch operators, and the differentiable reference.
 
-Names, arguments and results of the gate passes are those of `conv_gru_triton`: they write into
+Names, arguments and results of the gate passes are those of `triton.py`: they write into
 tensors that they are given, so that a whole sequence is laid out once. Shapes: one frame of the
 batch with its channels last, [B, H, W, C], r and u together as [B, H, W, 2C]; fp32 inside, fp64
 for fp64. They are not registered: torch.compile sees through them, and on a CPU they cost no
@@ -39,22 +39,15 @@ def conv_gru_reference(
 
 
 def reset_update(
-    gates_x_bHW3C: Tensor,
+    gates_x_BHW3C: Tensor,
     gates_h_BHW2C: Tensor,
     h_BHWC: Tensor,
     ru_BHW2C: Tensor,
     rh_BHWC: Tensor,
 ) -> None:
-    """Write r, u and r⊙h.
-
-    B may be a multiple of b, the frames that x has: then they serve again and again.
-    """
+    """Write r, u and r⊙h."""
     C = h_BHWC.shape[3]
-    gates_x, gates_h = widened(gates_x_bHW3C[..., : 2 * C]), widened(gates_h_BHW2C)
-    if len(gates_x) == len(gates_h):
-        ru = gates_x + gates_h
-    else:
-        ru = (gates_x + gates_h.unflatten(0, (-1, len(gates_x)))).flatten(0, 1)
+    ru = widened(gates_x_BHW3C[..., : 2 * C]) + widened(gates_h_BHW2C)
     torch.sigmoid(ru, out=ru_BHW2C)
     torch.mul(ru_BHW2C[..., :C], h_BHWC, out=rh_BHWC)
 

@@ -28,6 +28,18 @@ from kernels.conv_gru.gates import passes
 from kernels.conv_gru.pytorch import conv_gru_reference
 
 
+class GRUOperands(NamedTuple):
+    """The tensors of a call. x has one frame if all of its frames are the same."""
+
+    x_BtCHW: Tensor
+    weight_r: Tensor
+    weight_u: Tensor
+    weight_c: Tensor
+    bias_r_C: Tensor
+    bias_u_C: Tensor
+    bias_c_C: Tensor
+
+
 class Parts(NamedTuple):
     """The six halves of the weights, as PyTorch's [O, I, 3, 3], grouped as they are applied."""
 
@@ -45,60 +57,38 @@ class Gates(NamedTuple):
 
 
 class ConvGRUFunction(torch.autograd.Function):
-    """`run`, and its gradient; x has one frame if all are the same, `num_frames` all the same."""
+    """`run`, and its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_BtCHW: Tensor,
-        weight_r: Tensor,
-        weight_u: Tensor,
-        weight_c: Tensor,
-        bias_r_C: Tensor,
-        bias_u_C: Tensor,
-        bias_c_C: Tensor,
-        num_frames: int,
-        keep_gates: bool,
-        impl: str,
-    ) -> Tensor:
+    def forward(ctx: Any, num_frames: int, impl: str, *tensors: Tensor) -> Tensor:
         """Every h, [B, T, C, H, W]."""
-        inputs = x_BtCHW, weight_r, weight_u, weight_c, bias_r_C, bias_u_C, bias_c_C
-        y_BTCHW, gates = run(*inputs, num_frames, keep_gates, impl)
-        # Without the gates their biases, copied: ZeRO-3 empties parameters until backward is over.
-        ctx.save_for_backward(*inputs, y_BTCHW, *(gates or (torch.cat(inputs[4:]),)))
+        y_BTCHW, gates = run(GRUOperands(*tensors), num_frames, impl, keep_gates=True)
+        assert gates is not None
+        ctx.save_for_backward(*tensors, y_BTCHW, *gates)
         ctx.num_frames, ctx.impl = num_frames, impl
         return y_BTCHW
 
     @staticmethod
     def backward(ctx: Any, dy_BTCHW: Tensor) -> tuple[Tensor | None, ...]:
-        """Of x, the weights and the biases."""
-        tensors = ctx.saved_tensors  # read once: checkpointing allows no more
-        inputs, (y_BTCHW, *kept) = tensors[:7], tensors[7:]
-        wants = ctx.needs_input_grad[:7]
+        """Of the operands."""
+        *tensors, y_BTCHW, ru, c = ctx.saved_tensors  # read once: checkpointing allows no more
+        operands, wants = GRUOperands(*tensors), ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # a graph of the backward pass is wanted
-            grads = _differentiable_gradients(inputs, wants, ctx.num_frames, dy_BTCHW)
+            grads = _differentiable_gradients(operands, wants, ctx.num_frames, dy_BTCHW)
         else:
-            grads = gradients(inputs, wants, y_BTCHW, kept, dy_BTCHW, ctx.impl)
-        return *grads, None, None, None
+            grads = gradients(operands, wants, y_BTCHW, Gates(ru, c), dy_BTCHW, ctx.impl)
+        return None, None, *grads
 
 
 def run(
-    x_BtCHW: Tensor,
-    weight_r: Tensor,
-    weight_u: Tensor,
-    weight_c: Tensor,
-    bias_r_C: Tensor,
-    bias_u_C: Tensor,
-    bias_c_C: Tensor,
-    num_frames: int,
-    keep_gates: bool,
-    impl: str,
+    operands: GRUOperands, num_frames: int, impl: str, *, keep_gates: bool
 ) -> tuple[Tensor, Gates | None]:
     """Every h, [B, T, C, H, W] channels last in memory, and the gates if they are kept."""
-    forms, T = passes(impl), num_frames
+    x_BtCHW, *weights = operands[:4]
+    gate_passes, T = passes(impl), num_frames
     B, _, C, H, W = x_BtCHW.shape
-    parts = _parts(weight_r, weight_u, weight_c)
-    biases = torch.cat([bias_r_C, bias_u_C, bias_c_C])
+    parts = _parts(*weights)
+    biases = torch.cat(operands[4:])
     gates_x_tBHW3C = _input_gates(x_BtCHW, parts, biases)
 
     y_BTHWC = x_BtCHW.new_empty(B, T, H, W, C)
@@ -114,31 +104,27 @@ def run(
         candidate_h_BHWC = None
         if t > 0:
             gates_h_BHW2C = _convolve(h_BHWC, parts.ru_h)
-            forms.reset_update(gates_x_BHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC)
+            gate_passes.reset_update(gates_x_BHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC)
             candidate_h_BHWC = _convolve(rh_BHWC, parts.c_h)
-        forms.candidate(gates_x_BHW3C, candidate_h_BHWC, ru_BHW2C, h_BHWC, c_BHWC, y_BTHWC[:, t])
+        gate_passes.candidate(
+            gates_x_BHW3C, candidate_h_BHWC, ru_BHW2C, h_BHWC, c_BHWC, y_BTHWC[:, t]
+        )
     gates = None if c_TBHWC is None else Gates(ru_TBHW2C, c_TBHWC)
     return y_BTHWC.permute(0, 1, 4, 2, 3), gates
 
 
 def gradients(
-    inputs: tuple[Tensor, ...],
-    wants: tuple[bool, ...],
+    operands: GRUOperands,
+    wants: Sequence[bool],
     y_BTCHW: Tensor,
-    kept: Sequence[Tensor],
+    gates: Gates,
     dy_BTCHW: Tensor,
     impl: str,
 ) -> list[Tensor | None]:
-    """Those of `inputs` that are wanted.
-
-    `kept` are the gates, or the biases [3C] by which the gates are computed again.
-    """
-    x_BtCHW, *weights = inputs[:4]
-    forms, parts = passes(impl), _parts(*weights)
+    """Those of the operands that are wanted."""
+    gate_passes, parts = passes(impl), _parts(*operands[1:4])
     h_TBHWC = _time_major(y_BTCHW[:, :-1])
-    if len(kept) == 1:
-        kept = _gates_again(_input_gates(x_BtCHW, parts, kept[0]), h_TBHWC, parts, impl)
-    ru_TBHW2C, c_TBHWC = kept
+    ru_TBHW2C, c_TBHWC = gates
 
     dy_BTHWC = dy_BTCHW.permute(0, 1, 3, 4, 2).contiguous()
     dz_ru_TBHW2C, dz_c_TBHWC = torch.empty_like(ru_TBHW2C), torch.empty_like(c_TBHWC)
@@ -148,30 +134,32 @@ def gradients(
     dh_BHWC = None
     for t in reversed(range(len(c_TBHWC))):
         h_BHWC = h_TBHWC[t - 1] if t > 0 else None
-        forms.candidate_grad(
+        gate_passes.candidate_grad(
             dy_BTHWC[:, t], direct_BHWC, dh_BHWC, h_BHWC,
             ru_TBHW2C[t], c_TBHWC[t], dz_ru_TBHW2C[t], dz_c_TBHWC[t],
         )  # fmt: skip
         if h_BHWC is not None:
             drh_BHWC = _convolve(dz_c_TBHWC[t], c_h_back)
-            forms.reset_grad(
+            gate_passes.reset_grad(
                 drh_BHWC, h_BHWC, ru_TBHW2C[t], dz_ru_TBHW2C[t], direct_BHWC, rh_TBHWC[t - 1]
             )
             dh_BHWC = _convolve(dz_ru_TBHW2C[t], ru_h_back)
-    return _after_the_loop(inputs, wants, parts, h_TBHWC, rh_TBHWC, dz_ru_TBHW2C, dz_c_TBHWC)
+    return _after_the_loop(
+        operands.x_BtCHW, wants, parts, h_TBHWC, rh_TBHWC, dz_ru_TBHW2C, dz_c_TBHWC
+    )
 
 
 def _after_the_loop(
-    inputs: tuple[Tensor, ...],
-    wants: tuple[bool, ...],
+    x_BtCHW: Tensor,
+    wants: Sequence[bool],
     parts: Parts,
     h_TBHWC: Tensor,
     rh_TBHWC: Tensor,
     dz_ru_TBHW2C: Tensor,
     dz_c_TBHWC: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients of `inputs` that are wanted; h and r⊙h are those that the later frames read."""
-    x_BtCHW, wants_x, wants_parameters = inputs[0], wants[0], any(wants[1:])
+    """The gradients of the operands that are wanted; h and r⊙h are what later frames read."""
+    wants_x, wants_parameters = wants[0], any(wants[1:])
     found: list[Tensor | None] = [None] * 7
     if wants_parameters:
         ru_h = _weight_gradient(dz_ru_TBHW2C[1:], h_TBHWC, parts.ru_h)
@@ -192,33 +180,16 @@ def _after_the_loop(
     return [grad if wanted else None for grad, wanted in zip(found, wants, strict=True)]
 
 
-def _gates_again(gates_x_tBHW3C: Tensor, h_TBHWC: Tensor, parts: Parts, impl: str) -> Gates:
-    """All gates from every h but the last: two convolutions, over all frames."""
-    num_later, B, H, W, C = h_TBHWC.shape
-    ru_TBHW2C = h_TBHWC.new_empty(num_later + 1, B, H, W, 2 * C)
-    c_TBHWC = h_TBHWC.new_empty(num_later + 1, B, H, W, C)
-    torch.sigmoid(gates_x_tBHW3C[0, ..., : 2 * C], out=ru_TBHW2C[0])
-    c_TBHWC[0].copy_(gates_x_tBHW3C[0, ..., 2 * C :])
-    if num_later > 0:
-        later_x = gates_x_tBHW3C[1:] if len(gates_x_tBHW3C) > 1 else gates_x_tBHW3C
-        h, ru, rh = h_TBHWC.flatten(0, 1), ru_TBHW2C[1:].flatten(0, 1), torch.empty_like(h_TBHWC)
-        gates_h = _convolve(h, parts.ru_h)
-        passes(impl).reset_update(later_x.flatten(0, 1), gates_h, h, ru, rh.flatten(0, 1))
-        candidate_h = _convolve(rh.flatten(0, 1), parts.c_h).view(h_TBHWC.shape)
-        torch.add(later_x[..., 2 * C :], candidate_h, out=c_TBHWC[1:])
-    return Gates(ru_TBHW2C, c_TBHWC.relu_())
-
-
 def _differentiable_gradients(
-    inputs: tuple[Tensor, ...], wants: tuple[bool, ...], num_frames: int, dy_BTCHW: Tensor
+    operands: GRUOperands, wants: Sequence[bool], num_frames: int, dy_BTCHW: Tensor
 ) -> list[Tensor | None]:
     """The gradients as the reference's, which have derivatives."""
-    x_BtCHW, *parameters = inputs
+    x_BtCHW, *parameters = operands
     y_BTCHW = conv_gru_reference(x_BtCHW.expand(-1, num_frames, -1, -1, -1), *parameters)
     wanted = [i for i, wants_this in enumerate(wants) if wants_this]
-    grads = torch.autograd.grad(y_BTCHW, [inputs[i] for i in wanted], dy_BTCHW, create_graph=True)
+    grads = torch.autograd.grad(y_BTCHW, [operands[i] for i in wanted], dy_BTCHW, create_graph=True)
     found = dict(zip(wanted, grads, strict=True))
-    return [found.get(i) for i in range(len(inputs))]
+    return [found.get(i) for i in range(len(operands))]
 
 
 # --------------------------------------------------------------------------- convolutions

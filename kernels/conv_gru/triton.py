@@ -50,13 +50,13 @@ def store(ptr, at, value, mask):
 @triton.jit
 def reset_update_kernel(
     gates_x_ptr, gates_h_ptr, h_ptr, ru_ptr, rh_ptr,
-    num_x, S, C, num_tiles, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    S, C, num_tiles, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """r, u, r⊙h; sample b takes x's share from row b modulo `num_x`."""
+    """r, u, r⊙h."""
     b, s, c = own_tile(S, C, num_tiles, BLOCK_S, BLOCK_C)
     mask = (s < S) & (c < C)
     frame = b * S * C
-    gates_x_ptr += (b % num_x) * S * C * 3
+    gates_x_ptr += frame * 3
     gates_h_ptr += frame * 2
     ru_ptr += frame * 2
     at, at_pair, at_gates = s * C + c, s * (2 * C) + c, s * (3 * C) + c
@@ -151,16 +151,16 @@ def reset_grad_kernel(
 
 
 def reset_update(
-    gates_x_bHW3C: Tensor,
+    gates_x_BHW3C: Tensor,
     gates_h_BHW2C: Tensor,
     h_BHWC: Tensor,
     ru_BHW2C: Tensor,
     rh_BHWC: Tensor,
 ) -> None:
-    """As `conv_gru_pytorch.reset_update`."""
+    """As `pytorch.reset_update`."""
     grid, sizes, tile = _plan(h_BHWC)
     reset_update_kernel[grid](
-        gates_x_bHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC, len(gates_x_bHW3C), *sizes, **tile
+        gates_x_BHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC, *sizes, **tile
     )
 
 
@@ -172,7 +172,7 @@ def candidate(
     c_BHWC: Tensor | None,
     y_BHWC: Tensor,
 ) -> None:
-    """As `conv_gru_pytorch.candidate`."""
+    """As `pytorch.candidate`."""
     grid, sizes, tile = _plan(h_BHWC)
     candidate_kernel[grid](
         gates_x_BHW3C, candidate_h_BHWC, ru_BHW2C, h_BHWC, c_BHWC, y_BHWC,
@@ -191,7 +191,7 @@ def candidate_grad(
     dz_ru_BHW2C: Tensor,
     dz_c_BHWC: Tensor,
 ) -> None:
-    """As `conv_gru_pytorch.candidate_grad`."""
+    """As `pytorch.candidate_grad`."""
     grid, sizes, tile = _plan(c_BHWC)
     candidate_grad_kernel[grid](
         dy_BHWC, direct_BHWC, dh_BHWC, h_BHWC, ru_BHW2C, c_BHWC, dz_ru_BHW2C, dz_c_BHWC,
@@ -207,7 +207,7 @@ def reset_grad(
     direct_BHWC: Tensor,
     rh_BHWC: Tensor,
 ) -> None:
-    """As `conv_gru_pytorch.reset_grad`."""
+    """As `pytorch.reset_grad`."""
     grid, sizes, tile = _plan(h_BHWC)
     reset_grad_kernel[grid](
         drh_BHWC, h_BHWC, ru_BHW2C, dz_ru_BHW2C, direct_BHWC, rh_BHWC, *sizes, **tile

@@ -12,7 +12,7 @@ rounding to the activations' dtype comes last and once.
 """
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,26 @@ from torch import Tensor
 Fold = Literal["upsampling"] | tuple[int, ...] | None
 """What is folded into a kernel: nothing, upsampling before it, or pooling after it."""
 FOLDS: tuple[Fold, ...] = (None, "upsampling", (2, 2), (1, 2, 2), (2, 2, 2))
+
+
+class Folded(NamedTuple):
+    """A kernel that has the resampling in it already."""
+
+    kernel: Tensor
+    fold: Fold
+    """What was folded into it."""
+
+
+def folded(weight: Tensor | Folded, how: Fold) -> Tensor:
+    """The kernel of a weight with its resampling in it.
+
+    Raises ValueError where something else was folded into it before.
+    """
+    if not isinstance(weight, Folded):
+        return fold(weight, how)
+    if weight.fold != how:
+        raise ValueError(f"a kernel that {weight.fold} was folded into is not one of {how}")
+    return weight.kernel
 
 
 def convolve_box(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -43,18 +63,6 @@ def upsampling_kernel(weight_OhwI: Tensor) -> Tensor:
     """[O, 3, 3, I] → [O, 4, 4, I], the transposed convolution (stride 2, padding 1) that equals
     nearest 2x upsampling and the convolution after it."""
     return convolve_box(weight_OhwI, (1, 2)).flip(1, 2)
-
-
-def phase_kernels(weight_OhwI: Tensor) -> Tensor:
-    """[O, 3, 3, I] → [2*2*O, 2, 2, I], a kernel for every phase (even, odd row; even, odd column).
-
-    Output pixel 2i reads input pixels i-1 and i, pixel 2i+1 reads i and i+1. From [O, 4, 4, I], an
-    `upsampling_kernel`, the same.
-    """
-    is_folded = weight_OhwI.shape[1:3] == (4, 4)
-    taps = weight_OhwI.flip(1, 2) if is_folded else convolve_box(weight_OhwI, (1, 2))
-    taps_OaqbrI = taps.unflatten(2, (2, 2)).unflatten(1, (2, 2))
-    return taps_OaqbrI.permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
 
 
 def fold(weight: Tensor, how: Fold) -> Tensor:

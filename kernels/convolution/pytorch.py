@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from kernels.common.large_batches import Gradients, gradients_in_parts, in_parts
 from kernels.common.layout import channels_last, fold_frames
-from kernels.convolution.low_skip import LowSkip, add_projected_
-from kernels.convolution.upsampled_shortcut import add_upsampled_
+from kernels.convolution.terms import LowSkip, add_projected_, add_upsampled_
 
 
 class Layout(NamedTuple):

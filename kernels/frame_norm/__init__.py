@@ -1,7 +1,7 @@
 """Per-frame conditional batch norm with ReLU.
 
 x̂[b,t,c] = (x[b,t,c] - mean[t,c]) / sqrt(var[t,c] + eps)
-y[b,t,c] = relu(gain[b,c] · x̂[b,t,c] + bias[b,c]) [+ residual[b,t,c]]
+y[b,t,c] = relu(gain[b,c] · x̂[b,t,c] + bias[b,c])
 
 SSW-GAN (as DVD-GAN): every time step has its own mean and (biased) variance, taken
 over batch and space; there is no running average. For inference the statistics are given.
@@ -12,8 +12,7 @@ S1[b,t,c] = Σ g    S2[b,t,c] = Σ g·x̂    dbias = S1    dgain = S2    (summed
 dx = (gain·g - Σ_b gain·S1 / n - x̂ · Σ_b gain·S2 / n) / sqrt(var + eps)
 
 and with given statistics dx = gain·g / sqrt(var + eps), dmean = -Σ_b gain·S1 / sqrt(var + eps),
-dvar = -Σ_b gain·S2 / (2 (var + eps)). Only x and the statistics are kept for the backward pass;
-the residual's gradient is dy.
+dvar = -Σ_b gain·S2 / (2 (var + eps)). Only x and the statistics are kept for the backward pass.
 
 Shapes: B batch, T frames, C channels, H x W pixels, S = H·W; statistics [T, C], gain and bias
 [B, C] or [B, T, C] (t is 1 or T). Statistics and arithmetic are fp32 (fp64 for fp64 input)
@@ -37,27 +36,25 @@ from kernels.dispatch import (
     Implementation,
     Operator,
     everywhere,
-    triton_obstacle,
-    triton_reluctance,
+    triton_not_preferred,
+    triton_unsupported,
 )
 from kernels.frame_norm import cpu as frame_norm_cpu
 from kernels.frame_norm import pytorch as frame_norm_pytorch
 from kernels.frame_norm.autograd import (
-    Form,
-    Tensors,
-    differentiable,
     frame_moments,
     frame_normalize,
     untracked_moments,
     untracked_normalize,
 )
+from kernels.frame_norm.operands import EPSILON, NormMethod, NormOperands
 
-EPSILON = 1e-4  # Decided: BigGAN's, whose networks the paper builds on; it gives none itself
+__all__ = ["EPSILON", "frame_norm", "frame_statistics"]
 
 OPERATOR = Operator(
     "frame_norm",
-    Implementation("triton", triton_obstacle, triton_reluctance),
-    Implementation("cpu", frame_norm_cpu.obstacle, frame_norm_cpu.reluctance),
+    Implementation("triton", triton_unsupported, triton_not_preferred),
+    Implementation("cpu", frame_norm_cpu.unsupported, frame_norm_cpu.not_preferred),
     Implementation("pytorch", everywhere),
 )
 
@@ -67,6 +64,10 @@ def frame_statistics(x_BTCHW: Tensor, *, impl: str | None = None) -> tuple[Tenso
 
     fp32, and fp64 for fp64. `impl` as in `kernels.dispatch`. Raises ValueError for an empty
     video, ImplementationError for an implementation that cannot run.
+
+    >>> mean_TC, var_TC = kernels.frame_statistics(torch.randn(2, 3, 8, 4, 4))
+    >>> mean_TC.shape
+    torch.Size([3, 8])
     """
     x_BTSC = rows(x_BTCHW)
     _require_values(x_BTCHW)
@@ -79,44 +80,39 @@ def frame_norm(
     gain: Tensor,
     bias: Tensor,
     *,
-    relu: bool = True,
-    eps: float = EPSILON,
-    residual: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Normalise per (time step, channel), scale and shift; same shape and dtype as x.
+    """Normalise per (time step, channel), scale, shift, ReLU; same shape and dtype as x.
 
-    `gain` and `bias` are [B, C], or [B, T, C] to differ between frames. `residual`, of the shape
-    and dtype of x, is added after the ReLU. `statistics` = (mean_TC, var_TC) replaces the batch's
-    own: gradients reach them if they require some, and pass through them to x only if they were
-    computed from x. With `group` the batch's own are those of all its ranks together, which must
-    hold batches of one size: an all-reduce of [2, T, C] forward, in fp64, and one backward. `impl`
-    as in `kernels.dispatch`.
+    `gain` and `bias` are [B, C], or [B, T, C] to differ between frames. `statistics` = (mean_TC,
+    var_TC) replaces the batch's own: gradients reach them if they require some, and pass through
+    them to x only if they were computed from x. With `group` the batch's own are those of all its
+    ranks together, which must hold batches of one size: an all-reduce of [2, T, C] forward, in
+    fp64, and one backward. `impl` as in `kernels.dispatch`.
 
     Raises ValueError for shapes that do not fit, an empty video without `statistics`, and
     `statistics` together with `group`; ImplementationError for an implementation that cannot run.
+
+    >>> x_BTCHW, gain_BC, bias_BC = torch.randn(2, 3, 8, 4, 4), torch.ones(2, 8), torch.zeros(2, 8)
+    >>> y_BTCHW = kernels.frame_norm(x_BTCHW, gain_BC, bias_BC)
+    >>> fixed = kernels.frame_statistics(x_BTCHW)  # for inference
+    >>> torch.equal(y_BTCHW, kernels.frame_norm(x_BTCHW, gain_BC, bias_BC, statistics=fixed))
+    True
     """
-    if residual is not None and residual.shape != x_BTCHW.shape:
-        raise ValueError(
-            f"residual must be as x, {tuple(x_BTCHW.shape)}, not {tuple(residual.shape)}"
-        )
-    tensors, form = prepare(x_BTCHW, gain, bias, relu, eps, statistics, group, impl)
-    return apply(tensors, form, x_BTCHW.shape[3:], residual)
+    operands, method = prepare(x_BTCHW, gain, bias, statistics, group, impl)
+    return apply(operands, method, x_BTCHW.shape[3:])
 
 
-def apply(
-    tensors: Tensors, form: Form, size: tuple[int, ...], residual: Tensor | None = None
-) -> Tensor:
+def apply(operands: NormOperands, method: NormMethod, size: tuple[int, ...]) -> Tensor:
     """y of H x W = `size`, of what `prepare` made."""
-    residual_BTSC = None if residual is None else rows(residual)
-    if form.impl == REFERENCE:
-        y_BTSC = differentiable(tensors, form, residual_BTSC)
+    if method.impl == REFERENCE:
+        y_BTSC = frame_norm_pytorch.normalize(operands)
     elif torch.is_grad_enabled():
-        y_BTSC = frame_normalize(*tensors, residual_BTSC, *form)
+        y_BTSC = frame_normalize(*operands, *method)
     else:
-        y_BTSC = untracked_normalize(tensors, form, residual_BTSC)
+        y_BTSC = untracked_normalize(operands, method)
     return y_BTSC.unflatten(2, size).permute(0, 1, 4, 2, 3)
 
 
@@ -124,15 +120,13 @@ def prepare(
     x_BTCHW: Tensor,
     gain: Tensor,
     bias: Tensor,
-    relu: bool,
-    eps: float,
     statistics: tuple[Tensor, Tensor] | None,
     group: dist.ProcessGroup | None,
     impl: str | None,
     moments: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensors, Form]:
-    """Arguments of `frame_normalize`: (x, gain, bias, mean, var) and the form. As `frame_norm`;
-    `moments`, mean and variance of x by whoever made x, saves taking them."""
+) -> tuple[NormOperands, NormMethod]:
+    """What the passes take. Arguments as `frame_norm`'s; `moments`, mean and variance of x by
+    whoever made x, saves taking them."""
     _check(x_BTCHW, gain, bias, statistics)
     if statistics is None:
         _require_values(x_BTCHW)
@@ -140,19 +134,20 @@ def prepare(
         raise ValueError("given statistics are not synchronised: pass either them or a group")
     impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
     impl = impl if x_BTCHW.numel() else REFERENCE
-    form = Form(eps, relu, statistics is None, group_name(group), impl)
+    method = NormMethod(statistics is None, group_name(group), impl)
     x_BTSC = rows(x_BTCHW)
     gain_BtC, bias_BtC = (v[:, None] if v.dim() == 2 else v for v in (gain, bias))
     if statistics is not None:
         dtype = torch.promote_types(x_BTCHW.dtype, torch.float32)
         mean_TC, var_TC = (v.to(dtype).contiguous() for v in statistics)
     elif impl == REFERENCE:
-        mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC, form.group)
+        mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC, method.group)
     else:
         with torch.no_grad():  # frame_normalize takes the gradient through them as well
             mean_TC, var_TC = moments or untracked_moments(x_BTSC, impl)
-            mean_TC, var_TC = _synchronized(mean_TC, var_TC, form.group)
-    return (x_BTSC, gain_BtC.contiguous(), bias_BtC.contiguous(), mean_TC, var_TC), form
+            mean_TC, var_TC = _synchronized(mean_TC, var_TC, method.group)
+    operands = NormOperands(x_BTSC, gain_BtC.contiguous(), bias_BtC.contiguous(), mean_TC, var_TC)
+    return operands, method
 
 
 def _synchronized(mean_TC: Tensor, var_TC: Tensor, group: str) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Equations and shapes as there: rows [B, T, S, C], statistics [T, C], gain and bi
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,32 +13,9 @@ from torch import Tensor
 from kernels.common.collectives import num_ranks, sum_over
 from kernels.frame_norm import cpu as frame_norm_cpu
 from kernels.frame_norm import pytorch as frame_norm_pytorch
+from kernels.frame_norm.operands import EPSILON, NormMethod, NormOperands
 from kernels.frame_norm.pytorch import widened
 from kernels.registration import operator
-
-
-class Form(NamedTuple):
-    """How a norm is computed, as `frame_normalize` takes it."""
-
-    eps: float
-    relu: bool
-    own_statistics: bool
-    group: str
-    impl: str
-
-
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def differentiable(
-    tensors: Sequence[Tensor], form: Form, residual_BTSC: Tensor | None = None
-) -> Tensor:
-    """y in plain operators, with derivatives of any order, of what `prepare` made."""
-    x, gain, bias, mean, var = tensors
-    return frame_norm_pytorch.normalize(
-        x, gain, bias, mean, var, residual_BTSC, form.eps, form.relu
-    )
-
 
 # -------------------------------------------------------------------- operators and fakes
 
@@ -73,17 +50,12 @@ def frame_normalize(
     bias_BtC: Tensor,
     mean_TC: Tensor,
     var_TC: Tensor,
-    residual_BTSC: Tensor | None,
-    eps: float,
-    relu: bool,
     own_statistics: bool,
     group: str,
     impl: str,
 ) -> Tensor:
-    """y. `own_statistics` (of x, over `group` if any) says only how the gradient is to be taken."""
-    return _passes(impl).normalize(
-        x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, residual_BTSC, eps, relu
-    )
+    """y, of `NormOperands` and a `NormMethod`."""
+    return _passes(impl).normalize(NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC))
 
 
 @torch.library.register_fake(frame_normalize)
@@ -99,12 +71,10 @@ def frame_norm_sums(
     bias_BtC: Tensor,
     mean_TC: Tensor,
     var_TC: Tensor,
-    eps: float,
-    relu: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """(S1, S2) as [2, B, T, C], and their sums over the batch weighted by the gain, [2, T, C]."""
-    return _passes(impl).sums(dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, eps, relu)
+    return _passes(impl).sums(dy_BTSC, NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC))
 
 
 @torch.library.register_fake(frame_norm_sums)
@@ -122,14 +92,11 @@ def frame_norm_dx(
     mean_TC: Tensor,
     var_TC: Tensor,
     terms_2TC: Tensor | None,
-    eps: float,
-    relu: bool,
     impl: str,
 ) -> Tensor:
     """dx; `terms` are Σ_b gain·(S1, S2) / n, None where the statistics do not depend on x."""
-    return _passes(impl).dx(
-        dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, terms_2TC, eps, relu
-    )
+    operands = NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC)
+    return _passes(impl).dx(dy_BTSC, operands, terms_2TC)
 
 
 @torch.library.register_fake(frame_norm_dx)
@@ -154,30 +121,30 @@ def untracked_moments(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     return frame_moments(x_BTSC, impl) if passes is None else passes.moments(x_BTSC)
 
 
-def untracked_normalize(
-    tensors: Sequence[Tensor], form: Form, residual_BTSC: Tensor | None = None
-) -> Tensor:
+def untracked_normalize(operands: NormOperands, method: NormMethod) -> Tensor:
     """`frame_normalize` without a gradient."""
-    passes = _unregistered(form.impl)
+    passes = _unregistered(method.impl)
     if passes is None:
-        return frame_normalize(*tensors, residual_BTSC, *form)
-    return passes.normalize(*tensors, residual_BTSC, form.eps, form.relu)
+        return frame_normalize(*operands, *method)
+    return passes.normalize(operands)
 
 
-def _untracked_sums(arguments: Sequence[Tensor], form: Form) -> tuple[Tensor, Tensor]:
+def _untracked_sums(dy_BTSC: Tensor, operands: NormOperands, impl: str) -> tuple[Tensor, Tensor]:
     """`frame_norm_sums`."""
-    passes = _unregistered(form.impl)
+    passes = _unregistered(impl)
     if passes is None:
-        return frame_norm_sums(*arguments, form.eps, form.relu, form.impl)
-    return passes.sums(*arguments, form.eps, form.relu)
+        return frame_norm_sums(dy_BTSC, *operands, impl)
+    return passes.sums(dy_BTSC, operands)
 
 
-def _untracked_dx(arguments: Sequence[Tensor], terms_2TC: Tensor | None, form: Form) -> Tensor:
+def _untracked_dx(
+    dy_BTSC: Tensor, operands: NormOperands, terms_2TC: Tensor | None, impl: str
+) -> Tensor:
     """`frame_norm_dx`."""
-    passes = _unregistered(form.impl)
+    passes = _unregistered(impl)
     if passes is None:
-        return frame_norm_dx(*arguments, terms_2TC, form.eps, form.relu, form.impl)
-    return passes.dx(*arguments, terms_2TC, form.eps, form.relu)
+        return frame_norm_dx(dy_BTSC, *operands, terms_2TC, impl)
+    return passes.dx(dy_BTSC, operands, terms_2TC)
 
 
 # ------------------------------------------------------------------------------- autograd
@@ -200,76 +167,73 @@ torch.library.register_autograd(frame_moments, _moments_backward, setup_context=
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, residual, ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.save_for_backward(*inputs[:5])
+    ctx.method = NormMethod(*inputs[5:])
 
 
 def _normalize_backward(ctx: Any, dy_BTSC: Tensor) -> tuple[Tensor | None, ...]:
-    dresidual = None if ctx.residual_dtype is None else dy_BTSC.to(ctx.residual_dtype)
-    rest = dresidual, None, None, None, None, None
+    operands, wanted = NormOperands(*ctx.saved_tensors), ctx.needs_input_grad[:5]
     if torch.is_grad_enabled():  # a graph of the backward pass is wanted
-        return *_differentiable_gradients(ctx, dy_BTSC), *rest
-    form = Form(ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl)
-    return *gradients(dy_BTSC, ctx.saved_tensors, form, ctx.needs_input_grad[:5]), *rest
+        found = _differentiable_gradients(dy_BTSC, operands, ctx.method, wanted)
+    else:
+        found = gradients(dy_BTSC, operands, ctx.method, wanted)
+    return *found, None, None, None
 
 
 def gradients(
-    dy_BTSC: Tensor, tensors: Sequence[Tensor], form: Form, wanted: Sequence[bool]
+    dy_BTSC: Tensor, operands: NormOperands, method: NormMethod, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Those of `tensors` = (x, gain, bias, mean, var) that are wanted, in the closed form."""
-    x, gain, bias, mean, var = tensors
-    wants_x, wants_gain, wants_bias, wants_mean, wants_var = wanted
+    """Those of the operands that are wanted, in the closed form."""
+    x, gain, bias, _, var = operands
+    wants_x, *wants_rest = wanted
     dy_BTSC = dy_BTSC.contiguous()
-    arguments = dy_BTSC, x, gain, bias, mean, var
     # Both halves in PyTorch share what they recompute.
-    shared = None
-    if form.impl == "pytorch":
-        shared = frame_norm_pytorch.passed(*arguments, form.eps, form.relu)
+    shared = frame_norm_pytorch.passed(dy_BTSC, operands) if method.impl == "pytorch" else None
     grads: dict[str, Tensor] = {}
     terms = None
-    if form.own_statistics or wants_gain or wants_bias or wants_mean or wants_var:
+    if method.own_statistics or any(wants_rest):
         if shared:
             sums, weighted = shared.sums(gain)
         else:
-            sums, weighted = _untracked_sums(arguments, form)
+            sums, weighted = _untracked_sums(dy_BTSC, operands, method.impl)
             if gain.shape == bias.shape:  # both sums over time at once
                 sums = sums.sum_to_size(2, *gain.shape)
         grads["bias"], grads["gain"] = (
             total.sum_to_size(scale.shape).to(scale.dtype)
             for total, scale in zip(sums, (bias, gain), strict=True)
         )
-        if form.own_statistics:
-            count = x.shape[0] * x.shape[2] * num_ranks(form.group)
-            terms = sum_over(weighted, form.group) / count
+        if method.own_statistics:
+            count = x.shape[0] * x.shape[2] * num_ranks(method.group)
+            terms = sum_over(weighted, method.group) / count
         else:
-            rstd = torch.rsqrt(var + form.eps)
+            rstd = torch.rsqrt(var + EPSILON)
             grads["mean"], grads["var"] = -weighted[0] * rstd, -0.5 * weighted[1] * rstd.square()
-    if wants_x:
-        grads["x"] = (
-            shared.dx_(terms).to(x.dtype) if shared else _untracked_dx(arguments, terms, form)
-        )
+    if wants_x and shared:
+        grads["x"] = shared.dx_(terms).to(x.dtype)
+    elif wants_x:
+        grads["x"] = _untracked_dx(dy_BTSC, operands, terms, method.impl)
     return [grads.get(name) for name in ("x", "gain", "bias", "mean", "var")]
 
 
-def _differentiable_gradients(ctx: Any, dy_BTSC: Tensor) -> list[Tensor | None]:
-    """The gradients of all but the residual as the reference's, which have derivatives."""
-    tensors = ctx.saved_tensors
-    form = Form(ctx.eps, ctx.relu, ctx.own_statistics, ctx.group, ctx.impl)
-    y_BTSC = differentiable(with_own_statistics(tensors, form), form)
-    wanted = [i for i, wants in enumerate(ctx.needs_input_grad[:5]) if wants]
+def _differentiable_gradients(
+    dy_BTSC: Tensor, operands: NormOperands, method: NormMethod, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The reference's, which have derivatives."""
+    y_BTSC = frame_norm_pytorch.normalize(with_own_statistics(operands, method))
+    places = [i for i, wants in enumerate(wanted) if wants]
     grads = torch.autograd.grad(
-        y_BTSC, [tensors[i] for i in wanted], dy_BTSC, create_graph=True, allow_unused=True
+        y_BTSC, [operands[i] for i in places], dy_BTSC, create_graph=True, allow_unused=True
     )
-    found = dict(zip(wanted, grads, strict=True))
+    found = dict(zip(places, grads, strict=True))
     return [found.get(i) for i in range(5)]
 
 
-def with_own_statistics(tensors: Sequence[Tensor], form: Form) -> Sequence[Tensor]:
-    """(x, gain, bias, mean, var), the last two as functions of x where they are x's own."""
-    if not form.own_statistics:
-        return tensors
-    return *tensors[:3], *frame_norm_pytorch.moments(tensors[0], form.group)
+def with_own_statistics(operands: NormOperands, method: NormMethod) -> NormOperands:
+    """The operands, mean and variance as functions of x where they are x's own."""
+    if not method.own_statistics:
+        return operands
+    mean_TC, var_TC = frame_norm_pytorch.moments(operands.x_BTSC, method.group)
+    return operands._replace(mean_TC=mean_TC, var_TC=var_TC)
 
 
 torch.library.register_autograd(frame_normalize, _normalize_backward, setup_context=_save_inputs)

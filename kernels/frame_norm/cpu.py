@@ -1,8 +1,8 @@
 """The passes of `kernels.frame_norm` in C++ for a CPU: csrc/, where it has been built.
 
-Names, arguments and results are those of `frame_norm_pytorch`; x is fp32, fp16 or bf16. Every pass
-reads x once. Of values of x's size, forward and backward read and write eight; the operators of
-`frame_norm_pytorch` 32.
+Names, arguments and results are those of `pytorch.py`; x is fp32, fp16 or bf16. Every pass reads x
+once. Of values of x's size, forward and backward read and write eight; the operators of
+`pytorch.py` 32.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.common import csrc_libraries
+from kernels.frame_norm.operands import EPSILON, NormOperands
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Looked for at once: a compiler that traces an operator's choice could not follow.
@@ -18,7 +19,7 @@ _UNAVAILABLE = csrc_libraries.unavailable(csrc_libraries.CPU)
 _OPERATORS: Any = torch.ops.sswgan_cpu
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why it cannot run; None where it can."""
     if device.type not in ("cpu", "meta"):
         return f"tensors are on {device.type}, not on the CPU"
@@ -27,7 +28,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return _UNAVAILABLE
 
 
-def reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+def not_preferred(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why "auto" does not run it where it can."""
     return None if device.type == "cpu" else f"tensors are on {device.type}, not on the CPU"
 
@@ -40,67 +41,35 @@ def moments(x_BTSC: Tensor) -> tuple[Tensor, Tensor]:
     return mean_TC, var_TC
 
 
-def normalize(
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    residual_BTSC: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+def normalize(operands: NormOperands) -> Tensor:
     """y in the dtype of x."""
-    y_BTSC = torch.empty_like(x_BTSC)
-    scaling = _scaling(gain_BtC, bias_BtC, mean_TC, var_TC)
-    if residual_BTSC is not None:
-        residual_BTSC = residual_BTSC.to(x_BTSC.dtype).contiguous()
-    _OPERATORS.normalize(x_BTSC, *scaling, residual_BTSC, eps, relu, y_BTSC)
+    y_BTSC = torch.empty_like(operands.x_BTSC)
+    _OPERATORS.normalize(*_as_taken(operands), EPSILON, y_BTSC)
     return y_BTSC
 
 
-def sums(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
+def sums(dy_BTSC: Tensor, operands: NormOperands) -> tuple[Tensor, Tensor]:
     """(S1, S2) as [2, B, T, C], and Σ_b gain·(S1, S2) as [2, T, C]."""
+    x_BTSC = operands.x_BTSC
     B, T, _, C = x_BTSC.shape
     sums_2BTC = x_BTSC.new_empty(2, B, T, C, dtype=torch.float32)
-    scaling = _scaling(gain_BtC, bias_BtC, mean_TC, var_TC)
-    dy_BTSC = dy_BTSC.to(x_BTSC.dtype)
-    _OPERATORS.sums(dy_BTSC, x_BTSC, *scaling, eps, relu, sums_2BTC)
-    return sums_2BTC, (sums_2BTC * gain_BtC).sum(1)
+    _OPERATORS.sums(dy_BTSC.to(x_BTSC.dtype), *_as_taken(operands), EPSILON, sums_2BTC)
+    return sums_2BTC, (sums_2BTC * operands.gain_BtC).sum(1)
 
 
-def dx(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    terms_2TC: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+def dx(dy_BTSC: Tensor, operands: NormOperands, terms_2TC: Tensor | None) -> Tensor:
     """dx in the dtype of x; `terms` None: the statistics do not depend on x."""
+    x_BTSC = operands.x_BTSC
     dx_BTSC = torch.empty_like(x_BTSC)
-    scaling = _scaling(gain_BtC, bias_BtC, mean_TC, var_TC)
-    dy_BTSC = dy_BTSC.to(x_BTSC.dtype)
     terms = None if terms_2TC is None else terms_2TC.contiguous()
-    _OPERATORS.dx(dy_BTSC, x_BTSC, *scaling, terms, eps, relu, dx_BTSC)
+    _OPERATORS.dx(dy_BTSC.to(x_BTSC.dtype), *_as_taken(operands), terms, EPSILON, dx_BTSC)
     return dx_BTSC
 
 
-def _scaling(*tensors: Tensor) -> list[Tensor]:
-    """Gain, bias, mean and variance as the library takes them."""
-    return [tensor.to(torch.float32).contiguous() for tensor in tensors]
+def _as_taken(operands: NormOperands) -> NormOperands:
+    """As the library takes them: all but x in fp32."""
+    x_BTSC, *rest = operands
+    return NormOperands(x_BTSC, *(tensor.to(torch.float32).contiguous() for tensor in rest))
 
 
 def _nothing(*arguments: Any) -> None:

@@ -1,9 +1,9 @@
 """The passes of `kernels.frame_norm` in PyTorch operators: the reference, and the backward passes.
 
 `moments` and `normalize` are differentiable and together the reference; `sums` and `dx` are the
-closed form of their gradient. Names, arguments and results are those of `frame_norm_triton`;
-fp32 inside, fp64 for fp64. Shapes as in `frame_norm`, with S = H·W pixels as rows of C channels:
-on a CPU four times as fast as [.., H, W].
+closed form of their gradient. `cpu.py` and `triton.py` have functions of the same names, arguments
+and results. Arithmetic is fp32, and fp64 for fp64. Shapes as in `frame_norm`, with S = H·W pixels
+as rows of C channels: on a CPU four times as fast as [.., H, W].
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.common.collectives import mean_over
+from kernels.frame_norm.operands import EPSILON, NormOperands
 
 
 def moments(x_BTSC: Tensor, group: str = "") -> tuple[Tensor, Tensor]:
@@ -28,60 +29,30 @@ def moments(x_BTSC: Tensor, group: str = "") -> tuple[Tensor, Tensor]:
     return mean_TC, mean_over(_mean(squares), group)
 
 
-def normalize(
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    residual_BTSC: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+def normalize(operands: NormOperands) -> Tensor:
     """y in the dtype of x."""
+    x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC = operands
     wide = widened(x_BTSC)
     mean_TC, var_TC = mean_TC.to(wide.dtype), var_TC.to(wide.dtype)
     # Centred before it is squared or scaled: both cancel where |mean| is large against std.
     centred = wide - mean_TC[:, None]
-    scale_BTC = gain_BtC.to(wide.dtype) * torch.rsqrt(var_TC + eps)
+    scale_BTC = gain_BtC.to(wide.dtype) * torch.rsqrt(var_TC + EPSILON)
     bias, scale = bias_BtC.to(wide.dtype)[:, :, None], scale_BTC[:, :, None]
     if torch.is_grad_enabled():
         y_BTSC = torch.addcmul(bias, centred, scale)
     else:
         y_BTSC = torch.addcmul(bias, centred, scale, out=centred)
-    y_BTSC = F.relu(y_BTSC, inplace=True) if relu else y_BTSC
-    y_BTSC = y_BTSC if residual_BTSC is None else y_BTSC + residual_BTSC
-    return y_BTSC.to(x_BTSC.dtype)
+    return F.relu(y_BTSC, inplace=True).to(x_BTSC.dtype)
 
 
-def sums(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
+def sums(dy_BTSC: Tensor, operands: NormOperands) -> tuple[Tensor, Tensor]:
     """(S1, S2) as [2, B, T, C], and Σ_b gain·(S1, S2) as [2, T, C]."""
-    return passed(dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, eps, relu).sums(gain_BtC)
+    return passed(dy_BTSC, operands).sums(operands.gain_BtC)
 
 
-def dx(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    terms_2TC: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+def dx(dy_BTSC: Tensor, operands: NormOperands, terms_2TC: Tensor | None) -> Tensor:
     """dx in the dtype of x; `terms` None: the statistics do not depend on x."""
-    values = passed(dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, eps, relu)
-    return values.dx_(terms_2TC).to(x_BTSC.dtype)
+    return passed(dy_BTSC, operands).dx_(terms_2TC).to(operands.x_BTSC.dtype)
 
 
 class Passed(NamedTuple):
@@ -111,26 +82,15 @@ class Passed(NamedTuple):
         return dx_BTSC.sub_(self.centred_BTSC.mul_(slope_TC[:, None]).add_(offset_TC[:, None]))
 
 
-def passed(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    eps: float,
-    relu: bool,
-) -> Passed:
-    """Arguments as of `sums`; the results share no memory with them."""
+def passed(dy_BTSC: Tensor, operands: NormOperands) -> Passed:
+    """The results share no memory with the arguments."""
+    x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC = operands
     centred = widened(x_BTSC) - mean_TC[:, None]
-    rstd_TC = torch.rsqrt(var_TC + eps)
+    rstd_TC = torch.rsqrt(var_TC + EPSILON)
     scale_BtC = gain_BtC.to(centred.dtype) * rstd_TC
-    if relu:
-        bias = bias_BtC.to(centred.dtype)[:, :, None]
-        before_relu = torch.addcmul(bias, centred, scale_BtC[:, :, None])
-        dy_BTSC = torch.ops.aten.threshold_backward(dy_BTSC.to(centred.dtype), before_relu, 0)
-    else:
-        dy_BTSC = dy_BTSC.to(centred.dtype, copy=True)
+    bias = bias_BtC.to(centred.dtype)[:, :, None]
+    before_relu = torch.addcmul(bias, centred, scale_BtC[:, :, None])
+    dy_BTSC = torch.ops.aten.threshold_backward(dy_BTSC.to(centred.dtype), before_relu, 0)
     return Passed(dy_BTSC, centred, rstd_TC, scale_BtC)
 
 

@@ -24,11 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.tiling import ceil_div, next_power_of_2
+from kernels.frame_norm.operands import EPSILON, NormOperands
 
 # A tile is TILE elements: with four warps 16 per thread, two 16-byte loads in bf16.
 TILE = 2048
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 MERGE_TILE = {"BLOCK_P": 16, "BLOCK_C": 32}
+EPS = tl.constexpr(EPSILON)
 # Enough programs to fill any GPU several times over, but four tiles each where x is that large.
 MIN_TILES, WANTED_PROGRAMS = 4, 4096
 
@@ -128,7 +130,7 @@ def merge_moments_kernel(
 
 @triton.jit
 def coefficients(
-    gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames, eps
+    gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames
 ):  # fmt: skip
     """(bias, mean, 1 / std, gain / std) of one frame, per channel.
 
@@ -141,26 +143,23 @@ def coefficients(
     gain = tl.load(gain_ptr + gain_row * C + c, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + bias_row * C + c, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(mean_ptr + t * C + c, mask=inside, other=0.0)
-    # Lanes outside take var = 1: an eps of 0 would give them an infinite rstd.
-    rstd = 1.0 / tl.sqrt_rn(tl.load(var_ptr + t * C + c, mask=inside, other=1.0) + eps)
+    rstd = 1.0 / tl.sqrt_rn(tl.load(var_ptr + t * C + c, mask=inside, other=0.0) + EPS)
     return bias, mean, rstd, gain * rstd
 
 
 @triton.jit
 def normalize_kernel(
-    x_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr, y_ptr,
-    T, S, C, num_splits, split_rows, gain_frames, bias_frames, eps,
-    RELU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, y_ptr,
+    T, S, C, num_splits, split_rows, gain_frames, bias_frames,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y of one split."""
     _, frame, first, last, c = own_split(S, num_splits, split_rows, BLOCK_C)
     bias, mean, _, scale = coefficients(
-        gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames, eps
+        gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames
     )
     x_ptr += frame * S * C
     y_ptr += frame * S * C
-    if RESIDUAL:
-        residual_ptr += frame * S * C
 
     for start in range(first, last, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
@@ -169,24 +168,21 @@ def normalize_kernel(
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         # Centred before it is scaled: the two cancel where |mean| is large against std.
         y = (x - mean[None, :]) * scale[None, :] + bias[None, :]
-        if RELU:
-            # Not tl.maximum, which drops NaN: a network that breaks must show it.
-            y = tl.where(y <= 0.0, 0.0, y)
-        if RESIDUAL:
-            y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        # Not tl.maximum, which drops NaN: a network that breaks must show it.
+        y = tl.where(y <= 0.0, 0.0, y)
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def sums_kernel(
     dy_ptr, x_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, split_dy_ptr, split_dyx_ptr,
-    T, S, C, num_splits, split_rows, gain_frames, bias_frames, eps,
-    RELU: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    T, S, C, num_splits, split_rows, gain_frames, bias_frames,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """S1 and S2 of one split, per channel."""
     index, frame, first, last, c = own_split(S, num_splits, split_rows, BLOCK_C)
     bias, mean, rstd, scale = coefficients(
-        gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames, eps
+        gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames
     )
     dy_ptr += frame * S * C
     x_ptr += frame * S * C
@@ -200,8 +196,7 @@ def sums_kernel(
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         centred = x - mean[None, :]
-        if RELU:
-            dy = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, dy)
+        dy = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, dy)
         sum_dy += dy
         sum_dyx += dy * centred
     tl.store(split_dy_ptr + index * C + c, tl.sum(sum_dy, 0), mask=c < C)
@@ -243,13 +238,13 @@ def merge_sums_kernel(
 @triton.jit
 def dx_kernel(
     dy_ptr, x_ptr, gain_ptr, bias_ptr, mean_ptr, var_ptr, terms_ptr, dx_ptr,
-    T, S, C, num_splits, split_rows, gain_frames, bias_frames, eps,
-    RELU: tl.constexpr, TERMS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    T, S, C, num_splits, split_rows, gain_frames, bias_frames,
+    TERMS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx of one split; `terms` are the means of gain·dy·mask and of gain·dy·mask·x̂, [2, T, C]."""
     _, frame, first, last, c = own_split(S, num_splits, split_rows, BLOCK_C)
     bias, mean, rstd, scale = coefficients(
-        gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames, eps
+        gain_ptr, bias_ptr, mean_ptr, var_ptr, frame, c, T, C, gain_frames, bias_frames
     )
     if TERMS:
         t = frame % T
@@ -266,8 +261,7 @@ def dx_kernel(
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         centred = x - mean[None, :]
-        if RELU:
-            dy = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, dy)
+        dy = tl.where(centred * scale[None, :] + bias[None, :] <= 0.0, 0.0, dy)
         dx = dy * scale[None, :]
         if TERMS:
             dx -= centred * slope[None, :] + offset[None, :]
@@ -335,47 +329,23 @@ def moments(x_BTSC: Tensor) -> tuple[Tensor, Tensor]:
     return mean_TC, var_TC
 
 
-def normalize(
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    residual_BTSC: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+def normalize(operands: NormOperands) -> Tensor:
     """y, [B, T, S, C] of the dtype of x."""
-    (_, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
-    y_BTSC = torch.empty_like(x_BTSC)
-    normalize_kernel[cut.streaming_grid](
-        x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, residual_BTSC, y_BTSC,
-        T, S, C, cut.num_splits, cut.split_rows, gain_BtC.shape[1], bias_BtC.shape[1], eps,
-        RELU=relu, RESIDUAL=residual_BTSC is not None, **cut.tile,
-    )  # fmt: skip
+    y_BTSC = torch.empty_like(operands.x_BTSC)
+    sizes, cut = _launch(operands)
+    normalize_kernel[cut.streaming_grid](*operands, y_BTSC, *sizes, **cut.tile)
     return y_BTSC
 
 
-def sums(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor]:
+def sums(dy_BTSC: Tensor, operands: NormOperands) -> tuple[Tensor, Tensor]:
     """(S1, S2) as [2, B, T, C] fp32, and Σ_b gain·(S1, S2) as [2, T, C] fp32."""
-    (B, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
+    x_BTSC, gain_BtC = operands.x_BTSC, operands.gain_BtC
+    B, T, _, C = x_BTSC.shape
+    sizes, cut = _launch(operands)
     split_dy, split_dyx = x_BTSC.new_empty((2, B, T, cut.num_splits, C), dtype=torch.float32)
     sums_2BTC = x_BTSC.new_empty((2, B, T, C), dtype=torch.float32)
     weighted_2TC = x_BTSC.new_empty((2, T, C), dtype=torch.float32)
-    sums_kernel[cut.streaming_grid](
-        dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, split_dy, split_dyx,
-        T, S, C, cut.num_splits, cut.split_rows, gain_BtC.shape[1], bias_BtC.shape[1], eps,
-        RELU=relu, **cut.tile,
-    )  # fmt: skip
+    sums_kernel[cut.streaming_grid](dy_BTSC, *operands, split_dy, split_dyx, *sizes, **cut.tile)
     merge_sums_kernel[cut.merging_grid](
         split_dy, split_dyx, gain_BtC, sums_2BTC, weighted_2TC,
         B, T, C, cut.num_splits, gain_BtC.shape[1], **MERGE_TILE, **OPTIONS,
@@ -383,23 +353,18 @@ def sums(
     return sums_2BTC, weighted_2TC
 
 
-def dx(
-    dy_BTSC: Tensor,
-    x_BTSC: Tensor,
-    gain_BtC: Tensor,
-    bias_BtC: Tensor,
-    mean_TC: Tensor,
-    var_TC: Tensor,
-    terms_2TC: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> Tensor:
+def dx(dy_BTSC: Tensor, operands: NormOperands, terms_2TC: Tensor | None) -> Tensor:
     """dx, [B, T, S, C] of the dtype of x; `terms` None: the statistics do not depend on x."""
-    (_, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
-    dx_BTSC = torch.empty_like(x_BTSC)
+    dx_BTSC = torch.empty_like(operands.x_BTSC)
+    sizes, cut = _launch(operands)
     dx_kernel[cut.streaming_grid](
-        dy_BTSC, x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC, terms_2TC, dx_BTSC,
-        T, S, C, cut.num_splits, cut.split_rows, gain_BtC.shape[1], bias_BtC.shape[1], eps,
-        RELU=relu, TERMS=terms_2TC is not None, **cut.tile,
-    )  # fmt: skip
+        dy_BTSC, *operands, terms_2TC, dx_BTSC, *sizes, TERMS=terms_2TC is not None, **cut.tile
+    )
     return dx_BTSC
+
+
+def _launch(operands: NormOperands) -> tuple[tuple[int, ...], Plan]:
+    """T, S, C, splits, rows of a split, frames of gain and of bias; and the plan."""
+    x_BTSC, gain_BtC, bias_BtC, _, _ = operands
+    (_, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)
+    return (T, S, C, cut.num_splits, cut.split_rows, gain_BtC.shape[1], bias_BtC.shape[1]), cut

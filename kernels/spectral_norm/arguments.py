@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.dispatch import triton_obstacle
+from kernels.dispatch import triton_unsupported
 
 
-def fp32_triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def fp32_triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels that read fp32 weights cannot run."""
-    return triton_obstacle(device, dtype) or not_fp32(dtype)
+    return triton_unsupported(device, dtype) or not_fp32(dtype)
 
 
 def not_fp32(dtype: torch.dtype) -> str | None:

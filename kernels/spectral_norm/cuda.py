@@ -1,4 +1,4 @@
-"""The CUDA C++ form of `kernels.power_iteration_`: csrc/, where it has been built."""
+"""`kernels.power_iteration_` in CUDA C++: csrc/, where it has been built."""
 
 from collections.abc import Sequence
 

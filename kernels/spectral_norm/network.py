@@ -11,8 +11,8 @@ already. K is rounded once, from the fp32 sum of the taps.
 Shapes: W [R, ...] read as [R, K] by u [R] and v [K]; with a fold [O, taps..., I]; L weights.
 Arithmetic is fp32 (the weight's own precision in "pytorch" and "reference"). Bytes for N values in
 bf16: forward 10·N, backward 12·N. W is read for σ and again to be divided, from memory both times,
-since the network lies between; the form for single weights (6·N and 10·N if W stays in the L2
-cache) pays with two launches for each. FLOPs 4·N and 6·N.
+since the network lies between; weight by weight it is 6·N and 10·N if W stays in the L2 cache,
+but two launches for each. FLOPs 4·N and 6·N.
 
 Implementations: "triton" (two launches forward and two backward, for fp32 weights), "pytorch" (the
 closed form in few calls), "reference". Decided: unlike the power iteration it is not in CUDA C++
@@ -32,16 +32,16 @@ from kernels.dispatch import (
     Implementation,
     Operator,
     everywhere,
-    triton_reluctance,
+    triton_not_preferred,
 )
 from kernels.registration import operator
 from kernels.spectral_norm import network_pytorch
-from kernels.spectral_norm.arguments import check_lists, fp32_triton_obstacle
+from kernels.spectral_norm.arguments import check_lists, fp32_triton_unsupported
 from kernels.spectral_norm.weight import spectral_normalize_reference
 
 SPECTRAL_NORMALIZE_ALL = Operator(
     "spectral_normalize_all",
-    Implementation("triton", fp32_triton_obstacle, triton_reluctance),
+    Implementation("triton", fp32_triton_unsupported, triton_not_preferred),
     Implementation("pytorch", everywhere),
 )
 LOW = (torch.float16, torch.bfloat16)
@@ -129,7 +129,7 @@ def _(dys: Sequence[Tensor], weights: Sequence[Tensor], *arguments: Any) -> list
 # ------------------------------------------------------------------------------- autograd
 
 
-class _Form(NamedTuple):
+class _Method(NamedTuple):
     """What is the same for a network's every pass."""
 
     dtype: torch.dtype
@@ -138,12 +138,12 @@ class _Form(NamedTuple):
     impl: str
 
 
-def _forward(form: _Form, *tensors: Tensor) -> tuple[list[Tensor], Tensor]:
+def _forward(method: _Method, *tensors: Tensor) -> tuple[list[Tensor], Tensor]:
     """(K of every weight, σ [L]) without derivatives, of all weights, then all u, then all v."""
     weights, us, vs = _thirds(tensors)
-    if form.impl == "triton":
-        return normalize_all_operator(weights, us, vs, form.dtype, form.lows, form.folds)
-    dtypes, hows = _dtypes(weights, form.dtype, form.lows), [FOLDS[i] for i in form.folds]
+    if method.impl == "triton":
+        return normalize_all_operator(weights, us, vs, method.dtype, method.lows, method.folds)
+    dtypes, hows = _dtypes(weights, method.dtype, method.lows), [FOLDS[i] for i in method.folds]
     return network_pytorch.normalize(weights, us, vs, dtypes, hows)
 
 
@@ -154,25 +154,25 @@ class _NormalizeAll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, form: _Form, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kernels, sigma_L = _forward(form, *tensors)
-        ctx.form = form
+    def forward(ctx: Any, method: _Method, *tensors: Tensor) -> tuple[Tensor, ...]:
+        kernels, sigma_L = _forward(method, *tensors)
+        ctx.method = method
         ctx.save_for_backward(*tensors, sigma_L)
         return tuple(kernels)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, sigma_L = ctx.saved_tensors
-        form: _Form = ctx.form
+        method: _Method = ctx.method
         weights, us, vs = _thirds(tensors)
         dws: Sequence[Tensor]
-        if form.impl == "triton" and not torch.is_grad_enabled():
+        if method.impl == "triton" and not torch.is_grad_enabled():
             dys = tuple(dy.contiguous() for dy in dys)
-            dws = gradients_operator(dys, weights, us, vs, sigma_L, form.folds)
+            dws = gradients_operator(dys, weights, us, vs, sigma_L, method.folds)
         else:
             if torch.is_grad_enabled():  # a graph of the backward pass is wanted: σ a function of W
                 sigma_L = torch.stack(network_pytorch.sigmas_of(weights, us, vs))
-            hows = [FOLDS[index] for index in form.folds]
+            hows = [FOLDS[index] for index in method.folds]
             dws = network_pytorch.gradients(dys, weights, us, vs, sigma_L, hows)
         return None, *dws, *[None] * (2 * len(weights))
 
@@ -209,6 +209,15 @@ def spectral_normalize_all(
 
     Raises ValueError for lists that do not fit, an empty list or weight, and dtypes and folds that
     cannot be; ImplementationError for an implementation that cannot run.
+
+    >>> weights = [torch.randn(8, 3, 3, 4), torch.randn(6, 5)]
+    >>> us, vs = [torch.randn(8), torch.randn(6)], [torch.randn(36), torch.randn(5)]
+    >>> _ = kernels.power_iteration_(weights, us, vs)
+    >>> folded, plain = kernels.spectral_normalize_all(
+    ...     weights, us, vs, [None, torch.bfloat16], ["upsampling", None]
+    ... )
+    >>> folded.shape, plain.dtype
+    (torch.Size([8, 4, 4, 4]), torch.bfloat16)
     """
     check_lists(weights, us, vs)
     if not len(weights) == len(dtypes) == len(folds):
@@ -226,7 +235,7 @@ def spectral_normalize_all(
     impl = SPECTRAL_NORMALIZE_ALL.choose(impl, weights[0].device, own)
     if impl == REFERENCE:
         return spectral_normalize_all_reference(weights, us, vs, wanted, folds)
-    form = _Form(
+    method = _Method(
         next(iter(others), own),
         tuple(dtype != own for dtype in wanted),
         tuple(FOLDS.index(how) for how in folds),
@@ -234,5 +243,5 @@ def spectral_normalize_all(
     )
     tensors = *(weight.contiguous() for weight in weights), *us, *vs
     if torch.is_grad_enabled():
-        return list(_NormalizeAll.apply(form, *tensors))
-    return _forward(form, *tensors)[0]
+        return list(_NormalizeAll.apply(method, *tensors))
+    return _forward(method, *tensors)[0]

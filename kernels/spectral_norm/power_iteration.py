@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.dispatch import REFERENCE, Implementation, Operator, triton_reluctance
+from kernels.dispatch import REFERENCE, Implementation, Operator, triton_not_preferred
 from kernels.registration import operator
 from kernels.spectral_norm import cuda
-from kernels.spectral_norm.arguments import check_lists, fp32_triton_obstacle, not_fp32
+from kernels.spectral_norm.arguments import check_lists, fp32_triton_unsupported, not_fp32
 
 
-def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _cuda_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"tensors are on {device.type}, not on CUDA"
     return not_fp32(dtype) or cuda.unavailable()
@@ -25,8 +25,8 @@ def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 POWER_ITERATION = Operator(
     "power_iteration_",
-    Implementation("cuda", _cuda_obstacle),
-    Implementation("triton", fp32_triton_obstacle, triton_reluctance),
+    Implementation("cuda", _cuda_unsupported),
+    Implementation("triton", fp32_triton_unsupported, triton_not_preferred),
 )
 
 
@@ -85,6 +85,12 @@ def power_iteration_(
     Raises ValueError for lists that do not fit, an empty list or weight, vectors that are not
     contiguous or not of their weight's dtype and device, and less than one iteration;
     ImplementationError for an implementation that cannot run.
+
+    >>> weight, u_R, v_K = torch.randn(8, 3, 3, 4), torch.randn(8), torch.randn(36)
+    >>> sigma_L = kernels.power_iteration_([weight], [u_R], [v_K], num_iterations=50)
+    >>> exact = torch.linalg.matrix_norm(weight.flatten(1), ord=2)
+    >>> torch.allclose(sigma_L[0], exact, rtol=0.1)
+    True
     """
     check_lists(weights, us, vs)
     if num_iterations < 1:

@@ -1,4 +1,4 @@
-"""How a power iteration over a list of matrices is cut into programs, for every GPU form of it.
+"""How a power iteration over a list of matrices is cut into programs on a GPU.
 
 One iteration is four launches whatever the number of matrices, each over all of them:
 

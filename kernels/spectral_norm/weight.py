@@ -15,13 +15,13 @@ from kernels.dispatch import (
     Implementation,
     Operator,
     everywhere,
-    triton_reluctance,
+    triton_not_preferred,
 )
 from kernels.registration import operator
-from kernels.spectral_norm.arguments import check, fp32_triton_obstacle
+from kernels.spectral_norm.arguments import check, fp32_triton_unsupported
 
 
-def _pytorch_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
+def _pytorch_not_preferred(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why "auto" does not run the closed form in PyTorch on a CPU."""
     if device.type != "cpu":
         return None
@@ -30,8 +30,8 @@ def _pytorch_reluctance(device: torch.device, dtype: torch.dtype) -> str | None:
 
 SPECTRAL_NORMALIZE = Operator(
     "spectral_normalize",
-    Implementation("triton", fp32_triton_obstacle, triton_reluctance),
-    Implementation("pytorch", everywhere, _pytorch_reluctance),
+    Implementation("triton", fp32_triton_unsupported, triton_not_preferred),
+    Implementation("pytorch", everywhere, _pytorch_not_preferred),
 )
 
 # ------------------------------------------------------------------------------- references
@@ -138,6 +138,12 @@ def spectral_normalize(
 
     Raises ValueError for vectors that do not fit the weight and for an empty one;
     ImplementationError for an implementation that cannot run.
+
+    >>> weight, u_R, v_K = torch.randn(8, 3, 3, 4), torch.randn(8), torch.randn(36)
+    >>> _ = kernels.power_iteration_([weight], [u_R], [v_K], num_iterations=50)
+    >>> normalized = kernels.spectral_normalize(weight, u_R, v_K)
+    >>> round(torch.linalg.matrix_norm(normalized.flatten(1), ord=2).item(), 1)
+    1.0
     """
     check(weight, u_R, v_K)
     dtype = dtype or weight.dtype

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.convolution.pooling import conv_pool2d_folded, conv_pool3d_folded
+from kernels.convolution.folding import fold
+from kernels.convolution.fused import convolve
+from kernels.convolution.pytorch import Layout
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -65,6 +67,12 @@ def draw(
 
 def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
     """The operator `kind` on whatever of its inputs are there."""
+    y = run_operator(kind, tensors, impl)
+    return y if isinstance(y, Tensor) else y.video
+
+
+def run_operator(kind: str, tensors: Tensors, impl: str | None) -> Tensor | kernels.Measured:
+    """As `run`, with what an operator behind a norm returns besides."""
     x: Any = tensors["x"]
     if "gain" in tensors:
         statistics = (tensors["mean"], tensors["var"]) if "mean" in tensors else None
@@ -92,14 +100,18 @@ def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
 
 
 def pooled(kind: str, tensors: Tensors, impl: str | None) -> Tensor:
-    """By the public function, or by the form of the convolution that is named."""
-    operands = tensors["x"], tensors["weight"], tensors.get("bias")
-    terms: dict[str, Any] = {"residual_BTOHW": tensors.get("residual"), "impl": impl}
-    public = impl in (None, "reference")
+    """By the public function, or by the implementation of the convolution that is named."""
+    x, weight, bias = tensors["x"], tensors["weight"], tensors.get("bias")
+    residual, pooling = tensors.get("residual"), POOLINGS[kind]
+    if impl not in (None, "reference"):
+        volume = kind != "pool 2d"
+        kernel = fold(weight, pooling if volume else pooling[1:]).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+        layout = Layout((x.shape[3], x.shape[4]), volume=volume, pooling=pooling)
+        return convolve(x, kernel, bias, layout, residual=residual, impl=impl)[0]
     if kind == "pool 2d":
-        return (kernels.conv_pool2d if public else conv_pool2d_folded)(*operands, **terms)
-    run_3d = kernels.conv_pool3d if public else conv_pool3d_folded
-    return run_3d(*operands, pooling=POOLINGS[kind], **terms)
+        return kernels.conv_pool2d(x, weight, bias, residual_BTOHW=residual, impl=impl)
+    return kernels.conv_pool3d(x, weight, bias, residual_BTOHW=residual, pooling=pooling, impl=impl)
 
 
 NORM, GIVEN = ["gain", "shift"], ["gain", "shift", "mean", "var"]
@@ -130,6 +142,11 @@ def terms_of(kind: str) -> list[str]:
     return ["residual"] if "3x3x3" in kind or kind in POOLINGS else TERMS
 
 
+def follows_norm(kind: str) -> bool:
+    """Whether a norm may be in front: discriminators, which pool and see volumes, have none."""
+    return kind not in POOLINGS and "3x3x3" not in kind
+
+
 def choices_of_terms(kind: str) -> list[list[str]]:
     """Nothing, all, and in place of a residual a shortcut."""
     shortcuts = [SHORTCUT, [*SHORTCUT, *LOW]] if kind in ("conv 3x3", "relu 3x3") else []
@@ -139,7 +156,7 @@ def choices_of_terms(kind: str) -> list[list[str]]:
 CASES = [
     (kind, [*norm, *terms])
     for kind in KINDS
-    for norm in ([[]] if kind in POOLINGS else ([], NORM, GIVEN))
+    for norm in (([], NORM, GIVEN) if follows_norm(kind) else [[]])
     for terms in choices_of_terms(kind)
 ]
 

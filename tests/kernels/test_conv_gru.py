@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from kernels.conv_gru.pytorch import conv_gru_reference
 
 Gru = Callable[..., Tensor]
 
@@ -40,7 +41,7 @@ def naive(x: Tensor, w: list[Tensor]) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-@pytest.mark.parametrize("gru", [kernels.conv_gru, kernels.conv_gru_reference])
+@pytest.mark.parametrize("gru", [kernels.conv_gru, conv_gru_reference])
 @pytest.mark.parametrize("num_frames", [1, 2, 5])  # no recurrence, one step, many
 def test_forward_and_every_gradient(gru: Gru, num_frames: int) -> None:
     torch.manual_seed(0)

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 
 FORMS = ("pytorch", "triton")
-SAVES = ("gates", "states")
 OPS = torch.ops.sswgan
 CONSTANT = pytest.mark.parametrize("constant", [False, True], ids=["moving", "constant"])
 
@@ -28,12 +27,12 @@ def draw(
     return [v.to(dtype).requires_grad_() for v in tensors]
 
 
-def function(impl: str, save: Any = "gates", num_frames: int = 3) -> Callable[..., Tensor]:
+def function(impl: str, num_frames: int = 3) -> Callable[..., Tensor]:
     """Of the tensors of `draw`."""
 
     def gru(x: Tensor, *parameters: Tensor) -> Tensor:
         x = x.expand(-1, num_frames, -1, -1, -1)
-        return kernels.conv_gru(x, *parameters, save=save, impl=impl)
+        return kernels.conv_gru(x, *parameters, impl=impl)
 
     return gru
 
@@ -46,15 +45,14 @@ def _seeded() -> None:
 def test_operators_are_registered_right() -> None:
     """Forms with all their arguments and with as few as may be."""
 
-    def frame(channels: int, batch: int = 2) -> Tensor:
-        return torch.randn(batch, 2, 3, channels)
+    def frame(channels: int) -> Tensor:
+        return torch.randn(2, 2, 3, channels)
 
     h, c, y, dy, direct, dh = (frame(4) for _ in range(6))
     ru, dz_ru = frame(8).sigmoid(), frame(8)
     video = torch.randn(2, 3, 2, 3, 4)
     checks: list[tuple[Any, tuple[Any, ...]]] = [
         (OPS.gru_reset_update, (frame(12), frame(8), h, ru, y)),
-        (OPS.gru_reset_update, (frame(12, 1), frame(8), h, ru, y)),
         (OPS.gru_candidate, (frame(12), frame(4), ru, h, c, video[:, 1])),
         (OPS.gru_candidate, (frame(12), None, ru, h, None, y)),
         (OPS.gru_candidate_grad, (video[:, 2], direct, dh, h, ru, c, dz_ru, y)),
@@ -66,14 +64,12 @@ def test_operators_are_registered_right() -> None:
 
 
 @CONSTANT
-@pytest.mark.parametrize(
-    ("impl", "save"), [("reference", "gates"), ("pytorch", "gates"), ("pytorch", "states")]
-)
-def test_first_and_second_derivatives(impl: str, save: str, constant: bool) -> None:
+@pytest.mark.parametrize("impl", ["reference", "pytorch"])
+def test_first_and_second_derivatives(impl: str, constant: bool) -> None:
     """In fp64, by finite differences, of everything."""
     leaves = draw((1, 3, 1, 2, 2), constant=constant, dtype=torch.float64)
-    assert torch.autograd.gradcheck(function(impl, save), leaves)
-    assert torch.autograd.gradgradcheck(function(impl, save), leaves)
+    assert torch.autograd.gradcheck(function(impl), leaves)
+    assert torch.autograd.gradgradcheck(function(impl), leaves)
 
 
 @CONSTANT
@@ -93,12 +89,9 @@ def test_second_derivatives_of_the_triton_form(constant: bool) -> None:
 
 
 @CONSTANT
-@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("impl", FORMS)
-def test_checkpointed_and_without_gradients_equal_eager(
-    impl: str, save: str, constant: bool
-) -> None:
-    gru, leaves = function(impl, save), draw((2, 3, 4, 5, 5), constant=constant)
+def test_checkpointed_and_without_gradients_equal_eager(impl: str, constant: bool) -> None:
+    gru, leaves = function(impl), draw((2, 3, 4, 5, 5), constant=constant)
     y, dy = gru(*leaves), torch.randn(2, 3, 4, 5, 5)
     again = checkpoint(gru, *leaves, use_reentrant=False)
     with torch.no_grad():
@@ -110,12 +103,11 @@ def test_checkpointed_and_without_gradients_equal_eager(
 
 
 @pytest.mark.parametrize(
-    ("impl", "save", "constant"),
-    [("pytorch", "gates", False), ("pytorch", "states", True), ("triton", "gates", True)],
+    ("impl", "constant"), [("pytorch", False), ("pytorch", True), ("triton", True)]
 )
-def test_compiled_equals_eager(impl: str, save: str, constant: bool) -> None:
+def test_compiled_equals_eager(impl: str, constant: bool) -> None:
     """In one graph. Few of the combinations: each takes seconds."""
-    gru, leaves = function(impl, save), draw((2, 3, 4, 5, 5), constant=constant)
+    gru, leaves = function(impl), draw((2, 3, 4, 5, 5), constant=constant)
     torch.compiler.reset()
     compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
     y, other, dy = gru(*leaves), compiled(*leaves), torch.randn(2, 3, 4, 5, 5)
@@ -143,7 +135,7 @@ def saved_bytes(*arguments: Tensor, **options: Any) -> int:
 
 @CONSTANT
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_what_is_saved_is_what_is_asked_for(device: str, constant: bool) -> None:
+def test_the_gates_are_saved_and_no_more(device: str, constant: bool) -> None:
     """At stage 1's largest unit (meta): 1024 channels of 25 frames of 8x8, bf16."""
     B, T, C, H, W = (2, 25, 1024, 8, 8) if device == "meta" else (2, 3, 4, 5, 5)
     with torch.device("meta"):
@@ -152,19 +144,15 @@ def test_what_is_saved_is_what_is_asked_for(device: str, constant: bool) -> None
     inputs = 2 * sum(v.numel() for v in tensors)
     tensors[0] = tensors[0].expand(-1, T, -1, -1, -1)
     y = 2 * B * T * C * H * W
-    biases = 2 * 3 * C  # copied, because ZeRO-3 empties parameters
-    assert saved_bytes(*tensors, save="states") == inputs + y + biases
-    assert saved_bytes(*tensors, save="gates") == inputs + y + 3 * y
-    assert saved_bytes(*tensors) == saved_bytes(*tensors, save="gates")
+    assert saved_bytes(*tensors) == inputs + y + 3 * y
     assert saved_bytes(*tensors, impl="reference") > inputs + 7 * y
     with torch.no_grad():
         assert saved_bytes(*tensors) == 0
 
 
 @CONSTANT
-@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("impl", FORMS)
-def test_flops(impl: str, save: str, constant: bool) -> None:
+def test_flops(impl: str, constant: bool) -> None:
     """Forward as the docstring counts; backward twice that, less what nobody wants."""
     B, T, C, H, W = shape = 2, 5, 16, 6, 7
     with torch.device("meta"):
@@ -172,27 +160,25 @@ def test_flops(impl: str, save: str, constant: bool) -> None:
         dy = torch.empty(shape)
     half = 2 * 9 * C * 3 * C * B * H * W  # per frame, and as much for what reads h
     inputs, hidden = half * (1 if constant else T), half * (T - 1)
-    again = inputs + hidden if save == "states" else 0
 
     def count(*leaves: Tensor) -> tuple[int, int]:
         with FlopCounterMode(display=False) as forward:
-            y = function(impl, save, T)(*leaves)
+            y = function(impl, T)(*leaves)
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y, [v for v in leaves if v.requires_grad], dy)
         return forward.get_total_flops(), backward.get_total_flops()
 
     frozen, fixed_x = [v.detach() for v in parameters], x.detach()
-    assert count(x, *parameters) == (inputs + hidden, 2 * (inputs + hidden) + again)
-    assert count(x, *frozen) == (inputs + hidden, inputs + hidden + again)
-    assert count(fixed_x, *parameters) == (inputs + hidden, inputs + 2 * hidden + again)
+    assert count(x, *parameters) == (inputs + hidden, 2 * (inputs + hidden))
+    assert count(x, *frozen) == (inputs + hidden, inputs + hidden)
+    assert count(fixed_x, *parameters) == (inputs + hidden, inputs + 2 * hidden)
 
 
-@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("impl", FORMS)
-def test_meta_tensors_have_the_results_layout(impl: str, save: str) -> None:
+def test_meta_tensors_have_the_results_layout(impl: str) -> None:
     with torch.device("meta"):
         leaves = draw((2, 3, 4, 5, 6), dtype=torch.bfloat16)
-    y = function(impl, save)(*leaves)
+    y = function(impl)(*leaves)
     assert y.permute(0, 1, 3, 4, 2).is_contiguous()
     assert (y.shape, y.dtype) == (leaves[0].shape, torch.bfloat16)
     for grad, leaf in zip(torch.autograd.grad(y, leaves, torch.empty_like(y)), leaves, strict=True):

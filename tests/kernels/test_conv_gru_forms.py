@@ -5,7 +5,6 @@ truncate): bf16 is for a GPU.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from kernels.conv_gru.gates import passes
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FORMS = ("pytorch", "triton")
-SAVES = ("gates", "states")
 DTYPES = (torch.float32, torch.float16)
 NAMES = ("x", "weight_r", "weight_u", "weight_c", "bias_r", "bias_u", "bias_c")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
@@ -68,11 +66,11 @@ def draw(
     return Case(tuple(v.to(DEVICE, dtype) for v in tensors), T, randn(*shape).to(DEVICE, dtype))
 
 
-def run(case: Case, impl: str, save: Any = "gates") -> dict[str, Tensor]:
+def run(case: Case, impl: str) -> dict[str, Tensor]:
     """The output and every input's gradient, by name."""
     leaves = [v.detach().requires_grad_() for v in case.tensors]
     x = leaves[0].expand(-1, case.num_frames, -1, -1, -1)
-    y = kernels.conv_gru(x, *leaves[1:], save=save, impl=impl)
+    y = kernels.conv_gru(x, *leaves[1:], impl=impl)
     grads = torch.autograd.grad(y, leaves, case.dy)
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)}
 
@@ -93,10 +91,10 @@ def floors(case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
     return found | {f"d{n}": sums * (value if "weight" in n else 1.0) for n in NAMES[1:]}
 
 
-def assert_as_good_as_reference(case: Case, impl: str, save: str = "gates") -> None:
+def assert_as_good_as_reference(case: Case, impl: str) -> None:
     """Errors, against fp64, at most twice those of the reference in the same dtype."""
     truth = run(case.double(), "reference")
-    reference, got = run(case, "reference"), run(case, impl, save)
+    reference, got = run(case, "reference"), run(case, impl)
     allowed = floors(case, truth)
     for name, exact in truth.items():
         assert got[name].dtype == reference[name].dtype, name
@@ -113,11 +111,10 @@ def test_sizes(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["moving", "constant"])
-@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("impl", FORMS)
-def test_what_is_saved_changes_no_result(impl: str, save: str, constant: bool) -> None:
+def test_a_constant_x(impl: str, constant: bool) -> None:
     for shape in ((2, 4, 5, 3, 4), (2, 1, 5, 3, 4)):
-        assert_as_good_as_reference(draw(shape, torch.float32, constant=constant), impl, save)
+        assert_as_good_as_reference(draw(shape, torch.float32, constant=constant), impl)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -125,26 +122,24 @@ def test_what_is_saved_changes_no_result(impl: str, save: str, constant: bool) -
     shape=st.tuples(*(st.integers(1, most) for most in (3, 4, 40, 6, 7))),
     dtype=st.sampled_from(DTYPES),
     impl=st.sampled_from(FORMS),
-    save=st.sampled_from(SAVES),
     constant=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_drawn(
-    shape: tuple[int, ...], dtype: torch.dtype, impl: str, save: str, constant: bool, seed: int
+    shape: tuple[int, ...], dtype: torch.dtype, impl: str, constant: bool, seed: int
 ) -> None:
-    assert_as_good_as_reference(draw(shape, dtype, constant=constant, seed=seed), impl, save)
+    assert_as_good_as_reference(draw(shape, dtype, constant=constant, seed=seed), impl)
 
 
 @pytest.mark.parametrize("wanted", NAMES)
-@pytest.mark.parametrize("save", SAVES)
-def test_one_gradient_alone_is_as_with_the_others(save: Any, wanted: str) -> None:
+def test_one_gradient_alone_is_as_with_the_others(wanted: str) -> None:
     """And what wants none gets none."""
     case = draw((2, 3, 4, 3, 5), torch.float32)
-    expected = run(case, "pytorch", save)
+    expected = run(case, "pytorch")
     inputs = [
         v.clone().requires_grad_(n == wanted) for n, v in zip(NAMES, case.tensors, strict=True)
     ]
-    kernels.conv_gru(*inputs, save=save, impl="pytorch").backward(case.dy)
+    kernels.conv_gru(*inputs, impl="pytorch").backward(case.dy)
     for name, value in zip(NAMES, inputs, strict=True):
         if name == wanted:
             assert value.grad is not None
@@ -175,20 +170,17 @@ def test_any_layout_gives_the_same_bits(impl: str) -> None:
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["moving", "constant"])
-@pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("impl", FORMS)
 @torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-def test_runs_are_bit_equal_and_read_nothing_unwritten(
-    impl: str, save: str, constant: bool
-) -> None:
+def test_runs_are_bit_equal_and_read_nothing_unwritten(impl: str, constant: bool) -> None:
     """The second run finds NaN in all memory that it allocates."""
     case = draw((2, 4, 33, 3, 5), torch.float32, constant=constant)
-    first = run(case, impl, save)
+    first = run(case, impl)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
         assert case.dy.new_empty(3).isnan().all()
-        second = run(case, impl, save)
+        second = run(case, impl)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -264,20 +256,13 @@ def test_wrong_shapes_are_refused(change: dict[str, tuple[int, ...]], message: s
         kernels.conv_gru(*(torch.ones(shape) for shape in (shapes | change).values()))
 
 
-def test_what_cannot_be_saved_is_refused() -> None:
-    case = draw((1, 2, 3, 4, 4), torch.float32)
-    with pytest.raises(ValueError, match="save must be gates or states, not 'all'"):
-        kernels.conv_gru(*case.tensors, save="all")  # type: ignore[arg-type]
-
-
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("save", SAVES)
-def test_bf16_on_a_gpu(save: str) -> None:
+def test_bf16_on_a_gpu() -> None:
     for shape in SIZES.values():
         for constant in (False, True):
             case = draw(shape, torch.bfloat16, constant=constant)
-            assert_as_good_as_reference(case, "triton", save)
+            assert_as_good_as_reference(case, "triton")
 
 
 @pytest.mark.gpu
@@ -330,8 +315,7 @@ def test_more_than_2_to_the_31_values() -> None:
 
 @pytest.mark.gpu
 @needs_gpu_memory(75)  # fourteen times y's 4.3 GB: the gates, all gradients, and copies of both
-@pytest.mark.parametrize("save", SAVES)
-def test_all_of_it_past_2_to_the_31_values(save: str) -> None:
+def test_all_of_it_past_2_to_the_31_values() -> None:
     """Equal samples, the last of them past int32 offsets: each must be as when it is alone.
 
     Not bit for bit, as cuDNN may sum otherwise for another batch: in each of two steps r, u, c and
@@ -339,9 +323,9 @@ def test_all_of_it_past_2_to_the_31_values(save: str) -> None:
     of these, of either sign, so rounding counts for more; samples past the offsets are half of it.
     """
     case, num_samples = draw((1, 2, 64, 512, 512), torch.bfloat16), 66
-    alone = run(case, "triton", save)
+    alone = run(case, "triton")
     x, dy = (v.repeat(num_samples, 1, 1, 1, 1) for v in (case.tensors[0], case.dy))
-    found = run(Case((x, *case.tensors[1:]), 2, dy), "triton", save)
+    found = run(Case((x, *case.tensors[1:]), 2, dy), "triton")
     assert found["y"].numel() > 2**31
     for name, expected in alone.items():
         samples = name in ("y", "dx")

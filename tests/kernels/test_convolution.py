@@ -100,19 +100,18 @@ def assert_close_to_the_truth(
 
 @pytest.mark.parametrize("impl", ["triton", "epilogue"])
 def test_moments_are_those_of_the_result(impl: str) -> None:
-    tensors = case("separable", [], dtype=torch.float32)
+    tensors = case("separable", NORM, dtype=torch.float32)
+    norm = tensors["x"], tensors["gain"], tensors["shift"]
     weights = tensors["weight"], tensors["spatial"], tensors["bias"]
-    y, moments = kernels.separable_conv3d_with_moments(tensors["x"], *weights, impl=impl)
-    assert torch.equal(y, kernels.separable_conv3d(tensors["x"], *weights, impl=impl))
+    x = kernels.Normalized(*norm, wants_moments=True)
+    y, moments = kernels.separable_conv3d(x, *weights, impl=impl)
     assert moments is not None
     for got, expected in zip(moments, kernels.frame_statistics(y), strict=True):
         torch.testing.assert_close(got, expected)
-    assert kernels.separable_conv3d_with_moments(tensors["x"], *weights, impl="pytorch")[1] is None
-    unwanted = kernels.separable_conv3d_with_moments(
-        tensors["x"], *weights, wanted=False, impl=impl
-    )
-    assert torch.equal(unwanted[0], y)
-    assert unwanted[1] is None
+    assert kernels.separable_conv3d(x, *weights, impl="pytorch").moments is None
+    unwanted = kernels.separable_conv3d(kernels.Normalized(*norm), *weights, impl=impl)
+    assert torch.equal(unwanted.video, y)
+    assert unwanted.moments is None
     kernel = torch.randn(OUT, 4, 4, IN, device=DEVICE)
     y, moments = convolve(
         tensors["x"], kernel, None, Layout((H, W), upsample=True), moments=True, impl="epilogue"
@@ -120,9 +119,9 @@ def test_moments_are_those_of_the_result(impl: str) -> None:
     assert moments is not None
     for got, expected in zip(moments, kernels.frame_statistics(y), strict=True):
         torch.testing.assert_close(got, expected)
-    with pytest.raises(kernels.ImplementationError, match="no form in Triton"):
+    with pytest.raises(kernels.ImplementationError, match="no implementation in Triton"):
         convolve(tensors["x"], kernel, None, Layout((H, W), upsample=True), impl="triton")
-    with pytest.raises(kernels.ImplementationError, match="no form in Triton"):
+    with pytest.raises(kernels.ImplementationError, match="no implementation in Triton"):
         convolve(tensors["x"], kernel, None, Layout((H, W), pooling=(1, 2, 2)), impl="triton")
 
 
@@ -209,9 +208,11 @@ def test_moments_given_by_the_maker_of_x_are_used_as_its_own(kind: str) -> None:
         moments = kernels.frame_statistics(leaves["x"].detach())
         x = kernels.Normalized(leaves["x"], leaves["gain"], leaves["shift"], moments=moments)
         if kind == "separable":
-            return kernels.separable_conv3d(x, leaves["weight"], leaves["spatial"], leaves["bias"])
-        op = kernels.upsample_conv if kind == "upsample" else kernels.conv2d
-        return op(x, leaves["weight"], leaves["bias"])
+            weights = leaves["weight"], leaves["spatial"]
+            return kernels.separable_conv3d(x, *weights, leaves["bias"]).video
+        if kind == "upsample":
+            return kernels.upsample_conv(x, leaves["weight"], leaves["bias"]).video
+        return kernels.conv2d(x, leaves["weight"], leaves["bias"]).video
 
     expected = gradients(partial(plain, kind), tensors)
     for name, value in gradients(told, tensors).items():

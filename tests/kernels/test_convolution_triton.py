@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.convolution.low_skip import LowSkip, add_low_skip
 from kernels.convolution.pytorch import convolve_volume
+from kernels.convolution.terms import LowSkip, add_low_skip
 
 convolution = pytest.importorskip("kernels.convolution.triton")
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels.convolution import upsampled_shortcut
+from kernels.convolution import terms
 
 
 def randn(*shape: int) -> Tensor:
@@ -76,7 +76,7 @@ def test_conv3d_adds_the_residual() -> None:
     torch.testing.assert_close(got, expected.clamp(min=0))
 
 
-@pytest.mark.parametrize("impl", ["reference", "transposed", "shuffled"])
+@pytest.mark.parametrize("impl", ["reference", "folded"])
 def test_upsample_conv(impl: str) -> None:
     x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, 3, 3, 5), randn(7)
     expected = naive_conv(naive_up(x), weight[:, None], bias)
@@ -102,7 +102,7 @@ def test_an_upsampled_shortcut_is_the_projection_of_the_upsampled_input(setting:
 def test_sums_of_four_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with too many values for PyTorch's kernels: five frames as 2, 2 and 1."""
     dy = torch.randn(1, 5, 8 * 6, 3)
-    whole = upsampled_shortcut.sums_of_four(dy, (8, 6))
+    whole = terms.sums_of_four(dy, (8, 6))
     expected = dy.view(1, 5, 4, 2, 3, 2, 3).sum((3, 5)).flatten(2, 3)
     torch.testing.assert_close(whole, expected)
     num_frames = []
@@ -114,9 +114,9 @@ def test_sums_of_four_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
             return func(*args, **(kwargs or {}))
 
     # A frame has 3 channels of 48 pixels; a part must have fewer values than this.
-    monkeypatch.setattr(upsampled_shortcut, "MOST_SUMMED", 2 * 3 * 48 + 1)
+    monkeypatch.setattr(terms, "MOST_SUMMED", 2 * 3 * 48 + 1)
     with Counted():
-        parts = upsampled_shortcut.sums_of_four(dy, (8, 6))
+        parts = terms.sums_of_four(dy, (8, 6))
     assert num_frames == [2, 2, 1]
     assert torch.equal(whole, parts)
     assert whole.stride() == parts.stride()
@@ -246,7 +246,6 @@ def test_every_output_is_channels_last_in_memory() -> None:
         "conv3d": kernels.conv3d(x, deep),
         "conv3d, relu": kernels.conv3d(x, deep, relu=True),
         "upsample": kernels.upsample_conv(x, flat),
-        "upsample, shuffled": kernels.upsample_conv(x, flat, impl="shuffled"),
         "pool2d": kernels.conv_pool2d(x, flat),
         "pool3d": kernels.conv_pool3d(x, deep),
         "separable": kernels.separable_conv3d(x, taps, flat, skip=skip),

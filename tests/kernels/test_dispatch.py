@@ -18,7 +18,7 @@ def operator(monkeypatch: pytest.MonkeyPatch) -> Operator:
     monkeypatch.setattr(dispatch, "_operators", {})
     return Operator(
         "op",
-        Implementation("triton", dispatch.triton_obstacle, dispatch.triton_reluctance),
+        Implementation("triton", dispatch.triton_unsupported, dispatch.triton_not_preferred),
         Implementation("pytorch", dispatch.everywhere),
     )
 

@@ -1,8 +1,8 @@
 """Resampling folded into convolutions against the same operators as they stand."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,24 +12,19 @@ from torch.nn import functional as F
 
 import kernels
 from kernels.convolution.folding import pooling_kernel, upsampling_kernel
-from kernels.convolution.pooling import conv_pool2d_folded, conv_pool3d_folded
+from kernels.convolution.resampling import conv_pool_reference, upsample_conv_reference
 
 Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-UPSAMPLING: dict[str, Operator] = {
-    "transposed": partial(kernels.upsample_conv, impl="transposed"),
-    "shuffled": partial(kernels.upsample_conv, impl="shuffled"),
-}
-# name: (folded, reference, taps)
+# name: (operator, its reference, taps)
 OPERATORS: dict[str, tuple[Operator, Operator, tuple[int, ...]]] = {
-    **{k: (run, kernels.upsample_conv_reference, (3, 3)) for k, run in UPSAMPLING.items()},
-    "pool2d": (conv_pool2d_folded, kernels.conv_pool2d_reference, (3, 3)),
-    "pool3d": (conv_pool3d_folded, kernels.conv_pool3d_reference, (3, 3, 3)),
-    "pool3d, time too": (
-        partial(conv_pool3d_folded, pooling=(2, 2, 2)),
-        partial(kernels.conv_pool3d_reference, pooling=(2, 2, 2)),
-        (3, 3, 3),
-    ),
+    name: (partial(run, impl="folded"), partial(run, impl="reference"), taps)
+    for name, run, taps in (
+        ("upsample", kernels.upsample_conv, (3, 3)),
+        ("pool2d", kernels.conv_pool2d, (3, 3)),
+        ("pool3d", kernels.conv_pool3d, (3, 3, 3)),
+        ("pool3d, time too", partial(kernels.conv_pool3d, pooling=(2, 2, 2)), (3, 3, 3)),
+    )
 }
 
 
@@ -71,24 +66,11 @@ def test_equals_reference_with_every_gradient(name: str, shape: tuple[int, ...])
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-13 * scale, check_stride=False)
 
 
-def test_the_table_chooses_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bits tell which ran: the two forms add in different orders."""
-    rows = (("cpu", 1, "transposed"), ("cpu", 5, "shuffled"), ("cuda", 5, "transposed"))
-    # By its module's name: the attribute of the package is the function.
-    monkeypatch.setattr(sys.modules["kernels.convolution.upsampling"], "TABLE", rows)
-    for channels, form in ((4, "transposed"), (5, "shuffled"), (9, "shuffled")):
-        x, weight, bias = inputs((3, 3), (2, 4, channels, 4, 6))
-        forms = {name: run(x, weight, bias) for name, run in UPSAMPLING.items()}
-        assert not torch.equal(*forms.values())
-        assert torch.equal(kernels.upsample_conv(x, weight, bias), forms[form])
-
-
-@pytest.mark.parametrize("form", UPSAMPLING)
-def test_one_pixel(form: str) -> None:
+def test_one_pixel() -> None:
     """4x4 from 1x1: nothing but borders."""
     x, weight, bias = inputs((3, 3), (1, 1, 2, 1, 1))
-    expected = kernels.upsample_conv_reference(x, weight, bias)
-    torch.testing.assert_close(UPSAMPLING[form](x, weight, bias), expected)
+    expected = kernels.upsample_conv(x, weight, bias, impl="reference")
+    torch.testing.assert_close(kernels.upsample_conv(x, weight, bias), expected)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -126,7 +108,7 @@ def test_rounding_is_no_worse_than_the_reference(name: str, dtype: torch.dtype) 
     for mine, same, true in zip(got, plain, truth, strict=True):
         # Half an ulp of the largest value: what merely storing the result may cost. On a CPU
         # PyTorch's transposed convolution stores every tap's part of an fp16 result.
-        num_roundings = 4 if dtype == torch.float16 and name == "transposed" else 1
+        num_roundings = 4 if dtype == torch.float16 and name == "upsample" else 1
         floor = num_roundings * true.abs().max() * torch.finfo(dtype).eps / 2
         assert (mine - true).abs().max() <= 2 * (same - true).abs().max() + floor
 
@@ -172,20 +154,20 @@ def test_compiles_into_one_graph(name: str) -> None:
 def test_implementations_are_chosen_by_name() -> None:
     x, flat, bias = inputs((3, 3))
     _, deep, _ = inputs((3, 3, 3))
-    operators = (
-        ("upsample_conv", kernels.upsample_conv, flat, "transposed"),
-        ("conv_pool2d", kernels.conv_pool2d, flat, "folded"),
-        ("conv_pool3d", kernels.conv_pool3d, deep, "folded"),
+    operators: tuple[tuple[str, Any, Any, Tensor], ...] = (
+        ("upsample_conv", kernels.upsample_conv, upsample_conv_reference, flat),
+        ("conv_pool2d", kernels.conv_pool2d, conv_pool_reference, flat),
+        ("conv_pool3d", kernels.conv_pool3d, conv_pool_reference, deep),
     )
-    for name, public, weight, best in operators:
-        reference = getattr(kernels, f"{name}_reference")(x, weight, bias)
+    for name, public, as_it_stands, weight in operators:
+        reference = as_it_stands(x, weight, bias)
         assert torch.equal(public(x, weight, bias, impl="reference"), reference)
-        assert torch.equal(public(x, weight, bias), public(x, weight, bias, impl=best))
+        assert torch.equal(public(x, weight, bias), public(x, weight, bias, impl="folded"))
         # Bit for bit the two differ: each is known to have run.
         assert not torch.equal(public(x, weight, bias), reference)
         with kernels.use("reference"):
             assert torch.equal(public(x, weight, bias), reference)
-        assert kernels.implementations("cpu")[name].implementation == best
+        assert kernels.implementations("cpu")[name].implementation == "folded"
         with pytest.raises(kernels.ImplementationError, match=f"{name} has no implementation"):
             public(x, weight, bias, impl="fastest")
 
@@ -193,7 +175,7 @@ def test_implementations_are_chosen_by_name() -> None:
 def test_refusals() -> None:
     x, _, bias = inputs((3, 3))
     _, deep, _ = inputs((3, 3, 3))
-    with pytest.raises(ValueError, match=r"3x3 or folded 4x4, not \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"must be 3x3, not \(5, 5\)"):
         kernels.upsample_conv(x, torch.zeros(7, 5, 5, 5), bias)
     for impl in ("reference", "folded"):
         with pytest.raises(ValueError, match=r"pooling must be .* not \(2, 1, 1\)"):
@@ -230,11 +212,10 @@ def whole_numbers(*shape: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.gpu
-@needs_gpu_memory(32)  # y, its gradient and, shuffled, both in phases: 4.3 GB each
-@pytest.mark.parametrize("form", UPSAMPLING)
-def test_upsampling_to_more_than_2_to_the_31_values(form: str) -> None:
+@needs_gpu_memory(32)  # y and its gradient: 4.3 GB each, and as much where cuDNN takes parts
+def test_upsampling_to_more_than_2_to_the_31_values() -> None:
     x, weight = whole_numbers(1, 129, 64, 256, 256)
-    y = UPSAMPLING[form](x, weight, torch.ones(64, device="cuda"))
+    y = kernels.upsample_conv(x, weight, torch.ones(64, device="cuda"))
     assert y.numel() > 2**31
     [dx] = torch.autograd.grad(y, x, y.detach())
     for t in (0, 64, 128):

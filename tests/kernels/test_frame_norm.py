@@ -10,30 +10,32 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def naive(x: Tensor, gain: Tensor, bias: Tensor, eps: float, relu: bool) -> Tensor:
+def naive(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty_like(x)
     for t in range(x.shape[1]):
         for c in range(x.shape[2]):
             values = x[:, t, c]
-            normal = (values - values.mean()) / (values.var(correction=0) + eps).sqrt()
+            normal = (values - values.mean()) / (values.var(correction=0) + 1e-4).sqrt()
             y[:, t, c] = gain[:, c, None, None] * normal + bias[:, c, None, None]
-    return y.clamp_min(0) if relu else y
+    return y.clamp_min(0)
 
 
 def test_statistics_are_of_each_frame_and_channel() -> None:
     x, gain, bias = 3 * randn(2, 3, 4, 5, 6) + 1, randn(2, 4), randn(2, 4)
-    for relu in (True, False):
-        got = kernels.frame_norm(x, gain, bias, relu=relu, eps=1e-2)
-        torch.testing.assert_close(got, naive(x, gain, bias, 1e-2, relu), check_stride=False)
+    got = kernels.frame_norm(x, gain, bias)
+    torch.testing.assert_close(got, naive(x, gain, bias), check_stride=False)
+    # Where var is as small as epsilon, that decides.
+    got = kernels.frame_norm(x / 300, gain, bias)
+    torch.testing.assert_close(got, naive(x / 300, gain, bias), check_stride=False)
 
 
 def test_given_statistics_are_used() -> None:
     x, gain, bias = randn(2, 3, 4, 5, 6), randn(2, 4), randn(2, 4)
-    mean, var = randn(3, 4), randn(3, 4).square()
-    got = kernels.frame_norm(x, gain, bias, relu=False, eps=0.5, statistics=(mean, var))
-    normal = (x - mean[..., None, None]) / (var[..., None, None] + 0.5).sqrt()
+    mean, var = randn(3, 4), 1e-3 * randn(3, 4).square()
+    got = kernels.frame_norm(x, gain, bias, statistics=(mean, var))
+    normal = (x - mean[..., None, None]) / (var[..., None, None] + 1e-4).sqrt()
     expected = gain[:, None, :, None, None] * normal + bias[:, None, :, None, None]
-    torch.testing.assert_close(got, expected, check_stride=False)
+    torch.testing.assert_close(got, expected.clamp_min(0), check_stride=False)
 
 
 def test_own_statistics_given_back_change_nothing() -> None:
@@ -56,9 +58,9 @@ def test_statistics_are_centred() -> None:
 
 def test_bf16_is_normalised_in_fp32() -> None:
     x, gain, bias = (randn(4, 2, 3, 8, 8) + 20).bfloat16(), randn(4, 3), randn(4, 3)
-    got = kernels.frame_norm(x, gain.float(), bias.float(), relu=False)
+    got = kernels.frame_norm(x, gain.float(), bias.float())
     assert got.dtype == torch.bfloat16
-    expected = naive(x.double(), gain, bias, 1e-4, relu=False)
+    expected = naive(x.double(), gain, bias)
     # One rounding to bf16 (2⁻⁸ relative) at the very end is all that is allowed.
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-5, check_stride=False)
 

@@ -30,21 +30,17 @@ def _seeded() -> None:
 
 @pytest.mark.parametrize("impl", FORMS)
 def test_operators_are_registered_right(impl: str) -> None:
-    x, dy, residual = (randn(2, 3, 6, 4) for _ in range(3))
+    x, dy = (randn(2, 3, 6, 4) for _ in range(2))
     gain, bias = randn(2, 1, 4), randn(2, 3, 4)
     mean, var = randn(3, 4), randn(3, 4).square()
     leaves = [v.requires_grad_() for v in (x, gain, bias, mean, var)]
-    rests: list[tuple[Any, ...]] = [
-        (residual.requires_grad_(), 1e-4, True, False, "", impl),
-        (None, 1e-4, False, True, "", impl),
-    ]
-    for rest in rests[:1] if impl == "triton" else rests:
-        torch.library.opcheck(OPS.frame_norm.default, (*leaves, *rest))
+    for own_statistics in (False,) if impl == "triton" else (False, True):
+        torch.library.opcheck(OPS.frame_norm.default, (*leaves, own_statistics, "", impl))
     torch.library.opcheck(OPS.frame_moments.default, (x, impl))
     arguments = [v.detach() for v in (dy, *leaves)]
-    torch.library.opcheck(OPS.frame_norm_sums.default, (*arguments, 1e-4, True, impl))
+    torch.library.opcheck(OPS.frame_norm_sums.default, (*arguments, impl))
     terms = randn(2, 3, 4)
-    torch.library.opcheck(OPS.frame_norm_dx.default, (*arguments, terms, 1e-4, True, impl))
+    torch.library.opcheck(OPS.frame_norm_dx.default, (*arguments, terms, impl))
 
 
 @pytest.mark.parametrize("impl", ["reference", "pytorch"])
@@ -53,15 +49,12 @@ def test_first_and_second_derivatives(impl: str, given: bool) -> None:
     """In fp64, by finite differences, of everything."""
     double = torch.float64
     inputs = [randn(2, 2, 2, 2, 1, dtype=double), *randn(2, 2, 2, dtype=double)]
-    inputs += [randn(2, 2, 2, 2, 1, dtype=double)]
     if given:
         inputs += [randn(2, 2, dtype=double), randn(2, 2, dtype=double).square() + 0.1]
 
-    def norm(x: Tensor, gain: Tensor, bias: Tensor, residual: Tensor, *fixed: Tensor) -> Tensor:
+    def norm(x: Tensor, gain: Tensor, bias: Tensor, *fixed: Tensor) -> Tensor:
         statistics = (fixed[0], fixed[1]) if fixed else None
-        return kernels.frame_norm(
-            x, gain, bias, residual=residual, statistics=statistics, impl=impl
-        )
+        return kernels.frame_norm(x, gain, bias, statistics=statistics, impl=impl)
 
     leaves = [v.requires_grad_() for v in inputs]
     assert torch.autograd.gradcheck(norm, leaves)
@@ -96,7 +89,7 @@ def test_second_derivatives_of_the_forms_without_fp64() -> None:
 def test_the_backward_operators_refuse_derivatives() -> None:
     x, dy = randn(1, 1, 4, 2).requires_grad_(), randn(1, 1, 4, 2)
     scale, statistic = torch.ones(1, 1, 2), torch.ones(1, 2)
-    arguments = dy, x, scale, scale, statistic, statistic, None, 1e-4, True, "pytorch"
+    arguments = dy, x, scale, scale, statistic, statistic, None, "pytorch"
     with pytest.raises(RuntimeError, match="frame_norm_dx has no derivative"):
         OPS.frame_norm_dx(*arguments)
     with torch.no_grad():
@@ -105,10 +98,10 @@ def test_the_backward_operators_refuse_derivatives() -> None:
 
 @pytest.mark.parametrize("impl", ["reference", *FORMS])
 def test_compiled_and_checkpointed_equal_eager(impl: str) -> None:
-    x, gain, bias, residual = randn(2, 3, 4, 5, 5), randn(2, 4), randn(2, 4), randn(2, 3, 4, 5, 5)
+    x, gain, bias = randn(2, 3, 4, 5, 5), randn(2, 4), randn(2, 4)
 
-    def norm(x: Tensor, gain: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return kernels.frame_norm(x, gain, bias, residual=residual, impl=impl)
+    def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        return kernels.frame_norm(x, gain, bias, impl=impl)
 
     def rerun(*inputs: Tensor) -> Tensor:
         result: Tensor = checkpoint(norm, *inputs, use_reentrant=False)
@@ -117,7 +110,7 @@ def test_compiled_and_checkpointed_equal_eager(impl: str) -> None:
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
     results = []
     for function in (norm, compiled, rerun):
-        leaves = [v.detach().requires_grad_() for v in (x, gain, bias, residual)]
+        leaves = [v.detach().requires_grad_() for v in (x, gain, bias)]
         y = function(*leaves)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, x)])
     for other in results[1:]:
@@ -147,10 +140,9 @@ def test_only_x_and_the_statistics_are_saved(device: str) -> None:
     B, T, C, H, W = size
     x = torch.zeros(B, T, H, W, C, device=device, dtype=torch.bfloat16).permute(0, 1, 4, 2, 3)
     gain, bias = (torch.ones(B, C, device=device).requires_grad_() for _ in range(2))
-    residual = torch.zeros_like(x).requires_grad_()
     least = x.numel() * 2 + 2 * T * C * 4 + 2 * B * C * 4
     x = x.requires_grad_()
-    assert saved_bytes(x, gain, bias, residual=residual) == least
+    assert saved_bytes(x, gain, bias) == least
     assert saved_bytes(x, gain, bias, impl="reference") > 3 * least
 
 

@@ -13,6 +13,7 @@ import kernels
 from kernels.common import csrc_libraries
 from kernels.dispatch import meta_as
 from kernels.frame_norm import cpu as frame_norm_cpu
+from kernels.frame_norm.operands import EPSILON, NormOperands
 
 pytestmark = pytest.mark.skipif(
     csrc_libraries.unavailable(csrc_libraries.CPU) is not None, reason="csrc/ is not built"
@@ -31,14 +32,13 @@ def arguments(
 
 
 def all_passes(*tensors: Tensor) -> list[Tensor]:
-    dy, x, gain, bias, mean, var = tensors
-    scaling = gain, bias, mean, var
-    sums, weighted = frame_norm_cpu.sums(dy, x, *scaling, 1e-4, True)
+    dy, operands = tensors[0], NormOperands(*tensors[1:])
+    sums, weighted = frame_norm_cpu.sums(dy, operands)
     return [
-        *frame_norm_cpu.moments(x),
-        frame_norm_cpu.normalize(x, *scaling, None, 1e-4, True),
+        *frame_norm_cpu.moments(operands.x_BTSC),
+        frame_norm_cpu.normalize(operands),
         sums,
-        frame_norm_cpu.dx(dy, x, *scaling, weighted, 1e-4, True),
+        frame_norm_cpu.dx(dy, operands, weighted),
     ]
 
 
@@ -94,9 +94,10 @@ def test_sums_over_a_long_frame_lose_no_digits(mean: float) -> None:
     assert (got_var - true_var).abs().max() <= of_blocks / S + 2 * rounding
 
     one = torch.ones(1, 1, 3)
-    scaling = one, 0 * one, got_mean, got_var
-    (sums, products), _ = frame_norm_cpu.sums(dy, x, *scaling, 0.0, False)
-    normal = (exact - got_mean.double()) * got_var.double().rsqrt()
+    open_relu = 100 * one  # whatever x is
+    operands = NormOperands(x, one, open_relu, got_mean, got_var)
+    (sums, products), _ = frame_norm_cpu.sums(dy, operands)
+    normal = (exact - got_mean.double()) * (got_var.double() + EPSILON).rsqrt()
     for got, true in ((sums, dy.double()), (products, dy.double() * normal)):
         limit = of_blocks + rounding * S**0.5 * (S / 64) ** 0.5
         assert (got[0] - true.sum(2)[0]).abs().max() <= limit
@@ -111,7 +112,7 @@ def test_the_compiler_left_no_sum_scalar(threads: Callable[[int], None]) -> None
     dy, x, gain, bias, mean, var = arguments((2, 12, 1024, 32))
     calls: tuple[Callable[[], Any], ...] = (
         lambda: frame_norm_cpu.moments(x),
-        lambda: frame_norm_cpu.sums(dy, x, gain, bias, mean, var, 1e-4, True),
+        lambda: frame_norm_cpu.sums(dy, NormOperands(x, gain, bias, mean, var)),
     )
     seconds: list[list[float]] = [[], []]
     for _ in range(7):
@@ -155,7 +156,7 @@ def test_what_is_planned_for_a_cpu_runs_it_on_meta_tensors() -> None:
 def test_the_library_refuses_what_it_would_misread() -> None:
     _, x, gain, bias, mean, var = arguments((2, 3, 5, 4))
     operators = torch.ops.sswgan_cpu
-    rest = None, 1e-4, True, torch.empty_like(x)
+    rest = 1e-4, torch.empty_like(x)
     for wrong, said in (
         ((x.double(), gain, bias, mean, var), "x is neither fp32, bf16 nor fp16"),
         ((x[:, :, :3], gain, bias, mean, var), "x is not contiguous"),
@@ -167,4 +168,4 @@ def test_the_library_refuses_what_it_would_misread() -> None:
         with pytest.raises(RuntimeError, match=said):
             operators.normalize(*wrong, *rest)
     with pytest.raises(RuntimeError, match="the result is of the wrong size"):
-        operators.normalize(x, gain, bias, mean, var, None, 1e-4, True, x[:1].clone())
+        operators.normalize(x, gain, bias, mean, var, 1e-4, x[:1].clone())

@@ -46,16 +46,14 @@ class Case:
     x: Tensor
     gain: Tensor
     bias: Tensor
-    residual: Tensor | None
     statistics: tuple[Tensor, Tensor] | None
     dy: Tensor
-    relu: bool = True
 
     def double(self) -> "Case":
         def up(v: Any) -> Any:
             return tuple(map(up, v)) if isinstance(v, tuple) else v if v is None else v.double()
 
-        names = ("x", "gain", "bias", "residual", "statistics", "dy")
+        names = ("x", "gain", "bias", "statistics", "dy")
         return replace(self, **{name: up(getattr(self, name)) for name in names})
 
 
@@ -65,9 +63,7 @@ def draw(
     *,
     gain_per_frame: bool = False,
     bias_per_frame: bool = False,
-    residual: bool = False,
     given_statistics: bool = False,
-    relu: bool = True,
     seed: int = 0,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
@@ -80,18 +76,14 @@ def draw(
         x=(2 * randn(*shape) + 1).to(dtype),
         gain=randn(*((B, T, C) if gain_per_frame else (B, C))),
         bias=randn(*((B, T, C) if bias_per_frame else (B, C))),
-        residual=randn(*shape).to(dtype) if residual else None,
         statistics=(randn(T, C), randn(T, C).square() + 0.5) if given_statistics else None,
         dy=randn(*shape).to(dtype),
-        relu=relu,
     )
 
 
 def run(case: Case, impl: str) -> dict[str, Tensor]:
     """The output and every input's gradient, by name."""
     inputs = {"x": case.x, "gain": case.gain, "bias": case.bias}
-    if case.residual is not None:
-        inputs["residual"] = case.residual
     if case.statistics is not None:
         inputs |= dict(zip(("mean", "var"), case.statistics, strict=True))
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
@@ -99,8 +91,6 @@ def run(case: Case, impl: str) -> dict[str, Tensor]:
         leaves["x"],
         leaves["gain"],
         leaves["bias"],
-        relu=case.relu,
-        residual=leaves.get("residual"),
         statistics=None if case.statistics is None else (leaves["mean"], leaves["var"]),
         impl=impl,
     )
@@ -128,7 +118,6 @@ def floors(case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
         "dx": rounding * gain * dy * rstd * normal,
         "dgain": sums,
         "dbias": sums,
-        "dresidual": 0.0,
         "dmean": sums * gain * rstd,
         "dvar": sums * gain * rstd**2,
     }
@@ -153,10 +142,10 @@ def test_sizes(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_good_as_reference(draw(shape, dtype), impl)
 
 
-OPTIONS = ("gain_per_frame", "bias_per_frame", "residual", "given_statistics", "relu")
+OPTIONS = ("gain_per_frame", "bias_per_frame", "given_statistics")
 
 
-@pytest.mark.parametrize("options", [dict.fromkeys([o], o != "relu") for o in OPTIONS], ids=str)
+@pytest.mark.parametrize("options", [{option: True} for option in OPTIONS], ids=str)
 @pytest.mark.parametrize(("impl", "dtype"), TYPED_FORMS, ids=str)
 def test_each_option(impl: str, dtype: torch.dtype, options: dict[str, bool]) -> None:
     assert_as_good_as_reference(draw((2, 3, 5, 3, 4), dtype, **options), impl)
@@ -212,7 +201,7 @@ def test_statistics_of_frames_whose_first_pixel_is_not_typical(impl: str, first:
 @pytest.mark.parametrize("impl", FORMS)
 def test_any_layout_gives_the_same_bits(impl: str) -> None:
     """Plain contiguous, channels last, a slice; and an upstream gradient of stride 0."""
-    case = draw((2, 3, 6, 4, 5), torch.float32, residual=True)
+    case = draw((2, 3, 6, 4, 5), torch.float32)
     wide = torch.cat([case.x, case.x], dim=-1)
     layouts = {
         "channels last": case.x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3),
@@ -257,11 +246,18 @@ def test_nan_is_not_hidden_by_the_relu(impl: str) -> None:
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("impl", FORMS)
 def test_given_statistics_take_no_gradient_from_the_value(impl: str, value: float) -> None:
-    """dx is scale·dy, whatever x is."""
-    case = draw((2, 1, 4, 3, 3), torch.float32, given_statistics=True, relu=False)
-    x = case.x.clone()
-    x[0, 0, 1, 2, 2] = value
-    assert torch.equal(run(replace(case, x=x), impl)["dx"], run(case, impl)["dx"])
+    """dx is scale·dy where the ReLU is open, whatever x is."""
+    case = draw((2, 1, 4, 3, 3), torch.float32, given_statistics=True)
+    place = 0, 0, 1, 2, 2
+    opened, x = case.x.clone(), case.x.clone()
+    opened[place] = 1e3 * case.gain[0, 1].sign()
+    x[place] = value if value != value else value * case.gain[0, 1].sign()
+    expected, got = (run(replace(case, x=v), impl)["dx"] for v in (opened, x))
+    if value < 0:
+        expected[place] = 0
+    else:
+        assert expected[place] != 0
+    assert torch.equal(got, expected)
 
 
 def test_an_empty_video() -> None:
@@ -281,7 +277,6 @@ def test_an_empty_video() -> None:
         ({"gain": (2, 3)}, r"gain must be \[2, 5\] or \[2, 3, 5\], not \(2, 3\)"),
         ({"bias": (2, 1, 5)}, "bias must be"),
         ({"x": (2, 5, 4, 4)}, r"x must be \[B, T, C, H, W\]"),
-        ({"residual": (2, 3, 5, 4, 1)}, "residual must be as x"),
         ({"statistics": (5, 3)}, r"mean must be \[3, 5\]"),
     ],
 )
@@ -296,7 +291,7 @@ def test_wrong_shapes_are_refused(change: dict[str, tuple[int, ...]], message: s
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("options", [{}, {"given_statistics": True, "residual": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"given_statistics": True}], ids=str)
 def test_bf16_on_a_gpu(options: dict[str, bool]) -> None:
     for shape in SIZES.values():
         assert_as_good_as_reference(draw(shape, torch.bfloat16, **options), "triton")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels.common import large_batches
-from kernels.convolution.folding import pooling_kernel, upsampling_kernel
+from kernels.convolution.folding import Folded, upsampling_kernel
 from kernels.frame_norm import EPSILON
 
 B, T, I, O = 5, 3, 4, 6  # noqa: E741
@@ -53,28 +53,26 @@ Run = Callable[..., Tensor]
 OPERATORS: dict[str, tuple[Run, Callable[[], list[Tensor]]]] = {
     "conv2d": (kernels.conv2d, lambda: [weight(3, 3), whole_numbers(O)]),
     "conv2d, normalized": (
-        lambda x, w: kernels.conv2d(normalized(x), w),
+        lambda x, w: kernels.conv2d(normalized(x), w).video,
         lambda: [weight(3, 3)],
     ),
     "conv3d": (kernels.conv3d, lambda: [weight(3, 3, 3)]),
-    "conv3d, normalized": (
-        lambda x, w: kernels.conv3d(normalized(x), w),
-        lambda: [weight(3, 3, 3)],
-    ),
     "separable": (
-        lambda x, t, s: kernels.separable_conv3d(normalized(x), t, s),
+        lambda x, t, s: kernels.separable_conv3d(normalized(x), t, s).video,
         pair_of_halves,
     ),
     "upsample": (
-        lambda x, w: kernels.upsample_conv(normalized(x), upsampling_kernel(w)),
+        lambda x, w: (
+            kernels.upsample_conv(normalized(x), Folded(upsampling_kernel(w), "upsampling")).video
+        ),
         lambda: [weight(3, 3)],
     ),
     "pool2d": (
-        lambda x, w: kernels.conv_pool2d(normalized(x).value(), pooling_kernel(w, (2, 2))),
+        lambda x, w: kernels.conv_pool2d(normalized(x).value(), w),
         lambda: [weight(3, 3)],
     ),
     "pool3d": (
-        lambda x, w: kernels.conv_pool3d(x, pooling_kernel(w, (1, 2, 2))),
+        lambda x, w: kernels.conv_pool3d(x, w),
         lambda: [weight(3, 3, 3)],
     ),
     "conv_gru": (kernels.conv_gru, gru_parameters),

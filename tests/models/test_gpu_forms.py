@@ -22,13 +22,13 @@ from small_networks import clip_generator, discriminators, upsampling_generator
 import kernels
 from engine.models import update_spectral_norm
 from engine.models.activation_checkpointing import set_checkpointing
-from kernels import dispatch as implementation
+from kernels import dispatch
 
-for operator in implementation._operators.values():
+for operator in dispatch._operators.values():
     # As on CUDA: "auto" passes nothing over for being on a CPU. Not measured is still not run.
     operator._implementations = tuple(
         form if form.name == "triton" and operator.name == "convolution"
-        else replace(form, reluctance=lambda device, dtype: None)
+        else replace(form, not_preferred=lambda device, dtype: None)
         for form in operator._implementations
     )
 runs = {name: choice.implementation for name, choice in kernels.implementations("cpu").items()}
@@ -37,7 +37,9 @@ expected = {"conv_gru": "triton", "frame_norm": "triton", "convolution": "epilog
 assert runs | expected == runs, runs
 moments_seen = []
 made = kernels.Normalized
-kernels.Normalized = lambda *args: moments_seen.append(args[5] is not None) or made(*args)
+kernels.Normalized = lambda *args, **named: (
+    moments_seen.append(named["moments"] is not None) or made(*args, **named)
+)
 
 
 def results(name, mode="norms", dtype=torch.float32):

@@ -279,7 +279,9 @@ def test_what_a_layer_gets() -> None:
     network = nn.ModuleList([folded, plain, SpectralWeight(3, 4, kept_dtype=True)])
     whole = [layer().detach() for layer in spectral_weights(network)]
     with normalized_weights(network, torch.float16):
-        assert torch.equal(folded.operands(torch.float16)[0], fold(whole[0], "upsampling").half())
+        kernel, how = folded.operands(torch.float16)[0]
+        assert how == "upsampling"
+        assert torch.equal(kernel, fold(whole[0], "upsampling").half())
         assert torch.equal(folded.normalized(torch.float16), whole[0].half())
         assert plain.operands(torch.float16)[0] is plain.normalized.prepared
         assert torch.equal(plain.normalized(), whole[1])

@@ -136,13 +136,14 @@ def test_moments_are_asked_for_where_a_norm_takes_the_batchs_own(
     generator = upsampling_generator()
     z, low = torch.randn(2, 16), torch.randn(2, 2, 3, 8, 8)
     asked: list[bool] = []
-    original = kernels.conv2d_with_moments
+    original = kernels.conv2d
 
-    def recorded(*args: Any, wanted: bool, **named: Any) -> Any:
-        asked.append(wanted)
-        return original(*args, wanted=wanted, **named)
+    def recorded(x: Any, *args: Any, **named: Any) -> Any:
+        if isinstance(x, kernels.Normalized):  # not a shortcut
+            asked.append(x.wants_moments)
+        return original(x, *args, **named)
 
-    monkeypatch.setattr(kernels, "conv2d_with_moments", recorded)
+    monkeypatch.setattr(kernels, "conv2d", recorded)
     generator(z, None, low)
     assert set(asked[:-1]) == {True}
     assert not asked[-1]  # to RGB, after which no norm comes
