@@ -2,10 +2,10 @@
 
 | `training.checkpointing` | kept                                                            |
 |--------------------------|-----------------------------------------------------------------|
-| none                     | whatever a gradient reads, norms' results among it              |
-| norms                    | of a norm with its ReLU only the input; a pass of arithmetic    |
-| blocks                   | of a block only the inputs; all is computed twice that lies     |
-|                          | before its last convolution, whose result nobody reads again    |
+| none                     | all that a gradient reads, results of norms included            |
+| norms                    | a norm's input instead of its result, which is computed again   |
+| blocks                   | a block's inputs; the block is computed again up to its last    |
+|                          | convolution, because nobody reads that one's result             |
 
 All three compute the same, bit for bit: a block computed again divides its weights by the same σ
 (power iteration is no part of a pass) and draws nothing at random.
@@ -34,8 +34,8 @@ class Block(nn.Module):
 
     @property
     def end(self) -> BlockEnd | None:
-        """The layer whose result is the block's, if there is one: nobody reads it in a pass that is
-        made again."""
+        """The block's last layer, if it makes the block's result, which nobody reads in a pass that
+        is made again."""
         return None
 
 

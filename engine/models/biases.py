@@ -1,4 +1,4 @@
-"""Layers with a bias, and a network's biases in the dtype that it computes in, rounded at once."""
+"""Layers with a bias. A network rounds all its biases at once to the dtype that it computes in."""
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class BiasedLayer(PreparedLayer):
         return self.bias is not None and not self._kept_dtype and self.bias.dtype != dtype
 
     def bias_in(self, dtype: torch.dtype | None) -> Tensor:
-        """The bias; None stands for the dtype that it is kept in, or for the prepared one's."""
+        """The bias in `dtype`. With None it is the prepared one, or else the bias as it is kept."""
         if self.prepared is not None and dtype in (None, self.prepared.dtype):
             return self.prepared
         assert self.bias is not None
@@ -29,8 +29,8 @@ class BiasedLayer(PreparedLayer):
 
 
 def rounded_biases(network: nn.Module, dtype: torch.dtype) -> dict[PreparedLayer, Tensor]:
-    """The biases of a network's layers in the dtype that it computes in, rounded at once; none
-    where there is nothing to round."""
+    """By layer, the biases in the dtype that the network computes in. Biases that need no rounding
+    are left out."""
     # Those of an odd size come last: the others' values are where wide loads find them.
     layers = sorted(
         (layer for layer in layers_of(network, BiasedLayer) if layer.rounds_to(dtype)),

@@ -1,8 +1,8 @@
 """Residual blocks of generators and discriminators, and the generator's units.
 
-Everything takes and returns videos [B, T, C, H, W], the generator's with their moments where these
-are known; `cond_BK` is the condition [z; e(y)] and `low` the low-resolution video x_l at its own
-size and length.
+A discriminator's block takes and returns videos [B, T, C, H, W], a generator's block `Features`: a
+video, with its moments where these are known. `cond_BK` is the condition [z; e(y)], `low` the
+low-resolution video x_l at its own size and length.
 """
 
 from typing import Literal

@@ -27,9 +27,9 @@ class Features(NamedTuple):
 
 
 class NormalizedFeatures(NamedTuple):
-    """What a norm hands to a convolution: relu(norm(x)), which the convolution computes.
+    """What a norm hands to a convolution: relu(norm(x)), not computed yet.
 
-    So it need not keep it for the backward pass.
+    The convolution computes it, and again in the backward pass, so that nobody keeps it.
     """
 
     normalized: kernels.Normalized

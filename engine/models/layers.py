@@ -47,20 +47,20 @@ class Embedding(nn.Module):
 
 
 Resampling = Literal["up"] | kernels.Pooling | None
-"""What a convolution does besides: nearest upsampling by two before it, average pooling after it
-(over frames, rows and columns), or nothing."""
+"""Upsampling by two to nearest neighbours before a convolution, average pooling over frames, rows
+and columns after it, or neither."""
 
 
 class BlockEnd(BiasedLayer):
     """A convolution that may be the last layer of a block."""
 
     recomputing = False
-    """Whether its block is computed again, for the graph alone: nobody reads the result."""
+    """Whether its block is computed again for its backward pass, where nobody reads the result."""
 
     @property
     def only_graph(self) -> bool:
-        """As the operators' argument. PyTorch ends a pass that is made again when the last tensor
-        is kept; a Function's are kept after it ran."""
+        """The operators' argument of that name. It spares this layer's work in a pass that is made
+        again, which PyTorch ends only when the last tensor has been kept."""
         # A compiled block's two passes must be one program, which keeps the same tensors: it must
         # not even ask whether this is the second.
         return not torch.compiler.is_compiling() and self.recomputing
@@ -89,8 +89,8 @@ class Convolution(BlockEnd):
     def operands(self, dtype: torch.dtype) -> tuple[Any, Tensor]:
         """(weight, bias) as the operator takes them, in `dtype`.
 
-        Where the operator folds resampling into the weight they are as they are kept, because it
-        rounds only then; or the weight is `kernels.Folded` already, as the pass has prepared it.
+        An operator that resamples folds the weight before it rounds, so it takes both as they are
+        kept. If the pass has prepared the weight, it is `kernels.Folded` already.
         """
         asked = dtype if self.resample is None else None
         return self.normalized(asked), self.bias_in(asked)
@@ -103,10 +103,10 @@ class Convolution(BlockEnd):
         skip: kernels.LowSkip | None = None,
         relu: bool = False,
     ) -> Tensor | Features:
-        """Of what a norm hands on `Features`; of a video [B, T, C, H, W], as D has it, a video.
+        """Behind a norm, in G, this returns `Features`; given a video, in D, it returns a video.
 
-        `residual` and, behind a norm, `skip` (x_l) are added; with `relu`, which is for a video,
-        the result is the ReLU of the sum.
+        `residual` and, in G, `skip` (x_l) are added to the result; with `relu`, in D, it is the
+        ReLU of the sum.
         """
         asked: dict[str, Any] = {
             "residual_BTOHW": residual,

@@ -1,8 +1,8 @@
-"""What a network's pass computes at once for all of its layers, where each would compute its own.
+"""Small operators that a pass runs once for all layers of a network, not once per layer.
 
-A GPU's host pays for every small operator, and a network has hundreds of layers with the same ones:
-weights to divide, biases to round, gains and biases of norms to take from the condition. The layers
-use what is prepared inside `with` and nowhere else.
+A network has hundreds of layers with the same ones: weights to divide, biases to round, gains and
+biases of norms to compute from the condition. A GPU's host pays for every call. Layers use what is
+prepared inside a `with` block; outside it every layer computes its own.
 """
 
 from collections.abc import Mapping

@@ -3,8 +3,8 @@
 Weights are stored [O, ...] with input channels last and kept in fp32 (decided: Adam's steps are too
 small for bf16). Power iteration is no part of a forward pass: the training loop calls
 `update_spectral_norm` once per optimiser step, so that checkpointed, repeated and accumulated
-passes all see one and the same σ. A network's pass divides all its weights and rounds all its
-biases at once, in `normalized_weights`, unless they are partitioned.
+passes all see one and the same σ. `normalized_weights` divides all weights of a network and rounds
+all its biases at once for a pass, unless they are partitioned.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,9 @@
 from collections.abc import Iterator
 
 from kernels.compiled.variant import CHANNEL_TILES, Variant
+from kernels.convolution.epilogue import MERGE_TILE, add_terms_kernel
 from kernels.convolution.tiles import WIDE, configurations
-from kernels.convolution.triton import GROUP, MERGE_TILE, add_terms_kernel, convolve_kernel
+from kernels.convolution.triton import GROUP, convolve_kernel
 from kernels.frame_norm.triton import OPTIONS, TILE, merge_moments_kernel
 
 

@@ -1,8 +1,8 @@
 """The registered operators of `kernels.conv_gru`: its gates, elementwise, forward and backward.
 
 They write into the tensors that they are given and return nothing; `pytorch.py` describes
-the arguments and has the same functions in PyTorch. Registered are the Triton kernels: PyTorch's
-own operators need it not, and torch.compile fuses them where it can see them.
+the arguments and has the same functions in PyTorch. Only the Triton kernels are registered:
+torch.compile sees PyTorch's operators as they are, and fuses them.
 """
 
 from types import ModuleType, SimpleNamespace

@@ -1,14 +1,13 @@
 """Resampling folded into a convolution's kernel.
 
-The mean of two neighbouring outputs of a kernel w, and w read from a signal whose every sample
-stands there twice, both sum neighbouring taps: they need w convolved with the box [1, 1], of one
-tap more,
+Pooling takes the mean of two neighbouring outputs of a kernel w. Upsampling lets w read every
+sample twice. Both sum neighbouring taps, so both are w convolved with the box [1, 1],
 
     [w0, w1, w2] → [w0, w0 + w1, w1 + w2, w2],
 
-at every second position. Zero padding stays what it was. Folding is linear in w, so gradients of
-any order are autograd's, and it is done in the precision of the weight as it is kept (fp32);
-rounding to the activations' dtype comes last and once.
+at every second position. Zero padding stays what it was. Folding is linear in w, so autograd gives
+gradients of any order. It is done in the precision of the weight as it is kept (fp32), and rounded
+to the activations' dtype last and once.
 """
 
 import math

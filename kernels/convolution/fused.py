@@ -155,7 +155,8 @@ def convolve(
     impl = OPERATOR.choose(impl, video.device, video.dtype)
     if impl == "triton" and layout.resamples:
         raise ImplementationError("convolutions that resample have no implementation in Triton")
-    norm: tuple[NormOperands, NormMethod] | None = None
+    norm_method: NormMethod | None = None
+    x_operands: tuple[Any, ...] | None = None
     if isinstance(x_BTIHW, Normalized):
         moments = x_BTIHW.wants_moments if moments is None else moments
         # Asked for by name: the norm in front is a reference where the convolution is one.
@@ -163,47 +164,59 @@ def convolve(
         if x_BTIHW.kept:
             video = x_BTIHW.value(norm_impl)
         else:
-            norm = x_BTIHW.prepare(norm_impl)
+            x_operands, norm_method = x_BTIHW.prepare(norm_impl)
     num_frames = layout.out_frames(video.shape[1])
     shape = (len(video), num_frames, weight_OabI.shape[0], *layout.out_size)
-    # With no norm before it and no x_l after it, a convolution is PyTorch's: the same is kept, and
-    # a Function of our own would cost a CPU some 50 µs of Python. But where a norm is in front,
-    # whether that is kept shall change no bit, and PyTorch may sum a bias's gradient otherwise.
-    bare = impl == "pytorch" and skip is None and not isinstance(x_BTIHW, Normalized)
-    bare = bare and not convolution_pytorch.sums_weight_over_frames(layout, video)
-    if bare and not isinstance(residual, UpsampledShortcut):
+    if not isinstance(residual, UpsampledShortcut):
         _check_residual(residual, shape)
-        y_BTOHW = convolution_pytorch.convolve_video(
-            layout, video, weight_OabI, bias_O, residual, relu
-        )
-        return y_BTOHW, None
-    x_operands: tuple[Any, ...]
-    x_operands, norm_method = norm or ((norms.rows(video), None, None, None, None), None)
+        if impl == "pytorch" and skip is None and _is_pytorchs_own(x_BTIHW, layout):
+            y_BTOHW = convolution_pytorch.convolve_video(
+                layout, video, weight_OabI, bias_O, residual, relu
+            )
+            return y_BTOHW, None
     tensors: tuple[Any, ...] = (
-        *x_operands,
+        *(x_operands or (norms.rows(video), None, None, None, None)),
         weight_OabI,
         bias_O,
         _residual_rows(residual, shape, impl, only_graph),
         *(skip or (None, None, None)),
     )
-    operands = ConvolutionOperands(*tensors)
-    own_moments: Sequence[Tensor] = ()
-    if impl == REFERENCE or video.numel() == 0:
-        method = ConvolutionMethod(layout, norm_method, impl, relu, moments=False)
-        y_BTSO = _compose(method, operands)
-    elif only_graph and torch.is_grad_enabled():
-        assert not relu, "its gradient reads the values"
-        method = ConvolutionMethod(layout, norm_method, _NOTHING, relu=False, moments=False)
-        y_BTSO = _Convolution.apply(method, *operands)
-    else:
-        measures = bool(moments) and impl != "pytorch"
-        method = ConvolutionMethod(layout, norm_method, impl, relu, measures)
-        # A Function costs some 50 µs of Python, also where nothing is to be kept.
-        run = _Convolution.apply if torch.is_grad_enabled() else _forward
-        results = run(method, *operands)
-        y_BTSO, *own_moments = results if measures else (results,)
-    y_BTOHW = as_video(y_BTSO, layout.out_size)
-    return y_BTOHW, (own_moments[0], own_moments[1]) if own_moments else None
+    method = ConvolutionMethod(layout, norm_method, impl, relu, bool(moments))
+    y_BTSO, own_moments = _compute(method, ConvolutionOperands(*tensors), only_graph)
+    return as_video(y_BTSO, layout.out_size), own_moments
+
+
+def _is_pytorchs_own(x: Tensor | Normalized, layout: Layout) -> bool:
+    """Whether PyTorch's convolution keeps what a Function of ours would, which costs a CPU some
+    50 µs of Python.
+
+    Not where a norm is in front: whether its result is kept shall change no bit, and PyTorch may
+    sum a bias's gradient otherwise.
+    """
+    if isinstance(x, Normalized):
+        return False
+    return not convolution_pytorch.sums_weight_over_frames(layout, x)
+
+
+def _compute(
+    method: ConvolutionMethod, operands: ConvolutionOperands, only_graph: bool
+) -> tuple[Tensor, Moments | None]:
+    """y, and its moments where they are asked for and cost little."""
+    if method.impl == REFERENCE or operands.x.numel() == 0:
+        return _compose(method, operands), None
+    if only_graph and torch.is_grad_enabled():
+        assert not method.relu, "its gradient reads the values"
+        method = method._replace(impl=_NOTHING, moments=False)
+        return _Convolution.apply(method, *operands), None
+    if method.impl == "pytorch":
+        method = method._replace(moments=False)
+    # A Function costs some 50 µs of Python, also where nothing is to be kept.
+    run = _Convolution.apply if torch.is_grad_enabled() else _forward
+    results = run(method, *operands)
+    if not method.moments:
+        return results, None
+    y_BTSO, mean_TO, var_TO = results
+    return y_BTSO, (mean_TO, var_TO)
 
 
 def _residual_rows(
@@ -222,8 +235,6 @@ def _residual_rows(
             return norms.rows(upsampled_shortcut(residual))
         layout = Layout(size_of(video))
         residual, _ = convolve(video, weight, bias, layout, only_graph=only_graph, impl=impl)
-    else:
-        _check_residual(residual, shape)
     return None if residual is None else norms.rows(residual)
 
 

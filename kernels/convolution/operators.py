@@ -66,9 +66,9 @@ def add_terms_(
 
     A residual of a quarter of y's pixels is upsampled.
     """
-    from kernels.convolution import triton as convolution_triton
+    from kernels.convolution import epilogue
 
-    _, own = convolution_triton.add_terms(
+    _, own = epilogue.add_terms(
         y_BTSO.unflatten(2, size),
         bias_O,
         _frames(residual_BTSO, size),

@@ -1,5 +1,5 @@
 # ruff: noqa: E741  (I and O are input and output channels)
-"""How `kernels.convolution.triton` cuts a convolution into programs, and what it refuses.
+"""How `triton.py` cuts a convolution into programs, and what it and `epilogue.py` refuse.
 
 Rows are the B·S pixels of one time step, S = H·W, and columns the O output channels. A tile has
 BLOCK_M rows and BLOCK_N columns, and goes through taps and input channels BLOCK_K at a time. It may

@@ -5,10 +5,10 @@ Forward     sigma      → a partial sum of uᵀWv of every piece of a weight
 Backward    inner      → a partial sum of ⟨unfold(dŴ), W⟩ of every piece of a weight
             dw         → dW of every piece of a weight
 
-A weight is [R, taps, I], and so is the kernel it is folded into, of more taps. One that is not
+A weight is [R, taps, I]. The kernel that it is folded into has more taps; a weight that is not
 folded is one tap of all its K columns. A piece is a run of rows in a block of the columns of one
-tap. What a tap of the one is made of in the other stands in a table, which is read off
-`kernels.convolution.folding` itself: the sum of up to eight taps, divided by one number.
+tap. A table says which taps of the weight add up to a tap of the kernel, up to eight, and what
+divides the sum; `kernels.convolution.folding` fills it.
 
 Work and tables depend on the shapes alone, so they are made once, and so is the order of every sum.
 """

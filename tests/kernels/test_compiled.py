@@ -81,7 +81,7 @@ def test_all_that_shipped_configurations_launch_is_listed(tmp_path: Path) -> Non
     to_rgb = [launch for launch in launches if not matching(launch, rest)]
     assert to_rgb
     for launch in to_rgb:
-        assert launch["kernel"] == "kernels.convolution.triton.add_terms_kernel"
+        assert launch["kernel"] == "kernels.convolution.epilogue.add_terms_kernel"
         assert launch["arguments"]["y_ptr"] == "*bf16"
 
 

@@ -23,6 +23,7 @@ from kernels.convolution.pytorch import convolve_volume
 from kernels.convolution.terms import LowSkip, add_low_skip
 
 convolution = pytest.importorskip("kernels.convolution.triton")
+epilogue = pytest.importorskip("kernels.convolution.epilogue")
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -75,7 +76,7 @@ class Case:
         """By the Triton kernels."""
         terms = self.bias, self.residual, self.skip, moments, self.relu
         if self.weight is None:
-            return convolution.add_terms(self.x, *terms)
+            return epilogue.add_terms(self.x, *terms)
         return convolution.convolve(self.x, self.weight, *terms)
 
     def chain(self) -> Tensor:
@@ -335,7 +336,7 @@ def test_in_place_or_not() -> None:
     y, moments = case.run()
     assert torch.equal(case.x, before)
     terms = case.bias, case.residual, None, True
-    same, same_moments = convolution.add_terms(case.x, *terms, in_place=True)
+    same, same_moments = epilogue.add_terms(case.x, *terms, in_place=True)
     assert same is case.x
     for got, expected in zip((same, *same_moments), (y, *moments), strict=True):
         assert torch.equal(got, expected)
@@ -447,7 +448,7 @@ def test_more_than_2_to_the_31_values() -> None:
     alone, _ = convolution.convolve(
         x[:, :1].contiguous(), weight, None, x[:, :1].contiguous(), None, False
     )
-    total, totals = convolution.add_terms(x, None, x, None, True)
+    total, totals = epilogue.add_terms(x, None, x, None, True)
     assert torch.equal(alone, y[:, :1])
     for result in (y, total, mean[None], var[None], totals[0][None], totals[1][None]):
         assert all(torch.equal(result[:, t], result[:, 0]) for t in (64, 128))
