@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import kernels
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
-from engine.planning.forward_flops import generator_inputs
+from engine.planning.forward_pass import generator_inputs
 from kernels.common.layout import channels_last
 from kernels.convolution.fused import Normalized
 

@@ -246,7 +246,7 @@ def settle_for_rehearsal(options: argparse.Namespace, *, say: Callable[[str], No
     """The configuration as so many ranks run it; no checkpoint is looked for."""
     config = configure(options)
     if asks_for_micro_batch(config, options.stage):
-        from engine.planning.devices import DEVICES
+        from engine.planning.assumptions import DEVICES
         from engine.planning.micro_batch import settle_micro_batch
 
         device = DEVICES[REHEARSED_DEVICE]

@@ -1,30 +1,17 @@
-"""What DeepSpeed allocates for one network on one rank, beside the network's activations.
+"""The most memory that one rank needs in a step: the networks' activations, and DeepSpeed's share.
 
-DeepSpeed 0.19.8 with fp32 weights, the settings of `engine.trainer.deepspeed_engines` and a fused
-Adam, which needs no memory of its own in an update. Taken from its source and held against what it
-really allocates by a test. In bytes, with P all weights, p = P / ranks a rank's partition, q the
-gradients of all weights that a partition touches, and B a bucket that gradients are copied into to
-be reduced:
-
-| ZeRO | at rest               | gradients in a backward pass      | from its end on       |
-|------|-----------------------|-----------------------------------|-----------------------|
-| 0    | P, moments 2P         | what there is, up to P            | P, and P to reduce it |
-| 1    | P, copy p, moments 2p | what there is, and B              | P + B or P + q        |
-| 2    | as 1                  | B, and up to q; accumulated q     | q + p                 |
-| 3    | 3p, moments 2p, B     | no more; all weights P gathered   | p                     |
-
-With accumulated micro-batches the gradients of the first are there during the others' passes. With
-the optimizer offloaded the copy, the moments and the gradients to apply are in main memory.
-
-At ZeRO-3 whatever layers gather stays until the backward pass: DeepSpeed keeps up to 10^9 values
-that will be used again.
+`ZeroMemory` is what DeepSpeed allocates for one network beside its activations; `find_peak` adds it
+to the activations that a counted step has at each moment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from engine.configuration import Training
+from engine.planning.counters import FORWARD
+from engine.planning.meta_step import Step
 from engine.trainer.deepspeed_engines import deepspeed_settings
 
 VALUE_BYTES = 4  # fp32
@@ -33,9 +20,28 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class ZeroMemory:
-    """Bytes of one network on one rank. `sizes` are its weights' numbers of values.
+    """Bytes that DeepSpeed allocates for one network on one rank.
 
-    Order matters: partitions are cut from all of them in a row.
+    DeepSpeed 0.19.8 with fp32 weights, the settings of `engine.trainer.deepspeed_engines` and a
+    fused Adam, which needs no memory of its own in an update. The formulas are taken from its
+    source, and a test holds them against what it really allocates. In bytes, with P all weights,
+    p = P / ranks a rank's partition, q the gradients of all weights that a partition touches, and
+    B a bucket into which gradients are copied to be reduced:
+
+    | ZeRO | at rest               | gradients in a backward pass      | from its end on       |
+    |------|-----------------------|-----------------------------------|-----------------------|
+    | 0    | P, moments 2P         | what there is, up to P            | P, and P to reduce it |
+    | 1    | P, copy p, moments 2p | what there is, and B              | P + B or P + q        |
+    | 2    | as 1                  | B, and up to q; accumulated q     | q + p                 |
+    | 3    | 3p, moments 2p, B     | no more; all weights P gathered   | p                     |
+
+    With accumulated micro-batches the gradients of the first are there during the others' passes.
+    With the optimizer offloaded the copy, the moments and the gradients to apply are in main
+    memory. At ZeRO-3 the weights that layers gather stay until the backward pass: DeepSpeed keeps
+    up to 10^9 values that will be used again.
+
+    `sizes` are the numbers of values of the network's weights. Their order matters: partitions are
+    cut from all of them in a row.
     """
 
     sizes: Sequence[int]
@@ -171,3 +177,86 @@ def communicated_bytes(memory: ZeroMemory, num_micro_batches: int) -> float:
     }
     share = 1 - 1 / memory.num_ranks
     return passes[memory.zero_stage] * memory.whole * share
+
+
+class Scaling(NamedTuple):
+    """How a stage's training is spread over ranks."""
+
+    zero_stage: int
+    num_ranks: int
+    accumulates: bool
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes at the moment when a rank holds most."""
+
+    update: str
+    """Whose update it is in, "D" or "G"."""
+    phase: str
+    """What runs."""
+    parameters: int
+    """Weights of G, D and the frozen stages, u and v of spectral norm; gathered ones too."""
+    optimizer: int
+    """Adam's moments, the weights it updates and DeepSpeed's permanent buffers, on the device."""
+    gradients: int
+    """With the buckets that reduce them."""
+    activations: int
+    """All else."""
+    host: int
+    """Besides, in main memory, of an optimizer that is offloaded; not in the total."""
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.parameters + self.optimizer + self.gradients + self.activations
+
+
+def networks_of(step: Step, training: Training, scaling: Scaling) -> dict[str, ZeroMemory]:
+    """What DeepSpeed holds for D and G."""
+    sizes = {"D": step.discriminator_sizes, "G": step.generator_sizes}
+    return {
+        name: ZeroMemory(
+            network,
+            scaling.zero_stage,
+            scaling.num_ranks,
+            bucket_bytes(training),
+            accumulates=scaling.accumulates,
+            offload=training.offload_optimizer and scaling.zero_stage > 0,
+        )
+        for name, network in sizes.items()
+    }
+
+
+def find_peak(step: Step, training: Training, scaling: Scaling) -> PeakMemory:
+    """Over both updates, their passes and what follows each backward pass.
+
+    ZeRO-0 offloads nothing. ZeRO-3 is counted with the activations of the other stages, and all
+    weights gathered.
+    """
+    networks = networks_of(step, training, scaling)
+    # What a step's `parameter_bytes` has of G and D is what they are without ZeRO.
+    parameters = step.parameter_bytes + sum(
+        network.weights - network.whole + network.gathered for network in networks.values()
+    )
+    if training.ema_decay is not None:
+        parameters += VALUE_BYTES * sum(step.generator_sizes)
+    optimizer = sum(network.optimizer for network in networks.values())
+    host = sum(network.host for network in networks.values())
+    return max(
+        (
+            PeakMemory(name, phase, parameters, optimizer, gradients, activations, host)
+            for name, network in networks.items()
+            for phase, gradients, activations in _moments(step, name, network)
+        ),
+        key=lambda peak: peak.total,
+    )
+
+
+def _moments(step: Step, name: str, network: ZeroMemory) -> Iterable[tuple[str, int, int]]:
+    """Phase, bytes in place of the gradients, and activations."""
+    most = step.updates[name].most
+    for (phase, num_bytes), activations in most.items():
+        yield phase, network.gradients(num_bytes), activations
+    all_gradients = max(num_bytes for _, num_bytes in most)
+    yield "optimizer", network.update, most[FORWARD, all_gradients]
