@@ -10,7 +10,8 @@ one board; others of the same name have other clocks.
 
 from dataclasses import dataclass, replace
 
-from engine.configuration import Config, accumulation_steps, share_among
+from engine.batches import accumulation_steps, share_among
+from engine.configuration import Config
 from engine.errors import UserError
 from engine.trainer.sample_bank import batches_per_rank
 

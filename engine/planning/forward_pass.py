@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.flop_formulas  # noqa: F401 — our own operators, for the counter
-from engine.configuration import Config, num_generations
+from engine.batches import num_generations
+from engine.configuration import Config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.cascade import Cascade
 from engine.models.norms import frame_norms

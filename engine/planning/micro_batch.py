@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.configuration import Config, Training, accumulation_steps, with_training
+from engine.batches import accumulation_steps
+from engine.configuration import Config, Training, with_training
 from engine.errors import UserError
 from engine.planning.assumptions import reserve_gb
 from engine.planning.meta_step import Step, run_step

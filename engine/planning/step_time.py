@@ -7,7 +7,8 @@ operators' bytes at its memory's full rate. Communication comes after it, and no
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.configuration import Training, num_generations
+from engine.batches import num_generations
+from engine.configuration import Training
 from engine.planning.assumptions import Gpu
 from engine.planning.counters import FROZEN, Update
 from engine.planning.meta_step import Step

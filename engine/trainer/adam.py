@@ -7,6 +7,7 @@ every device; DeepSpeed's, compiled on first use; NVIDIA Apex's, where that is i
 
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -20,7 +21,6 @@ from torch import nn
 
 from engine.configuration import Training
 from engine.errors import UserError
-from engine.trainer.deepspeed_builds import check_build_lock
 
 EPSILON = 1e-8
 APEX = "NVIDIA's is built from source, with its CUDA extensions: https://github.com/NVIDIA/apex"
@@ -120,3 +120,41 @@ def _check_compiler(offload: bool) -> None:
             "install it and put it on PATH, or set training.adam=auto"
         )
     check_build_lock("cpu_adam" if offload else "fused_adam")
+
+
+OTHER_NODES_SECONDS = 120
+"""How long a lock may be that no process of this machine holds: nodes may share a home folder."""
+
+
+def check_build_lock(operator: str) -> None:
+    """UserError, in one line, where DeepSpeed's `operator` is locked by a build that was killed."""
+    from torch.utils.cpp_extension import _get_build_directory  # slow
+
+    lock = Path(_get_build_directory(operator, False), "lock")
+    while (age := _age(lock)) is not None and not _is_open(lock):
+        if age > OTHER_NODES_SECONDS:
+            raise UserError(
+                f"{lock} is left of a build that was killed, and nothing can be built until it is "
+                "gone: remove it"
+            )
+        time.sleep(1)
+
+
+def _age(path: Path) -> float | None:
+    """Seconds, or None where there is no such file."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine has it open, as far as this user may see."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            with os.scandir(process / "fd") as descriptors:
+                if any(os.readlink(descriptor.path) == str(path) for descriptor in descriptors):
+                    return True
+        except OSError:  # it ended, or is another user's
+            continue
+    return False

@@ -23,7 +23,7 @@ from engine.trainer.reals import Reals
 from engine.transfers import to_device
 
 
-class Fake(NamedTuple):
+class FakeBatch(NamedTuple):
     """A generated batch, and what it was conditioned on."""
 
     video_BTCHW: Tensor
@@ -41,7 +41,7 @@ class Fakes(Protocol):
         """Latents, labels and condition for one batch."""
         ...
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """Generate from drawn inputs."""
         ...
 
@@ -107,9 +107,9 @@ class ClipFakes:
             "num_frames": self._num_frames,
         }
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """The generator's clip; stage 1 has no condition."""
-        return Fake(generator(**inputs), None, inputs["labels_B"])
+        return FakeBatch(generator(**inputs), None, inputs["labels_B"])
 
 
 class WindowFakes:
@@ -129,9 +129,9 @@ class WindowFakes:
             "low_BTCHW": low_BTCHW,
         }
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """The upsampled window, beside the one it was made from."""
-        return Fake(generator(**inputs), inputs["low_BTCHW"], inputs["labels_B"])
+        return FakeBatch(generator(**inputs), inputs["low_BTCHW"], inputs["labels_B"])
 
 
 class JointFakes:
@@ -159,10 +159,10 @@ class JointFakes:
             "window_starts": starts,
         }
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """The last stage's window and the one below it, both with gradients."""
         low_BTCHW, video_BTCHW = generator(**inputs)
-        return Fake(video_BTCHW, low_BTCHW, inputs["labels_B"])
+        return FakeBatch(video_BTCHW, low_BTCHW, inputs["labels_B"])
 
 
 WindowSource = Callable[[int], tuple[Tensor | None, Tensor]]

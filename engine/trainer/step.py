@@ -10,18 +10,45 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from engine.configuration import Stage
 from engine.models.discriminators import Scores, draw_frame_indices
 from engine.trainer.averaging import WeightAverage
 from engine.trainer.deepspeed_engines import EngineUpdate, frozen, renew_spectral_norm
-from engine.trainer.fakes import Fake, Fakes, Inputs
+from engine.trainer.fakes import FakeBatch, Fakes, Inputs
 from engine.trainer.losses import discriminator_hinge, generator_hinge
-from engine.trainer.measures import Means, mean_over_ranks
-from engine.trainer.reals import Real, Reals
+from engine.trainer.reals import RealBatch, Reals
 from engine.trainer.sample_bank import BankedWindows
 from engine.transfers import to_device
+
+
+class Means:
+    """Means over the micro-batches of one update, without a device synchronisation each."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add one scalar."""
+        value = value.detach()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def all(self) -> dict[str, Tensor]:
+        """Name → mean."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
+def mean_over_ranks(measures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """One all-reduce for all of them; a NaN on one rank is a NaN on every rank."""
+    values = torch.stack([value.to(device, torch.float32) for value in measures.values()])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(measures, values.tolist(), strict=True))
 
 
 class NonFiniteError(RuntimeError):
@@ -65,7 +92,9 @@ class Trainer:
         self._reals = reals
         self._random = random
         self._accumulation_steps = accumulation_steps
-        self._kept_fake: Fake | None = None  # between the last D update and G's, if reuse_fakes
+        self._kept_fake: FakeBatch | None = (
+            None  # between the last D update and G's, if reuse_fakes
+        )
         # Of the iteration at hand: the measures of its D updates that are done, and where random
         # numbers and clips stood when the update at hand began, if it was stopped.
         self._d_updates: list[dict[str, Tensor]] = []
@@ -216,14 +245,14 @@ class Trainer:
         if self._kept_fake is None and not self._goes_on():
             raise StepStoppedError
 
-    def _generated(self) -> Fake:
+    def _generated(self) -> FakeBatch:
         """With gradients to G's weights."""
         return self._fakes.run(self.g_engine, self._draw())
 
     def _draw(self) -> Inputs:
         return self._fakes.draw(self._training.samples_per_pass)
 
-    def _judged(self, batch: Fake | Real) -> tuple[Tensor | None, ...]:
+    def _judged(self, batch: FakeBatch | RealBatch) -> tuple[Tensor | None, ...]:
         """The discriminators' arguments: the batch, and the frames the spatial one looks at."""
         batch_size, num_frames = batch.video_BTCHW.shape[:2]
         drawn_BK = draw_frame_indices(batch_size, num_frames, self._spatial_frames, self._random)
@@ -256,18 +285,18 @@ def _halves(scores: Scores) -> tuple[Scores, Scores]:
     return real, fake
 
 
-def _detached(fake: Fake) -> Fake:
+def _detached(fake: FakeBatch) -> FakeBatch:
     low = None if fake.low_BTCHW is None else fake.low_BTCHW.detach()
     return fake._replace(video_BTCHW=fake.video_BTCHW.detach(), low_BTCHW=low)
 
 
-def _joined(real: Real, fake: Fake) -> Real:
+def _joined(real: RealBatch, fake: FakeBatch) -> RealBatch:
     """Reals, then fakes, along the batch."""
 
     def both(r: Tensor | None, f: Tensor | None) -> Tensor | None:
         return None if r is None or f is None else torch.cat([r, f])
 
-    return Real(
+    return RealBatch(
         torch.cat([real.video_BTCHW, fake.video_BTCHW]),
         both(real.low_BTCHW, fake.low_BTCHW),
         both(real.labels_B, fake.labels_B),

@@ -36,7 +36,7 @@ _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 
 
 @dataclass
-class Counted:
+class CountedWork:
     """Of all operators at one place."""
 
     flops: int = 0
@@ -60,7 +60,7 @@ class OperatorCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counted: dict[Place, Counted] = defaultdict(Counted)
+        self.counted: dict[Place, CountedWork] = defaultdict(CountedWork)
         self._stack = [_Entered(*Place()[:2], in_node=False)]
         # From which node on the nodes belong to which part.
         self._first_nodes = [0]

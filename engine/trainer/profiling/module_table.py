@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.trainer.profiling.counts import Counted
+from engine.trainer.profiling.counts import CountedWork
 from engine.trainer.profiling.places import BACKWARD, FORWARD, RECOMPUTED, REST, Place
 from engine.trainer.profiling.timeline import Peak
 
@@ -66,7 +66,7 @@ class StepCosts:
     @staticmethod
     def of(
         seconds: dict[Place, float],
-        counted: dict[Place, Counted],
+        counted: dict[Place, CountedWork],
         *,
         weights: dict[str, int],
         num_steps: int,
@@ -78,7 +78,7 @@ class StepCosts:
         """
         entries = []
         for place in dict.fromkeys([*seconds, *counted]):
-            weight, counts = weights.get(place.update, 1), counted.get(place, Counted())
+            weight, counts = weights.get(place.update, 1), counted.get(place, CountedWork())
             entries.append(
                 Entry(
                     place,

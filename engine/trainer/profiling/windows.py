@@ -23,7 +23,7 @@ from engine.trainer.step import Trainer
 NUM_KINDS = 3
 
 
-class Recorder(Protocol):
+class WindowRecorder(Protocol):
     """Looks at a step's windows, one after the other."""
 
     def prepare(self) -> None:
@@ -85,7 +85,7 @@ class Windows:
         return {update: weight for update, weight in weights.items() if weight > 1}
 
     def show(
-        self, recorder: Recorder, goes_on: Callable[[], bool] = lambda: True
+        self, recorder: WindowRecorder, goes_on: Callable[[], bool] = lambda: True
     ) -> dict[str, float]:
         """`Trainer.train_step`, with all that it returns and raises."""
         self._recorder, self._num_d_updates_done = recorder, 0

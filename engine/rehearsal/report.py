@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import deepspeed
 
-from engine.trainer.rehearsal.layout import File
-from engine.trainer.rehearsal.rehearse import Rehearsal
+from engine.rehearsal.layout import File
+from engine.rehearsal.rehearse import Rehearsal
 
 NOT_EXERCISED = (
     "not exercised: NCCL and the network, GPU kernels and memory, decoding, values (every number "
