@@ -1,4 +1,4 @@
-"""Tensors on their way to the device, and what a GPU has not read yet."""
+"""Copies to a device without making the host wait, and tensors kept until a GPU has read them."""
 
 from collections import deque
 

@@ -1,7 +1,7 @@
 """The report on a checkpoint: clips as engine/sample.py makes them, beside real and spoilt ones.
 
-The figures are judged in the same table: real clips pass all of them, and each figure has a kind of
-spoilt clip that fails it, in a row of its own.
+The same table judges the figures themselves: real clips pass all of them, and for each figure there
+is a row of clips that are spoilt so that they fail it.
 
 Shapes: B clips, T frames, C channels, H x W pixels; [B, T, C, H, W] with values in [-1, 1].
 """

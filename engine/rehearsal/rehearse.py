@@ -1,8 +1,8 @@
-"""Rank 0 of a job of many GPUs, at full size: its clips, its batch, its step, its files.
+"""A rehearsal of rank 0 of a job of many GPUs, at full size: its clips, batch, step and files.
 
-Read `rehearse`. Real are the configuration's checks, the index, sampler and loader up to the first
-decoded frame, the networks' shapes, DeepSpeed with its partitioning, the training step's code and
-the code that saves; `stand_ins` says what is not.
+Read `rehearse`. The real code runs the configuration's checks, the index, sampler and loader up to
+the first decoded frame, the networks' shapes, DeepSpeed's partitioning, the training step and the
+saving of a checkpoint; `stand_ins.py` describes the rest.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A rehearsal in words and tables."""
+"""The report on a rehearsal, in words and tables."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,7 @@
-"""Which clips every rank gets: checked for a whole epoch, on the user's index or a made-up one."""
+"""The clips that every rank gets, checked over a whole epoch.
+
+They are of the user's index, or of a made-up one where there is none.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

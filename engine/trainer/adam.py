@@ -1,8 +1,13 @@
-"""Whose Adam moves the weights (`training.adam`), and whether it can run here.
+"""The implementations of Adam that `training.adam` chooses from, and whether one can run here.
 
-All are one algorithm with the same settings, fused over a network's weights: PyTorch's, which is on
-every device; DeepSpeed's, compiled on first use; NVIDIA Apex's, where that is installed. With
-`training.offload_optimizer` it runs on the CPU: PyTorch's the same one, DeepSpeed's its CPU Adam.
+All are one algorithm with the same settings, fused over a network's weights. PyTorch's is on every
+device, DeepSpeed's is compiled on first use, and NVIDIA Apex's has to be installed. With
+`training.offload_optimizer` Adam runs on the CPU: PyTorch's is the same one, and DeepSpeed has a
+CPU Adam.
+
+PyTorch builds an extension, such as DeepSpeed's Adam, under a lock: a file that it makes, keeps
+open and removes. A process that is killed meanwhile leaves the file, and all later ones would wait
+for it, silently and for ever; `check_build_lock` refuses that.
 """
 
 import os

@@ -5,7 +5,7 @@
         checkpoints/step-00001000/
             generator/, discriminators/  DeepSpeed's files: weights, optimizer shards
             generator.pt                 the generator, unsharded, for sampling and later stages
-            rank-00000.pt                what else the step changes: RNGs, the loader's position
+            rank-00000.pt                what else the step changes: random states, the loader's
             meta.json                    step, configuration, and every file's size and SHA-256
 
 A checkpoint is written to `step-00001000.partial` and renamed when whole; `meta.json` comes last.

@@ -1,4 +1,4 @@
-"""What a generator is given and what it makes of it: one class per way of training a stage.
+"""Inputs of a generator and the fakes it makes of them: one class per way of training a stage.
 
 - `ClipFakes`: stage 1 and DVD-GAN, from noise.
 - `WindowFakes`: stage 2 and later, from noise and a window of the previous stage's video. In the
@@ -6,9 +6,9 @@
   from real clips instead.
 - `JointFakes`: all stages at once (Appendix H).
 
-Each draws `inputs` (everything random, so that a step is a function of them) and runs a network
-on them. Random numbers come from a CPU generator: the same on every device, and saved with the
-checkpoint.
+Each draws `inputs`, in which everything random is, and runs a network on them: a step is a function
+of its inputs. Random numbers come from a `torch.Generator` on the CPU. They are the same on every
+device, and its state is saved with the checkpoint.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM (SLURM's preemption): finish the micro-batch, write a checkpoint, then stop."""
+"""Stopping a run by Ctrl-C or SIGTERM, which is SLURM's preemption.
+
+The run finishes its micro-batch and writes a checkpoint before it stops.
+"""
 
 import math
 import os

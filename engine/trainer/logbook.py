@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines and TensorBoard scalars per logged step, sample videos."""
+"""The records of a run: JSON lines and TensorBoard scalars per logged step, and sample videos."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Builds what one stage trains: networks, engines, fakes, reals, and the step that ties them."""
+"""The builder of all that one stage trains: networks, engines, fakes, reals, and the step."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and back."""
+"""Saving the state of a run into a checkpoint, and loading it back."""
 
 from pathlib import Path
 from typing import Any

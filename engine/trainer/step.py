@@ -6,6 +6,7 @@ is in `Trainer.state_dict` or in the two engines' own checkpoints.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -99,7 +100,6 @@ class Trainer:
         # numbers and clips stood when the update at hand began, if it was stopped.
         self._d_updates: list[dict[str, Tensor]] = []
         self._stopped_at: dict[str, Any] | None = None
-        self._goes_on: Callable[[], bool] = _always
         zero_stage = stage.training.zero_stage
         self._g_update = EngineUpdate(g_engine, zero_stage)
         self._d_update = EngineUpdate(d_engine, zero_stage)
@@ -133,18 +133,19 @@ class Trainer:
         """
         if self.bank is not None:
             self.bank.advance(self.step)
-        self._goes_on = goes_on
         # All of them are kept, not the last one's: ZeRO skips an update whose gradient is not
         # finite, and nothing else would tell.
         while len(self._d_updates) < self._training.discriminator_steps:
             is_last = len(self._d_updates) == self._training.discriminator_steps - 1
             keep_fakes = is_last and self._training.reuse_fakes
-            self._d_updates.append(self._update(self.d_step, keep_fakes=keep_fakes))
+            self._d_updates.append(
+                self._update(partial(self.d_step, goes_on, keep_fakes=keep_fakes))
+            )
         measures = {
             name: torch.stack([update[name] for update in self._d_updates]).mean()
             for name in self._d_updates[0]
         }
-        measures |= self._update(self.g_step)
+        measures |= self._update(partial(self.g_step, goes_on))
         self._d_updates = []
         if self.average is not None:
             self.average.update(self.g_engine.module)
@@ -153,15 +154,17 @@ class Trainer:
         self._check_finite(means)
         return means
 
-    def d_step(self, *, keep_fakes: bool = False) -> dict[str, Tensor]:
-        """One discriminator update over the global batch.
+    def d_step(
+        self, goes_on: Callable[[], bool] = _always, *, keep_fakes: bool = False
+    ) -> dict[str, Tensor]:
+        """One discriminator update over the global batch; `goes_on` as `train_step` has it.
 
         `keep_fakes` keeps them with their graph, for the `g_step` that comes next; there is room
         for one micro-batch's.
         """
         measures = Means()
         for _ in range(self._accumulation_steps):
-            self._ask()
+            self._ask(goes_on)
             grad_norm = self._d_micro_batch(measures, keep_fakes=keep_fakes)
         renew_spectral_norm(self.d_engine.module, zero_stage=self._training.zero_stage)
         return measures.all() | {"grad_norm_D": grad_norm}
@@ -190,12 +193,12 @@ class Trainer:
             measures.add(f"score_fake/{name}", fake_BN.mean())
         return grad_norm
 
-    def g_step(self) -> dict[str, Tensor]:
-        """One generator update over the global batch."""
+    def g_step(self, goes_on: Callable[[], bool] = _always) -> dict[str, Tensor]:
+        """One generator update over the global batch; `goes_on` as `train_step` has it."""
         measures = Means()
         with frozen(self.d_engine.module):
             for _ in range(self._accumulation_steps):
-                self._ask()
+                self._ask(goes_on)
                 grad_norm = self._g_micro_batch(measures)
         renew_spectral_norm(self.g_engine.module, zero_stage=self._training.zero_stage)
         return measures.all() | {"grad_norm_G": grad_norm}
@@ -231,18 +234,18 @@ class Trainer:
         """Of what the step draws from."""
         return {"random": self._random.get_state(), "reals": self._reals.state_dict()}
 
-    def _update(self, run: Callable[..., dict[str, Tensor]], **options: bool) -> dict[str, Tensor]:
-        """Run an update; stopped, it has not begun."""
+    def _update(self, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Run an update. One that is stopped counts as not begun."""
         began_at = self._position()
         try:
-            return run(**options)
+            return run()
         except StepStoppedError:
             self._stopped_at = began_at
             raise
 
-    def _ask(self) -> None:
+    def _ask(self, goes_on: Callable[[], bool]) -> None:
         """Before a micro-batch. Where G judges what D was shown, nothing comes between them."""
-        if self._kept_fake is None and not self._goes_on():
+        if self._kept_fake is None and not goes_on():
             raise StepStoppedError
 
     def _generated(self) -> FakeBatch:

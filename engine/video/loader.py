@@ -12,10 +12,10 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.transfers import HeldUntilRead, to_device
-from engine.video.decoder_choice import NAMES, choose_decoder
+from engine.video.decoder_choice import NAMES, choose_decoder, open_stream
 from engine.video.index import VideoIndex
 from engine.video.sampler import ClipRequest, ClipSampler, batch_numbers
-from engine.video.streams import ClipStream, StreamSettings, open_stream
+from engine.video.streams import ClipStream, StreamSettings
 from engine.views import nearest_view
 
 

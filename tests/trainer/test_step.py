@@ -1,5 +1,7 @@
 """The training step on its own: who changes, when, and by what gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_runs import Tiny, differences
@@ -359,8 +361,8 @@ def test_a_skipped_first_d_update_stops_the_run(tiny: Tiny, ranks: Ranks) -> Non
     hooks = [p.register_hook(lambda grad: grad * float("inf")) for p in D.parameters()]
     first_d_step = trainer.d_step
 
-    def then_no_hooks(*, keep_fakes: bool = False) -> dict[str, Tensor]:
-        measures = first_d_step(keep_fakes=keep_fakes)
+    def then_no_hooks(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+        measures = first_d_step(*arguments, **options)
         for hook in hooks:
             hook.remove()
         return measures

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import UserError
+from engine.video.decoder_choice import open_stream
 from engine.video.index import VideoIndex
 from engine.video.loader import LoadedClips
 from engine.video.sampler import ClipSampler
-from engine.video.streams import Decoder, StreamSettings, open_stream
+from engine.video.streams import Decoder, StreamSettings
 
 
 @pytest.fixture(scope="module")

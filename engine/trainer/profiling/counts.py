@@ -1,10 +1,10 @@
 """FLOPs and bytes of one training step, counted operator by operator while it runs.
 
-FLOPs: two per multiply-add of the convolutions and matrix products that are executed, with the
-formulas of `torch.utils.flop_counter`, where kernels/ adds its own operators'. Matrix times vector
-and elementwise work are not in them. Bytes: every operator reads its inputs and writes its outputs
-once (what it changes in place without returning it, once); views move nothing, and what a cache
-keeps is not seen.
+FLOPs are two per multiply-add of the convolutions and matrix products that are executed, by the
+formulas of `torch.utils.flop_counter`, to which kernels/ adds those of our own operators. Matrix
+times vector and elementwise work are not in them. Bytes count every input and output of an operator
+once, and once a tensor that it changes in place without returning it. Views move nothing, and
+caches are not seen.
 """
 
 from bisect import bisect_right

@@ -1,7 +1,7 @@
 """The profile's table: what a training step spends, by update, by part and by kind of work.
 
-Every row is what its part does itself, without the parts inside it, so the rows of each table add
-up to the step that was measured; what belongs to no part is in the row `rest`.
+Every row counts what its part does itself, without the parts inside it, so the rows of each table
+add up to the step that was measured. Work that belongs to no part is in the row `rest`.
 """
 
 from collections import defaultdict

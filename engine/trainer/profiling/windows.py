@@ -1,4 +1,4 @@
-"""Which pieces of a step are looked at, and how many alike each of them stands for.
+"""The windows of a step that a profile looks at, and the micro-batches that each stands for.
 
 An update may accumulate hundreds of micro-batches. The first one's gradients are added to nothing,
 the last one ends in the optimizer's step, and all others do the same. So three of D's and three of
