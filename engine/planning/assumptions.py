@@ -15,6 +15,12 @@ from engine.configuration import Config
 from engine.errors import UserError
 from engine.trainer.sample_bank import batches_per_rank
 
+GOAL_HFU = 0.55
+"""Of executed FLOPs (`HFU`), the project's goal on an H100. Not measured on any device yet."""
+MOST_SAMPLES = 100_000
+"""Of a GPU per update. A step of all of them is counted, with latents and labels, and all their
+divisors are tried; a batch with more is mistyped."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -109,13 +115,6 @@ def find_device(
     if not changes:
         return device
     return replace(device, **changes, source=f"{device.source}, and the command line")  # type: ignore[arg-type]
-
-
-GOAL_HFU = 0.55
-"""Of executed FLOPs (`HFU`), the project's goal on an H100. Not measured on any device yet."""
-MOST_SAMPLES = 100_000
-"""Of a GPU per update. A step of all of them is counted, with latents and labels, and all their
-divisors are tried; a batch with more is mistyped."""
 
 
 @dataclass(frozen=True)

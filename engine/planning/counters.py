@@ -30,7 +30,12 @@ PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS = CATEGORIES = (
 """The last one is everything else."""
 
 CUDA_BLOCK_BYTES = 512
-"""What PyTorch's CUDA allocator rounds every request up to."""
+"""PyTorch's CUDA allocator rounds every request up to a multiple of this."""
+
+FROZEN, FORWARD, BACKWARD = "frozen stages", "forward", "backward"
+
+_OVERWRITING = ("copy_", "fill_", "zero_", "gru_")
+"""Beginnings of the names of operators that write a tensor without reading it."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -157,9 +162,6 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
 
 
-FROZEN, FORWARD, BACKWARD = "frozen stages", "forward", "backward"
-
-
 @dataclass
 class Update:
     """What one update, of D or of G, of one micro-batch keeps and computes."""
@@ -243,9 +245,6 @@ class WorkByPhase(TorchDispatchMode):
         if read and not _is_view(func, read, written):
             self._update.moved[self._phases.now] += _moved_bytes(func, args, read, written)
         return result
-
-
-_OVERWRITING = ("copy_", "fill_", "zero_", "gru_")  # by the beginning of their names
 
 
 def _moved_bytes(func: Any, args: Any, read: list[Tensor], written: list[Tensor]) -> int:

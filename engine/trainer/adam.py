@@ -29,6 +29,8 @@ from engine.errors import UserError
 
 EPSILON = 1e-8
 APEX = "NVIDIA's is built from source, with its CUDA extensions: https://github.com/NVIDIA/apex"
+OTHER_NODES_SECONDS = 120
+"""How old a lock may be that no process of this machine holds: nodes may share a home folder."""
 
 
 def whose_adam(training: Training) -> str:
@@ -125,10 +127,6 @@ def _check_compiler(offload: bool) -> None:
             "install it and put it on PATH, or set training.adam=auto"
         )
     check_build_lock("cpu_adam" if offload else "fused_adam")
-
-
-OTHER_NODES_SECONDS = 120
-"""How long a lock may be that no process of this machine holds: nodes may share a home folder."""
 
 
 def check_build_lock(operator: str) -> None:

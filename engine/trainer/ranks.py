@@ -143,8 +143,10 @@ class Ranks:
 
 
 def leave_out_inference_collectives() -> None:
-    """On CPUs DeepSpeed would compile collectives that only its inference uses; before
-    `deepspeed.init_distributed`."""
+    """Keep DeepSpeed from compiling, on CPUs, collectives that only its inference uses.
+
+    Due before `deepspeed.init_distributed`.
+    """
     import deepspeed  # slow, and talkative
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -9,6 +9,12 @@ from engine.configuration import Config
 from engine.processors import cores_per_process, usable_cores
 from engine.views import nearest_view
 
+# Shares of the time that went into waiting for clips: shown on the progress line, and told with a
+# remedy; and the number of steps to judge by, before which decoders only start.
+_SHOWN_FROM = 0.05
+_TOLD_FROM = 0.2
+_STEPS = 20
+
 
 class ClipBatch(Protocol):
     """What a loader yields: video [B, T, 3, H, W] in [-1, 1] and labels [B]."""
@@ -81,11 +87,6 @@ class Reals:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the loader's position."""
         self._loader.load_state_dict(state)
-
-
-_SHOWN_FROM = 0.05
-_TOLD_FROM = 0.2
-_STEPS = 20  # to judge by; before that decoders only start
 
 
 class ClipWaits:
