@@ -12,7 +12,7 @@ from engine.planning.training_plan import Planner
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """What one model takes at as many samples per GPU as the paper had, all in one pass."""
+    """The cost of one model at as many samples per GPU as the paper had, all in one pass."""
 
     name: str
     stage: int
@@ -36,7 +36,7 @@ def compare(
 ) -> list[ComparedModel]:
     """All stages of a configuration, then DVD-GAN, each trained as its file says.
 
-    But for the precision, which is one for all: that of the stage that is planned.
+    Only the precision is the same for all: that of the stage that is planned.
     """
     compared = []
     for model in (config, dvdgan):

@@ -164,7 +164,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 @dataclass
 class Update:
-    """What one update, of D or of G, of one micro-batch keeps and computes."""
+    """The memory and the work of one update, of D or of G, with one micro-batch."""
 
     most: dict[tuple[str, int], int] = field(default_factory=dict)
     """(phase, bytes of gradients in it) → the most bytes of everything but gradients, parameters
@@ -174,7 +174,7 @@ class Update:
     moved: Counter[str] = field(default_factory=Counter)
     """Bytes of each operator's arguments and results, in each phase."""
     most_values: int = 0
-    """Of the largest tensor that an operator reads or writes."""
+    """Number of values of the largest tensor that an operator reads or writes."""
 
 
 class Phases:
@@ -248,7 +248,7 @@ class WorkByPhase(TorchDispatchMode):
 
 
 def _moved_bytes(func: Any, args: Any, read: list[Tensor], written: list[Tensor]) -> int:
-    """What is read and what is written, of what is changed in place both."""
+    """The bytes that an operator reads and writes; a tensor changed in place counts for both."""
     name = func._overloadpacket.__name__
     if name.startswith(("new_", "empty_like", "zeros_like", "ones_like")):  # only the shape is read
         return 0 if "empty" in name else sum(tensor.nbytes for tensor in written)

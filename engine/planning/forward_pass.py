@@ -79,7 +79,7 @@ def count_frozen(config: Config, stage_number: int) -> float:
 
 
 def frozen_stages(config: Config, stage_number: int) -> Cascade:
-    """The stages before this one as its training has them, their statistics fixed to anything."""
+    """The stages before this one as its training has them, with arbitrary norm statistics fixed."""
     generators = [build_generator(config, n) for n in range(1, stage_number)]
     for n, generator in enumerate(generators, start=1):
         num_frames = config.stages[n].num_frames

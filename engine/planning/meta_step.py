@@ -146,7 +146,7 @@ class FrozenWindows:
 
 
 class WindowsOfWholeVideos(GeneratedWindows):
-    """Windows for which the frozen stages make what a bank keeps, as they do to fill one."""
+    """Windows cut from whole videos, which the frozen stages make as they do to fill a bank."""
 
     @torch.no_grad()
     def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:

@@ -142,7 +142,7 @@ def largest_micro_batch(
 
 
 def device_memory_gb(device: torch.device) -> float:
-    """Of a GPU all its memory; of a CPU half of the machine's, for all of the job's processes."""
+    """All memory of a GPU; for a CPU half of the machine's, shared by the job's processes on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 1e9
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -150,8 +150,11 @@ def device_memory_gb(device: torch.device) -> float:
 
 
 def _allowed(memory: StageMemory, training: Training, share: int, num_ranks: int) -> Iterable[int]:
-    """Divisors of the share: all of it where fakes are reused, whole batches of a bank's videos,
-    samples to compare where the discriminators do."""
+    """The divisors of the share that the stage's settings allow, the largest first.
+
+    Fakes that are reused need all of the share. Discriminators that compare samples need two. A
+    bank's videos must be whole micro-batches.
+    """
     compares = memory.config.stages[memory.number].discriminators.minibatch_stddev
     for micro_batch in divisors(share):
         if training.reuse_fakes and micro_batch < share:

@@ -57,12 +57,12 @@ class ZeroMemory:
 
     @property
     def whole(self) -> int:
-        """P."""
+        """P: all weights."""
         return VALUE_BYTES * sum(self.sizes)
 
     @property
     def partition(self) -> int:
-        """p."""
+        """p: a rank's partition of the weights."""
         return VALUE_BYTES * self._partition_values
 
     @property
@@ -72,7 +72,7 @@ class ZeroMemory:
 
     @property
     def touched(self) -> int:
-        """q."""
+        """q: the gradients of all weights that a partition touches."""
         cut, ends = self._partition_values, list(accumulate(self.sizes))
         # A partition in which no weight begins lies within one: what it touches, the one in which
         # that weight begins touches too. So ranks need not be counted through.
@@ -89,7 +89,7 @@ class ZeroMemory:
 
     @property
     def largest(self) -> int:
-        """Of the largest weight."""
+        """The largest weight."""
         return VALUE_BYTES * max(self.sizes)
 
     @property
@@ -122,7 +122,7 @@ class ZeroMemory:
         return self.whole if self.zero_stage == 3 and self.num_ranks > 1 else 0
 
     def gradients(self, num_bytes: int) -> int:
-        """What there is in place of so many bytes of gradients in `.grad`, during the passes."""
+        """Held during the passes in place of so many bytes of gradients in `.grad`."""
         begun = num_bytes > 0 or self.accumulates
         match self.zero_stage:
             case 0:
@@ -139,7 +139,7 @@ class ZeroMemory:
 
     @property
     def update(self) -> int:
-        """The most that there is, beside what rests, from the last backward pass on."""
+        """The most held from the last backward pass on, beside the weights and the optimizer."""
         applied = self.touched + self.partition  # in one piece, as Adam takes them
         match self.zero_stage:
             case 0:
@@ -204,7 +204,7 @@ class PeakMemory:
     activations: int
     """All else."""
     host: int
-    """Besides, in main memory, of an optimizer that is offloaded; not in the total."""
+    """Main memory that an offloaded optimizer takes; it is not in the total."""
 
     @property
     def total(self) -> int:

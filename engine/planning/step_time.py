@@ -20,11 +20,11 @@ LINK_FRACTION = 0.7
 
 @dataclass(frozen=True)
 class Work:
-    """Of one sample, in one iteration: all of D's updates and one of G."""
+    """The work for one sample in one iteration: all updates of D and one of G."""
 
     flops: float
     frozen_flops: float
-    """More, by the frozen stages that make the windows."""
+    """Added by the frozen stages that make the windows."""
     moved_bytes: float
     """Read and written by operators, one by one."""
 

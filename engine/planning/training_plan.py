@@ -42,7 +42,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Of one stage on some GPUs."""
+    """The plan of one stage on some GPUs."""
 
     config: Config
     number: int
@@ -113,7 +113,7 @@ class Planner:
         )
 
     def memory(self, config: Config, number: int) -> StageMemory:
-        """Which tells when it counts."""
+        """The memory of a stage, for which steps are counted as they are needed."""
 
         def run(config: Config, number: int) -> Step:
             key = config.model_dump_json(), number

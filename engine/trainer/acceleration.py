@@ -31,8 +31,11 @@ _MOST_PROGRAMS = 256
 
 
 def choose_convolutions(*, benchmark: bool) -> None:
-    """How cuDNN chooses among its algorithms from now on: the fastest that it finds by timing them,
-    or by its rules one of those that give the same bits in every run."""
+    """Set how cuDNN chooses among its algorithms from now on.
+
+    With `benchmark` it takes the fastest, by timing them. Otherwise its rules choose one of those
+    that give the same bits in every run.
+    """
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.deterministic = not benchmark
 

@@ -81,7 +81,7 @@ def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 
 def apply_optimizer_settings(trainer: Trainer, training: Training) -> list[str]:
-    """Set both Adams' learning rate and betas as configured; what that changed, for the user.
+    """Set both Adams' learning rate and betas as configured; returns what changed, for the user.
 
     Due after `load_run`, which restores the checkpoint's with the optimizers' moments.
     """

@@ -272,7 +272,7 @@ class _Run:
         return Ended(checkpoint, self._agreement.signal)
 
     def _fill_bank(self) -> bool:
-        """Draw all that step's bank holds: here, so that the time is not the first step's.
+        """Draw all that the bank holds at this step, so that the first step does not take longer.
 
         False when a signal asked for the end meanwhile: it may take hours.
         """
@@ -297,7 +297,7 @@ class _Run:
         return filled
 
     def _profile(self, num_steps_left: int) -> "StepProfile | None":
-        """What rank 0 looks at its first steps with, if that is asked for."""
+        """The profile through which rank 0 takes its first steps, where one is asked for."""
         num_steps = self._options.profile_steps
         if num_steps is None:
             return None
