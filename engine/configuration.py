@@ -226,7 +226,7 @@ class Stage(Section):
 
 
 class Upsampling(Section):
-    """What stage n > 1 receives from stage n-1 (derived, never written in a file)."""
+    """The input of stage n > 1 from stage n-1 (derived, never written in a file)."""
 
     resolution: int
     num_frames: int

@@ -130,7 +130,7 @@ def find_real_videos(
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What a clip of a stage is: of which frames of its video, and how large."""
+    """The shape of a stage's clips: which frames of a video they are of, and how large."""
 
     num_frames: int
     frame_stride: int

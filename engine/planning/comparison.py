@@ -27,7 +27,7 @@ class ComparedModel:
 
     @property
     def seconds_per_sample(self) -> float:
-        """Of one GPU."""
+        """Seconds of one GPU per sample."""
         return self.seconds_per_iteration / self.samples_per_gpu
 
 

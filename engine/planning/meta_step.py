@@ -65,7 +65,7 @@ class Step:
 
     @property
     def updates(self) -> dict[str, Update]:
-        """By the network that is updated."""
+        """The two updates, by the network that is updated."""
         return {"D": self.discriminator_update, "G": self.generator_update}
 
     @property
@@ -140,7 +140,7 @@ class FrozenWindows:
         self._source, self._phases = source, phases
 
     def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
-        """As the source's."""
+        """The source's labels and windows."""
         with self._phases.during(FROZEN):
             return self._source(batch_size)
 
@@ -150,7 +150,7 @@ class WindowsOfWholeVideos(GeneratedWindows):
 
     @torch.no_grad()
     def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
-        """As `GeneratedWindows`."""
+        """Labels [B] and x_l, as `GeneratedWindows` gives them."""
         source = self._source
         zs, labels_B = source.latents(batch_size, self._number - 1), source.labels(batch_size)
         video = self._cascade.sample_previous(self._number, zs, labels_B, source.random)

@@ -49,7 +49,7 @@ class StageMemory:
         return self.steps[micro_batch]
 
     def peak(self, micro_batch: int, scaling: Scaling) -> PeakMemory:
-        """Of a micro-batch that is counted."""
+        """The peak of a micro-batch, for which a step is counted."""
         training = self.config.stages[self.number].training
         return find_peak(self.step(micro_batch), training, scaling)
 

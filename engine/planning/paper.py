@@ -1,4 +1,4 @@
-"""What the paper measured (its Table 3)."""
+"""The paper's measurements of memory and time (its Table 3)."""
 
 from dataclasses import dataclass
 

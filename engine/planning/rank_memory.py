@@ -213,7 +213,7 @@ class PeakMemory:
 
 
 def networks_of(step: Step, training: Training, scaling: Scaling) -> dict[str, ZeroMemory]:
-    """What DeepSpeed holds for D and G."""
+    """DeepSpeed's memory for D and for G."""
     sizes = {"D": step.discriminator_sizes, "G": step.generator_sizes}
     return {
         name: ZeroMemory(

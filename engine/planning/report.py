@@ -124,7 +124,7 @@ def _host(plan: TrainingPlan) -> list[str]:
 
 
 def _left_out(plan: TrainingPlan) -> list[str]:
-    """What the plan does not know of this run."""
+    """The parts of this run that the plan leaves out."""
     lines = []
     if plan.most_samples < plan.share:
         lines.append(

@@ -67,7 +67,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """What is predicted."""
+        """The predicted seconds."""
         return max(self.computing, self.moving) + self.communicating
 
 

@@ -105,7 +105,7 @@ class Planner:
         )
 
     def largest(self, config: Config, number: int) -> int | None:
-        """What train.py takes for `micro_batch: auto`; None where it refuses."""
+        """The number that train.py takes for `micro_batch: auto`; None where it refuses."""
         assumed = self._assumptions
         share = share_of(config, number, assumed.num_gpus)
         return largest_micro_batch(

@@ -41,7 +41,7 @@ class Partition:
 
 
 def partition_of(engine: Any, network: str, zero_stage: int, world_size: int) -> Partition:
-    """What the engine's optimizer has allocated for this rank, which is every rank's."""
+    """The partition that the optimizer has allocated for this rank; every rank's is as large."""
     parameters = list(engine.module.parameters())
     if zero_stage == 3:
         num_parameters = sum(p.ds_numel for p in parameters)
@@ -90,12 +90,12 @@ class CheckpointLayout:
 
     @property
     def num_files(self) -> int:
-        """With meta.json."""
+        """The number of files, with meta.json."""
         return 1 + sum(len(files) for files in self.by_rank)
 
     @property
     def num_bytes(self) -> int:
-        """Of one checkpoint, on disk."""
+        """The size of one checkpoint on disk."""
         files = (file for files in self.by_rank for file in files.values())
         return self.meta_bytes + sum(file.num_bytes for file in files)
 
@@ -103,7 +103,7 @@ class CheckpointLayout:
 def checkpoint_layout(
     trainer: Trainer, builder: StageBuilder, partitions: dict[str, Partition]
 ) -> CheckpointLayout:
-    """Of a trainer that has trained, so that the optimizers have their moments.
+    """The checkpoint of a trainer that has trained, so that the optimizers have their moments.
 
     `partitions` are the two engines', by network.
     """

@@ -45,7 +45,7 @@ NOT_REHEARSED = {
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal found."""
+    """The findings of a rehearsal."""
 
     config: Config
     number: int

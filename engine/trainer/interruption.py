@@ -30,8 +30,11 @@ class Interruption:
 
 
 class Agreement:
-    """What all ranks do at the same time: stop, because a signal reached one of them, or save,
-    because one of their clocks says so. Its questions are collective."""
+    """The ranks' agreement to do something at the same time.
+
+    They stop because a signal reached one of them, or save because one of their clocks says so. Its
+    questions are collective.
+    """
 
     def __init__(self, ranks: Ranks, save_every_minutes: float | None) -> None:
         self._ranks = ranks

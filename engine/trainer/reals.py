@@ -17,7 +17,7 @@ _STEPS = 20
 
 
 class ClipBatch(Protocol):
-    """What a loader yields: video [B, T, 3, H, W] in [-1, 1] and labels [B]."""
+    """A batch that a loader yields: video [B, T, 3, H, W] in [-1, 1] and labels [B]."""
 
     @property
     def video_BTCHW(self) -> Tensor:

@@ -18,7 +18,7 @@ def record_passes(network: nn.Module) -> None:
 
 
 def recorded_bytes(device: torch.device) -> int:
-    """What recordings hold of a CUDA device's memory and no tensor does.
+    """Bytes of a CUDA device that recordings hold and no tensor does.
 
     A pass's activations are freed when it has been recorded, into memory that is the recording's
     alone: to `torch.cuda.memory_allocated` they are gone, and to everybody else as well.

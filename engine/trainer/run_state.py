@@ -48,7 +48,7 @@ def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None
 
 
 def run_meta(builder: StageBuilder) -> dict[str, Any]:
-    """What meta.json keeps of a run, besides its step and files."""
+    """The part of meta.json that describes a run, besides its step and files."""
     return {
         "stage": builder.number,
         "world_size": builder.ranks.world_size,

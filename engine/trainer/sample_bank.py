@@ -92,7 +92,7 @@ class BankedWindows:
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank's videos."""
+        """Bytes of this rank's videos."""
         return self._videos_NTHWC.nbytes
 
     def advance(self, step: int, goes_on: Callable[[int], bool] = lambda count: True) -> bool:

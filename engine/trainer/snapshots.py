@@ -37,7 +37,7 @@ class WindowFigures:
         self._variety = variety(real_BTCHW, labels_B)
 
     def of(self, fake: FakeBatch) -> dict[str, float]:
-        """What is logged.
+        """The figures that are logged.
 
         `window/motion_ratio` and `window/variety` are parts of the real windows'; the latter only
         where two samples are of one class. `window/judder` has this stage's frames per frame of

@@ -1,4 +1,4 @@
-"""What a run will do: settled, and checked before anything expensive starts.
+"""The plan of a run, settled and checked before anything expensive starts.
 
 Read `plan_run`: it is the list of checks, in the order in which they are made. A function named
 `refuse_…` raises UserError, in one line, for what its name says; one named `note_…` gives a line
@@ -32,7 +32,7 @@ from engine.trainer.sample_bank import batches_per_rank
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line adds to a configuration."""
+    """The command line's additions to a configuration."""
 
     config_name: str
     stage_number: int
@@ -55,7 +55,7 @@ class RunOptions:
 
 @dataclass
 class RunPlan:
-    """What a run will do, settled before anything expensive starts."""
+    """A run that is settled and checked, before anything expensive starts."""
 
     config: Config
     options: RunOptions

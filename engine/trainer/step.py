@@ -111,7 +111,7 @@ class Trainer:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of an iteration."""
+        """Micro-batches of an iteration."""
         return self._accumulation_steps * (self._training.discriminator_steps + 1)
 
     @property
@@ -204,7 +204,7 @@ class Trainer:
         return measures.all() | {"grad_norm_G": grad_norm}
 
     def _g_micro_batch(self, measures: Means) -> Tensor:
-        """As `_d_micro_batch`; D is frozen."""
+        """One micro-batch of G's update, with D frozen; as `_d_micro_batch`."""
         fake = self._generated() if self._kept_fake is None else self._kept_fake
         self._kept_fake = None
         scores = self.d_engine.module(*self._judged(fake))
@@ -215,7 +215,7 @@ class Trainer:
         return grad_norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What the step changes on this rank, besides the two engines."""
+        """The state that the step changes on this rank, besides the two engines'."""
         done = [{name: value.item() for name, value in d.items()} for d in self._d_updates]
         return {"step": self.step, "d_updates": done, **(self._stopped_at or self._position())}
 
@@ -231,7 +231,7 @@ class Trainer:
         self._reals.load_state_dict(state["reals"])
 
     def _position(self) -> dict[str, Any]:
-        """Of what the step draws from."""
+        """The position in what the step draws from: random numbers and clips."""
         return {"random": self._random.get_state(), "reals": self._reals.state_dict()}
 
     def _update(self, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -249,7 +249,7 @@ class Trainer:
             raise StepStoppedError
 
     def _generated(self) -> FakeBatch:
-        """With gradients to G's weights."""
+        """A batch of fakes with gradients to G's weights."""
         return self._fakes.run(self.g_engine, self._draw())
 
     def _draw(self) -> Inputs:

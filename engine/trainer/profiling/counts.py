@@ -37,7 +37,7 @@ _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 
 @dataclass
 class CountedWork:
-    """Of all operators at one place."""
+    """The work of all operators at one place."""
 
     flops: int = 0
     num_bytes: int = 0
@@ -112,7 +112,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def moved_bytes(func: Any, inputs: Iterable[Any], outputs: Iterable[Any]) -> int:
-    """What an operator reads and writes at least; 0 for views and allocations."""
+    """The bytes that an operator reads and writes at least; 0 for views and allocations."""
     schema = func._schema
     name = schema.name.partition("::")[2]
     # A view's output is its input's memory, and is not written to.

@@ -36,7 +36,7 @@ CLOCKS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What one place costs in one step."""
+    """The cost of one place in one step."""
 
     place: Place
     seconds: float

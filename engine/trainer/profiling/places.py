@@ -75,7 +75,7 @@ _KINDS = {
 
 
 def kind_of(operator: str) -> str | None:
-    """What kind of work an operator is, by its name; None where it says nothing (`OTHER`)."""
+    """The kind of an operator's work, by its name; None where the name does not tell (`OTHER`)."""
     for kind, beginnings in _KINDS.items():
         if operator.startswith(beginnings):
             return kind
