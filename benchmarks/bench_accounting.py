@@ -13,8 +13,7 @@ from benchmarks.launches import (
 from benchmarks.session import Session
 from engine.configuration import load_config
 from engine.models import build_generator
-from engine.planning.forward_flops import count_forward, count_frozen
-from engine.planning.saved_bytes import generator_saved_for_backward
+from engine.planning.forward_pass import count_forward, count_frozen, generator_saved_for_backward
 
 
 def leave_out_stage_1_if_quick(session: Session, stage_number: int) -> None:

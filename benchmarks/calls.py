@@ -25,7 +25,7 @@ import kernels
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.spectral import divided_one_by_one
-from engine.planning.forward_flops import generator_inputs
+from engine.planning.forward_pass import generator_inputs
 from kernels import Normalized
 from kernels.common.layout import channels_last
 

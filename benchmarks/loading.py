@@ -27,17 +27,12 @@ from engine.configuration import Config
 from engine.trainer.networks import CLIPS, StageBuilder
 from engine.trainer.ranks import Ranks
 from engine.video.dataset import describe
+from engine.video.decoder_choice import open_stream
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
 from engine.video.procedural import FPS, render_clip
 from engine.video.sampler import ClipRequest, ClipSampler
-from engine.video.streams import (
-    PREFETCHED_BATCHES,
-    Decoder,
-    IndexedFiles,
-    StreamSettings,
-    open_stream,
-)
+from engine.video.streams import PREFETCHED_BATCHES, Decoder, IndexedFiles, StreamSettings
 
 Pull = Callable[[], object]
 BATCHES_PER_ROUND = 2

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.configuration import Config, load_config
-from engine.planning.paper import TABLE_3, Measured
+from engine.planning.paper import TABLE_3, MeasuredInPaper
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -35,7 +35,7 @@ class Setup(NamedTuple):
     overrides: tuple[str, ...]
     samples: int
     """Per GPU and pass, in the paper where it says."""
-    paper: Measured | None = None
+    paper: MeasuredInPaper | None = None
     """The line of Table 3."""
 
 

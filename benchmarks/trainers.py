@@ -116,7 +116,7 @@ def stage_builder(config: Config, number: int, ranks: Ranks) -> StageBuilder:
             states = {n: build_generator(config, n).state_dict() for n in range(1, number)}
         cascade = load_cascade(config, states, ranks.device)
         fix_statistics(cascade, config)
-        builder.previous = PreviousStages(cascade, "")
+        builder = replace(builder, previous=PreviousStages(cascade, ""))
     return builder
 
 

@@ -30,8 +30,7 @@ from benchmarks.trainers import (
 )
 from engine.errors import UserError
 from engine.planning.meta_step import Step, run_step
-from engine.planning.peak import Scaling, find_peak
-from engine.planning.zero_memory import VALUE_BYTES
+from engine.planning.rank_memory import VALUE_BYTES, Scaling, find_peak
 from engine.trainer.acceleration import accelerate
 from engine.trainer.ranks import Ranks
 from engine.trainer.recorded_passes import recorded_bytes

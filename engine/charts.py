@@ -14,7 +14,7 @@ from engine.errors import UserError
 
 LOSSES = {"loss_D": "D", "loss_G": "G"}
 ACCURACIES = {"accuracy_D_real": "real", "accuracy_D_fake": "generated"}
-# engine/trainer/window_figures.py; not every stage has all of them, and old logs have none.
+# engine/trainer/snapshots.py; not every stage has all of them, and old logs have none.
 WINDOWS = {"window/motion_ratio": "motion", "window/variety": "variety", "window/judder": "judder"}
 COLOURS = ("tab:blue", "tab:orange", "tab:green")
 CHANCE = 0.5

@@ -165,7 +165,7 @@ def measure(
 
 
 class Ratios(NamedTuple):
-    """What is only to be read beside real clips, as part of theirs: 1 is as much as theirs."""
+    """Figures that are read beside real clips', as parts of theirs: 1 is as much as theirs."""
 
     motion: float
     variety: float | None
@@ -220,7 +220,7 @@ def _phase_means(steps_S: Tensor, first: int, period: int) -> Tensor:
 
 
 def _mean_step(steps_S: Tensor, first: int, stop: int, period: int) -> float:
-    """Of the steps from `first` to before `stop`, every phase counting the same."""
+    """The mean of the steps from `first` to before `stop`; every phase counts the same."""
     return _phase_means(steps_S[first:stop], first, period).mean().item()
 
 

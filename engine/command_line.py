@@ -1,4 +1,4 @@
-"""What the scripts' command lines have in common: one clear line and exit code 2 for bad input."""
+"""The shared part of the scripts' command lines: one clear line and exit code 2 for bad input."""
 
 import argparse
 import errno

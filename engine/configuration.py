@@ -5,7 +5,6 @@ is computed here once, so that no two places can disagree about it.
 """
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +22,6 @@ from engine.errors import UserError
 from engine.yaml_tree import Tree, parse_override, read_tree, set_key, unshared
 
 BASE_RESOLUTION = 4  # the linear layer's output, in pixels (paper)
-# Either way, for one to offer: at once whatever batch was typed, and farther off none is of use.
-_MICRO_BATCHES_TRIED = 1_000_000
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]  # numpy's generators take no other
@@ -71,7 +68,7 @@ class Data(Section):
     """Decoding threads per rank; None: its share of the machine's cores."""
 
 
-class Generator(Section):
+class GeneratorSettings(Section):
     """A generator; `multipliers` are the units' output channels in units of `channels`."""
 
     temporal: Literal["conv_gru", "separable_conv"]
@@ -88,7 +85,7 @@ class Generator(Section):
     whole video is unrolled; what they become is cut off. Ours: the paper pads with zeros (0)."""
 
 
-class Discriminators(Section):
+class DiscriminatorSettings(Section):
     """Spatial, temporal and (stage 2 and later) matching discriminators of one stage."""
 
     channels: PositiveInt
@@ -195,8 +192,8 @@ class Stage(Section):
     """Frames generated in training: the whole clip for stage 1, a window for later stages."""
     frame_stride: PositiveInt
     """Source-video frames from one generated frame to the next."""
-    generator: Generator
-    discriminators: Discriminators
+    generator: GeneratorSettings
+    discriminators: DiscriminatorSettings
     joint: bool = False
     """Train this and all earlier stages together, discriminators on this one (Appendix H)."""
     training: Training
@@ -229,7 +226,7 @@ class Stage(Section):
 
 
 class Upsampling(Section):
-    """What stage n > 1 receives from stage n-1 (derived, never written in a file)."""
+    """The input of stage n > 1 from stage n-1 (derived, never written in a file)."""
 
     resolution: int
     num_frames: int
@@ -388,66 +385,6 @@ def variant_names(path: str | Path) -> list[str | None]:
     return [*([] if "variant" in tree else [None]), *_pop_variants(tree, path)]
 
 
-def accumulation_steps(training: Training, world_size: int) -> int:
-    """Forward passes per rank and update: global_batch / (world_size * micro_batch).
-
-    Raises UserError when that is not a whole number, naming the nearest batches that work, and
-    when `reuse_fakes` would have to hold several passes.
-    """
-    steps, remainder = divmod(training.global_batch, world_size * training.samples_per_pass)
-    if remainder:
-        processes = "1 process" if world_size == 1 else f"{world_size} processes"
-        raise UserError(
-            f"training.global_batch {training.global_batch} is no multiple of {processes} x "
-            f"micro_batch {training.micro_batch}; nearest that work: "
-            f"{_nearest_batches(training, world_size)}"
-        )
-    if training.reuse_fakes and steps > 1:
-        raise UserError(
-            f"training.reuse_fakes holds one pass of G, but {steps} are accumulated; "
-            f"set micro_batch={steps * training.samples_per_pass}, or reuse_fakes=false"
-        )
-    return steps
-
-
-def num_generations(training: Training) -> int:
-    """How often G generates a batch in an iteration: for every D update, and for its own."""
-    return training.discriminator_steps + (0 if training.reuse_fakes else 1)
-
-
-def _nearest_batches(training: Training, world_size: int) -> str:
-    """The next smaller and larger micro-batch, where one works, and global batch."""
-    share, remainder = divmod(training.global_batch, world_size)
-    micro = training.samples_per_pass
-    micros: list[int] = []
-    if not remainder:
-        smaller = range(micro - 1, max(micro - _MICRO_BATCHES_TRIED, 1) - 1, -1)
-        larger = range(micro + 1, min(micro + _MICRO_BATCHES_TRIED, share) + 1)
-        for sizes in smaller, larger:
-            micros += islice((size for size in sizes if share % size == 0), 1)
-    # Shares that work are those below the micro-batch, as share_among lowers it, and its multiples.
-    below, above = (training.global_batch - 1) // world_size, share + 1
-    below -= below % micro if below > micro else 0
-    above += -above % micro if above > micro else 0
-    globals_ = [world_size * share for share in (below, above) if share]
-    found = {"micro_batch": micros, "global_batch": globals_}
-    return ", or ".join(
-        f"{key} {' or '.join(map(str, sizes))}" for key, sizes in found.items() if sizes
-    )
-
-
-def share_among(config: Config, stage_number: int, world_size: int) -> Config:
-    """Lower a stage's micro_batch to a rank's share of the global batch, where that is less.
-
-    So that a small configuration runs on many GPUs as it stands; nothing is ever raised.
-    """
-    stage = config.stages[stage_number]
-    share, remainder = divmod(stage.training.global_batch, world_size)
-    if remainder or not 0 < share < stage.training.samples_per_pass:
-        return config
-    return with_training(config, stage_number, micro_batch=share)
-
-
 def with_training(config: Config, number: int, **changes: object) -> Config:
     """The configuration with other keys in one stage's `training`."""
     stage = config.stages[number]
@@ -506,8 +443,8 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     sections: dict[str, type[Section]] = {
         "data": Data,
         "procedural": ProceduralClips,
-        "generator": Generator,
-        "discriminators": Discriminators,
+        "generator": GeneratorSettings,
+        "discriminators": DiscriminatorSettings,
         "training": Training,
         "sample_bank": SampleBank,
     }

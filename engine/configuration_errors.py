@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line of its own terms rather than pydantic's."""
+"""Messages about a wrong configuration: one line in its own terms rather than pydantic's."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def explain(error: ErrorDetails, allowed_keys: Sequence[str]) -> str:
 
 
 def found(value: Any) -> str:
-    """What stood in the file, in brackets; sections and lists are not repeated."""
+    """The value that stood in the file, in brackets; sections and lists are not repeated."""
     if isinstance(value, dict):
         return "(found a mapping)"
     if isinstance(value, list | tuple):

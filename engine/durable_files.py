@@ -1,4 +1,7 @@
-"""Files that are whole or not there, also after a power failure; a full disk is one line."""
+"""Writing of files that are whole or not there, even after a power failure.
+
+A full disk, or a file that cannot be read, becomes one line for the user.
+"""
 
 import os
 import re

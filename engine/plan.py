@@ -7,8 +7,7 @@ import sys
 
 from engine.command_line import ArgumentParser, find_config, run
 from engine.configuration import Config, load_config
-from engine.planning.assumptions import GOAL_HFU, Assumptions, checked, reserve_gb
-from engine.planning.devices import find_device
+from engine.planning.assumptions import GOAL_HFU, Assumptions, checked, find_device, reserve_gb
 
 EPILOG = """\
 examples:

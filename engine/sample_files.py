@@ -1,4 +1,4 @@
-"""What a sampling run leaves in its folder: clips to look at or to measure, and what they are.
+"""The files that a sampling run writes: clips to look at or to measure, and a list of them.
 
 - `clip-000-NAME.mp4` for mp4, to look at: small clips are enlarged.
 - `frames/clip-000-NAME/000000.png` and so on for png.

@@ -12,15 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
+from engine.batches import accumulation_steps
 from engine.command_line import ArgumentParser, find_config, report, run
-from engine.configuration import Config, Training, accumulation_steps, load_config
+from engine.configuration import Config, Training, load_config
 from engine.errors import UserError
 from engine.trainer.console import Console
 from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
 from engine.trainer.stage_plan import (
-    Plan,
     RunOptions,
+    RunPlan,
     plan_run,
     resume_candidates,
     settle_batches,
@@ -142,7 +143,7 @@ def main(arguments: list[str]) -> int:
     return train(plan, ranks, console)
 
 
-def settle(options: argparse.Namespace, ranks: Ranks) -> Plan:
+def settle(options: argparse.Namespace, ranks: Ranks) -> RunPlan:
     """Everything that can be checked before data or other ranks are touched."""
     config = configure(options)
     run = run_options(options, config)
@@ -226,9 +227,9 @@ def rehearse(options: argparse.Namespace, ranks: Ranks) -> None:
                 console.say(
                     f"note: {option} is not used: a rehearsal is one step from no checkpoint"
                 )
-        from engine.trainer.rehearsal.rehearse import rehearse as rehearse_stage
-        from engine.trainer.rehearsal.report import report_lines
-        from engine.trainer.rehearsal.stand_ins import fake_job
+        from engine.rehearsal.rehearse import rehearse as rehearse_stage
+        from engine.rehearsal.report import report_lines
+        from engine.rehearsal.stand_ins import fake_job
 
         with fake_job(options.rehearse) as played:
             found = rehearse_stage(
@@ -246,7 +247,7 @@ def settle_for_rehearsal(options: argparse.Namespace, *, say: Callable[[str], No
     """The configuration as so many ranks run it; no checkpoint is looked for."""
     config = configure(options)
     if asks_for_micro_batch(config, options.stage):
-        from engine.planning.devices import DEVICES
+        from engine.planning.assumptions import DEVICES
         from engine.planning.micro_batch import settle_micro_batch
 
         device = DEVICES[REHEARSED_DEVICE]
@@ -257,7 +258,7 @@ def settle_for_rehearsal(options: argparse.Namespace, *, say: Callable[[str], No
     return settle_batches(config, run_options(options, config), options.rehearse)
 
 
-def announce(plan: Plan, ranks: Ranks, console: Console) -> None:
+def announce(plan: RunPlan, ranks: Ranks, console: Console) -> None:
     """What runs and where it writes."""
     stage, options = plan.config.stages[plan.options.stage_number], plan.options
     training = stage.training
@@ -296,7 +297,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("s" if count > 1 else "")
 
 
-def train(plan: Plan, ranks: Ranks, console: Console) -> int:
+def train(plan: RunPlan, ranks: Ranks, console: Console) -> int:
     """Connect the ranks and train; returns the exit code.
 
     Whatever libraries print goes to the rank's log file.

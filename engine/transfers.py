@@ -1,4 +1,4 @@
-"""Tensors on their way to the device, and what a GPU has not read yet."""
+"""Copies to a device without making the host wait, and tensors kept until a GPU has read them."""
 
 from collections import deque
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for a GPU: from pageable memory a copy waits until all that
-    was launched before it has run."""
+    """The values on the device, without waiting for a GPU.
+
+    They are pinned first: a copy from pageable memory waits until all work launched before has run.
+    """
     if device.type == "cuda" and values.device.type == "cpu":
-        # What has gaps PyTorch copies together first, pinned or not, into memory that is pageable.
+        # PyTorch copies a tensor with gaps into pageable memory first, even from pinned memory.
         values = values.contiguous().pin_memory()
     return values.to(device, non_blocking=True)
 

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before matplotlib is imported: there is no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def cascade_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cascade")
     for stage in (1, 2):
         tiny.trained(stage, out, "--max-steps", "2", "--set", "training.checkpoint_every=1")
+    return out
+
+
+@pytest.fixture
+def run(cascade_run: Path, tmp_path: Path) -> Path:
+    """A copy of `cascade_run`, to be damaged."""
+    out = tmp_path / "run"
+    shutil.copytree(cascade_run, out)
     return out
 
 

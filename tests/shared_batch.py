@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine.configuration import Config
 from engine.trainer import step
-from engine.trainer.fakes import Fake, Fakes, Inputs, LatentSource
+from engine.trainer.fakes import FakeBatch, Fakes, Inputs, LatentSource
 from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
 from engine.trainer.reals import Reals
@@ -68,7 +68,7 @@ class _SharedFakes:
         whole = self._fakes.draw(batch_size * self._ranks.world_size)
         return {name: _share(value, self._ranks) for name, value in whole.items()}
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         return self._fakes.run(generator, inputs)
 
 

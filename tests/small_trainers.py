@@ -1,5 +1,6 @@
 """Trainers of the tiny configuration that need neither files nor a loader."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ def make(
     if number > 1:
         torch.manual_seed(7)
         states = {n: build_generator(config, n).state_dict() for n in range(1, number)}
-        builder.previous = PreviousStages(load_cascade(config, states, ranks.device), "")
+        previous = PreviousStages(load_cascade(config, states, ranks.device), "")
+        builder = replace(builder, previous=previous)
     return builder.trainer(
         clips or RandomClips(config, number, config.stages[number].training.samples_per_pass)
     )

@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.configuration import (
-    Config,
-    accumulation_steps,
-    config_from_tree,
-    load_config,
-    share_among,
-    variant_names,
-)
+from engine.batches import accumulation_steps, share_among
+from engine.configuration import Config, config_from_tree, load_config, variant_names
 from engine.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -51,7 +51,7 @@ from benchmarks.miniature.verdicts import (
     verdict,
 )
 from engine.errors import UserError
-from engine.planning.forward_flops import count_forward, count_frozen
+from engine.planning.forward_pass import count_forward, count_frozen
 from engine.trainer.checkpoints import find_checkpoint, read_generators
 
 BY_NAME = {model.name: model for model in MODELS}

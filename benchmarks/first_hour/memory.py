@@ -12,7 +12,7 @@ from benchmarks.first_hour.scale import Scale
 from benchmarks.setups import BUILDS, config_of
 from benchmarks.whole_step import free_memory
 from engine.planning.meta_step import run_step
-from engine.planning.peak import Scaling, find_peak
+from engine.planning.rank_memory import Scaling, find_peak
 
 MODES = ("ours", "blocks")
 """Builds that differ in what they make again."""

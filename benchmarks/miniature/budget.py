@@ -57,7 +57,7 @@ def iteration_flops(config: Config, number: int) -> float:
     from engine.planning.step_time import work_of
 
     training = config.stages[number].training
-    work = work_of(run_step(config, number, forms="cpu"), training)
+    work = work_of(run_step(config, number, implementations="cpu"), training)
     return training.global_batch * (work.flops + work.frozen_flops)
 
 

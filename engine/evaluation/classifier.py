@@ -6,8 +6,8 @@ set it does, from one frame):
 - `colour_view`: the frames as they are. A still picture in the right colours passes.
 - `motion_view`: what moves, without its colour and strength: luminance minus each pixel's mean over
   time, in units of its standard deviation, and the step to the next frame. A still clip is zero
-  everywhere, which says nothing of its class. Where something moves counts more than in which
-  order: real clips whose frames are shuffled are mostly recognised (`persistence` tells them).
+  everywhere, which says nothing of its class. The places that move count more than the order in
+  which they do: real clips with shuffled frames are mostly recognised (`persistence` finds them).
 
 Shapes: B clips, T frames, C channels, H x W pixels; [B, T, C, H, W] with values in [-1, 1].
 """

@@ -75,9 +75,9 @@ def find_real_videos(
     conditional = data.num_classes is not None
     index = open_dataset(data, make=True, say=say)
     by_class = _by_class(index, names, num_source_frames, conditional)
-    draw = random.Random(derived_seed(_CHOICE, seed))
+    random_state = random.Random(derived_seed(_CHOICE, seed))
     for entries in by_class.values():
-        draw.shuffle(entries)
+        random_state.shuffle(entries)
     held_out_data = held_out(data)
     if held_out_path is not None:
         held_out_data = data.model_copy(update={"path": held_out_path, "procedural": None})
@@ -91,7 +91,7 @@ def find_real_videos(
             )
         reference = _by_class(held_out_index, names, num_source_frames, conditional)
         for entries in reference.values():
-            draw.shuffle(entries)
+            random_state.shuffle(entries)
     else:
         note = (
             "the real clips are of the training data itself: clips that were learned by heart "
@@ -130,7 +130,7 @@ def find_real_videos(
 
 @dataclass(frozen=True)
 class ClipShape:
-    """What a clip of a stage is: of which frames of its video, and how large."""
+    """The shape of a stage's clips: which frames of a video they are of, and how large."""
 
     num_frames: int
     frame_stride: int

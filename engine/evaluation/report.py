@@ -1,7 +1,7 @@
 """The report on a checkpoint: clips as engine/sample.py makes them, beside real and spoilt ones.
 
-The figures are judged in the same table: real clips pass all of them, and each figure has a kind of
-spoilt clip that fails it, in a row of its own.
+The same table judges the figures themselves: real clips pass all of them, and for each figure there
+is a row of clips that are spoilt so that they fail it.
 
 Shapes: B clips, T frames, C channels, H x W pixels; [B, T, C, H, W] with values in [-1, 1].
 """
@@ -66,7 +66,7 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
-class Row:
+class FiguresRow:
     """A set of clips compared with the reference."""
 
     name: str
@@ -85,7 +85,7 @@ class Report:
     """Checkpoint, settings and data, as they stand in the JSON file."""
     reference: Figures
     """Of the real clips that all rows are compared with."""
-    rows: list[Row]
+    rows: list[FiguresRow]
     note: str
     examples: list[tuple[str, Tensor]]
     """Rows of a picture: what they are, and a clip of each class, [B, T, C, H, W] in [-1, 1]."""
@@ -198,7 +198,7 @@ def report(
         found = figures(clips)
         off = spectral_distances(spectra(clips.video_BTCHW, looked_at), reference_KR)
         compared = compare(found, reference)
-        rows.append(Row(name, len(clips.video_BTCHW), found, compared, sum(off) / len(off)))
+        rows.append(FiguresRow(name, len(clips.video_BTCHW), found, compared, sum(off) / len(off)))
     examples = [
         (name, _of_each_class(clips, videos.classes, number))
         for name, clips in (("real", reals[0]), ("generated", generated))
@@ -317,7 +317,7 @@ def _figures_tree(figures: Figures) -> dict[str, Any]:
     }
 
 
-def _cells(row: Row, kinds: list[str]) -> list[str]:
+def _cells(row: FiguresRow, kinds: list[str]) -> list[str]:
     figures, ratios = row.figures, row.ratios
     ends = "-" if figures.ends is None else "  ".join(_number(value) for value in figures.ends)
     variety = "-"

@@ -8,8 +8,8 @@ The definition is that of pysteps' `rapsd` (radially averaged PSD), written from
 per image, rounds to each whole radius from 0 to half the side. The corners beyond are left out.
 White noise of variance s² has s² at every radius but 0, so that images of all sizes compare.
 
-Cannot see where anything is, nor which frame follows which: the right amount of detail in the wrong
-place has the right spectrum.
+A spectrum does not tell where anything is, nor which frame follows which: the right amount of
+detail in the wrong place has the right spectrum.
 
 Shapes: B clips, T frames, C channels (RGB), N x N pixels, R = N // 2 + 1 radii, K frames looked at;
 videos are [B, T, C, N, N] with values in [-1, 1].

@@ -1,45 +1,148 @@
-"""What a plan takes for granted, and what can be refused before anything is counted."""
+"""What a plan takes for granted: GPUs' data sheets, the memory that tensors get, the FLOPs reached.
 
-from dataclasses import dataclass
+`checked` refuses a plan that these assumptions already rule out, before anything is counted.
 
-from engine.configuration import Config, accumulation_steps, share_among
+The data sheets are named so that a row can be checked; the numbers were taken from pages that quote
+them or, of the V100, B200, L40S and RTX 4090, from memory. They are peaks, not what a program
+reaches: dense matrix products (no structured sparsity), and all links in one direction. Each row is
+one board; others of the same name have other clocks.
+"""
+
+from dataclasses import dataclass, replace
+
+from engine.batches import accumulation_steps, share_among
+from engine.configuration import Config
 from engine.errors import UserError
-from engine.planning.devices import Device
 from engine.trainer.sample_bank import batches_per_rank
 
 GOAL_HFU = 0.55
 """Of executed FLOPs (`HFU`), the project's goal on an H100. Not measured on any device yet."""
 MOST_SAMPLES = 100_000
-"""Of a GPU per update. A step of them all is counted, for which latents and labels are drawn, and
-all their divisors are tried; what trains so many is mistyped."""
+"""Of a GPU per update. A step of all of them is counted, with latents and labels, and all their
+divisors are tried; a batch with more is mistyped."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU."""
+
+    name: str
+    title: str
+    memory_gb: float
+    """10^9 bytes."""
+    bf16_tflops: float | None
+    """On tensor cores, sums in fp32; None where it has no bf16."""
+    fp32_tflops: float
+    """True fp32, which is what `precision: fp32` runs: not TF32."""
+    bandwidth_gb_per_second: float
+    """Of its memory."""
+    link_gb_per_second: float
+    """To the other GPUs of a node, in one direction."""
+    source: str
+
+    def tflops(self, precision: str) -> float:
+        """The peak rate of matrix products. Raises UserError where there is none."""
+        rate = self.bf16_tflops if precision == "bf16" else self.fp32_tflops
+        if rate is None:
+            raise UserError(
+                f"--device {self.name} has no bf16; plan with --set training.precision=fp32, or "
+                "give its rate by --tflops"
+            )
+        return rate
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Gpu(
+            *("v100", "V100 SXM2", 32, None, 15.7, 900, 150),
+            source="NVIDIA V100 datasheet, January 2020",
+        ),
+        Gpu(
+            *("a100-40", "A100 SXM4", 40, 312, 19.5, 1555, 300),
+            source="NVIDIA A100 datasheet, June 2021",
+        ),
+        Gpu(
+            *("a100", "A100 SXM4", 80, 312, 19.5, 2039, 300),
+            source="NVIDIA A100 datasheet, June 2021",
+        ),
+        Gpu(
+            *("h100", "H100 SXM5", 80, 989.4, 66.9, 3350, 450),
+            source="NVIDIA H100 datasheet; half of the rates that it gives with sparsity",
+        ),
+        Gpu(
+            *("h200", "H200 SXM5", 141, 989.4, 66.9, 4800, 450),
+            source="NVIDIA H200 datasheet; half of the rates that it gives with sparsity",
+        ),
+        Gpu(
+            *("b200", "B200 (HGX)", 180, 2250, 80, 8000, 900),
+            source="NVIDIA Blackwell datasheet, HGX B200; half of the rates with sparsity",
+        ),
+        Gpu(
+            *("l40s", "L40S", 48, 362.05, 91.6, 864, 32),
+            source="NVIDIA L40S datasheet; PCIe 4.0 x16",
+        ),
+        Gpu(
+            *("rtx4090", "GeForce RTX 4090", 24, 165.2, 82.6, 1008, 32),
+            source="NVIDIA Ada GPU architecture whitepaper, appendix A; PCIe 4.0 x16",
+        ),
+    )
+}
+
+
+def find_device(
+    name: str,
+    *,
+    memory_gb: float | None = None,
+    tflops: float | None = None,
+    bandwidth_gb_per_second: float | None = None,
+    link_gb_per_second: float | None = None,
+) -> Gpu:
+    """The device of that name, with what the caller knows better. Raises UserError."""
+    if name not in DEVICES:
+        raise UserError(f"--device {name!r} is not among {', '.join(DEVICES)}")
+    device = DEVICES[name]
+    changes: dict[str, float] = {}
+    for field, value in (
+        ("memory_gb", memory_gb),
+        ("bf16_tflops", tflops),
+        ("fp32_tflops", tflops),
+        ("bandwidth_gb_per_second", bandwidth_gb_per_second),
+        ("link_gb_per_second", link_gb_per_second),
+    ):
+        if value is not None and value != getattr(device, field):
+            changes[field] = value
+    if not changes:
+        return device
+    return replace(device, **changes, source=f"{device.source}, and the command line")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """What a plan takes for granted; each can be given on the command line."""
 
-    device: Device
+    device: Gpu
     num_gpus: int
     reserve_gb: float
-    """Of the device's memory that no tensor gets: CUDA's context, cuDNN's and NCCL's buffers,
-    prefetched clips, and what lies broken in the allocator. Decided, not measured."""
+    """Memory of the device that no tensor gets: CUDA's context, cuDNN's and NCCL's buffers,
+    prefetched clips, and the allocator's fragments. Decided, not measured."""
     hfu: float
 
     @property
     def limit_bytes(self) -> float:
-        """What tensors get."""
+        """The memory that tensors get."""
         return (self.device.memory_gb - self.reserve_gb) * 1e9
 
 
 def reserve_gb(memory_gb: float) -> float:
-    """Of a device's memory, what is left to all but tensors where nobody says otherwise."""
+    """The part of a device's memory that no tensor gets, where nobody says otherwise."""
     return 2 + memory_gb / 20
 
 
 def checked(config: Config, number: int, assumptions: Assumptions) -> Config:
-    """With a micro-batch no larger than a GPU's share, as train.py trains; "auto" is left.
+    """The configuration with a micro-batch no larger than a GPU's share, as train.py trains it.
 
-    Raises UserError.
+    "auto" is left as it is. Raises UserError where the assumptions rule the plan out.
     """
     if number not in config.stages:
         raise UserError(f"--stage {number}: {config.name} has stages 1 to {len(config.stages)}")

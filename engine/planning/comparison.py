@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 from engine.configuration import Config, with_training
 from engine.planning.assumptions import Assumptions
-from engine.planning.paper import MODELS_OF_TABLE_3, TABLE_3, Measured
-from engine.planning.peak import Scaling
+from engine.planning.paper import MODELS_OF_TABLE_3, TABLE_3, MeasuredInPaper
+from engine.planning.rank_memory import Scaling
 from engine.planning.step_time import predict
 from engine.planning.training_plan import Planner
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What one model takes at as many samples per GPU as the paper had, all in one pass."""
+class ComparedModel:
+    """The cost of one model at as many samples per GPU as the paper had, all in one pass."""
 
     name: str
     stage: int
@@ -23,20 +23,20 @@ class Compared:
     """Predicted."""
     seconds_per_iteration: float
     """Predicted, of these samples."""
-    paper: Measured | None
+    paper: MeasuredInPaper | None
 
     @property
     def seconds_per_sample(self) -> float:
-        """Of one GPU."""
+        """Seconds of one GPU per sample."""
         return self.seconds_per_iteration / self.samples_per_gpu
 
 
 def compare(
     planner: Planner, assumptions: Assumptions, config: Config, dvdgan: Config, precision: str
-) -> list[Compared]:
+) -> list[ComparedModel]:
     """All stages of a configuration, then DVD-GAN, each trained as its file says.
 
-    But for the precision, which is one for all: that of the stage that is planned.
+    Only the precision is the same for all: that of the stage that is planned.
     """
     compared = []
     for model in (config, dvdgan):
@@ -47,7 +47,7 @@ def compare(
     return compared
 
 
-def _compared(planner: Planner, assumed: Assumptions, config: Config, number: int) -> Compared:
+def _compared(planner: Planner, assumed: Assumptions, config: Config, number: int) -> ComparedModel:
     stage = config.stages[number]
     # Of Kinetics-600: other data sets' networks have such sizes too, but not such costs.
     measured = config.name in MODELS_OF_TABLE_3
@@ -71,7 +71,7 @@ def _compared(planner: Planner, assumed: Assumptions, config: Config, number: in
         num_samples=samples,
         num_micro_batches=1,
     )
-    return Compared(
+    return ComparedModel(
         name=config.name,
         stage=number,
         resolution=stage.resolution,

@@ -1,11 +1,11 @@
-"""A training step of the real networks on the meta device: what it keeps, and what it computes.
+"""A training step of the real networks on the meta device: the memory and the FLOPs it takes.
 
-The step is `engine.trainer.step.Trainer`'s own, D update and G update, including the frozen stages
-whose windows stage 2 and later upsample. Only DeepSpeed is left out: its memory does not depend on
-the batch and is in `zero_memory`; the gradients that it takes away stand here in `.grad` until the
-update ends.
+The step is `engine.trainer.step.Trainer`'s own, D update and G update, with the frozen stages that
+make the windows for stage 2 and later. Only DeepSpeed is left out. Its memory does not depend on
+the batch, and `rank_memory.py` adds it; the gradients that DeepSpeed would take away stand here in
+`.grad` until the update ends.
 
-The same code runs on a CPU with real tensors, which is how the tests hold it against an allocator.
+The same code runs on a CPU with real tensors, so the tests can hold it against an allocator.
 """
 
 from dataclasses import dataclass
@@ -25,15 +25,16 @@ from engine.models.construction import (
 )
 from engine.planning.counters import (
     BACKWARD,
+    CUDA_BLOCK_BYTES,
     FROZEN,
+    PARAMETERS,
     ChannelsLastConvolutions,
     Phases,
     Update,
     UpdateBytes,
     WorkByPhase,
 )
-from engine.planning.forward_flops import frozen_stages
-from engine.planning.live_bytes import CUDA_BLOCK_BYTES, PARAMETERS
+from engine.planning.forward_pass import frozen_stages
 from engine.trainer.fakes import (
     ClipFakes,
     Fakes,
@@ -64,21 +65,22 @@ class Step:
 
     @property
     def updates(self) -> dict[str, Update]:
-        """By the network that is updated."""
+        """The two updates, by the network that is updated."""
         return {"D": self.discriminator_update, "G": self.generator_update}
 
     @property
     def most_samples(self) -> int:
-        """So many that no tensor has more values than 32 bits count; see `large_batches`.
+        """The largest micro-batch in which no tensor has more values than 32 bits count.
 
-        Beyond it convolutions run in parts, and no kernel has been tried on a GPU.
+        Beyond it convolutions run in parts (kernels/common/large_batches.py), and no kernel has
+        been tried on a GPU.
         """
         most_values = max(update.most_values for update in self.updates.values())
         return MOST_VALUES * self.micro_batch // max(most_values, 1)
 
 
-class Clips(NamedTuple):
-    """One batch of a loader."""
+class UnfilledClips(NamedTuple):
+    """One batch of `EmptyClips`."""
 
     video_BTCHW: Tensor
     labels_B: Tensor
@@ -92,10 +94,10 @@ class EmptyClips:
         self._shape = stage.num_frames, stage.resolution, stage.resolution, 3
         self._batch, self._device = stage.training.samples_per_pass, device
 
-    def __next__(self) -> Clips:
+    def __next__(self) -> UnfilledClips:
         video = torch.zeros(self._batch, *self._shape, device=self._device)
         labels = torch.zeros(self._batch, dtype=torch.long, device=self._device)
-        return Clips(video.permute(0, 1, 4, 2, 3), labels)
+        return UnfilledClips(video.permute(0, 1, 4, 2, 3), labels)
 
     def state_dict(self) -> dict[str, Any]:
         """No position."""
@@ -105,10 +107,10 @@ class EmptyClips:
         """Nothing to do."""
 
 
-class PlainEngine:
-    """What `Trainer` needs of DeepSpeed's engine, without an optimizer and other ranks."""
+class EngineWithoutOptimizer:
+    """Stands in for DeepSpeed's engine in a `Trainer`, without an optimizer and other ranks."""
 
-    def __init__(self, module: nn.Module, device: torch.device, phases: "Phases") -> None:
+    def __init__(self, module: nn.Module, device: torch.device, phases: Phases) -> None:
         self.module, self.device = module, device
         self._phases = phases
 
@@ -138,17 +140,17 @@ class FrozenWindows:
         self._source, self._phases = source, phases
 
     def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
-        """As the source's."""
+        """The source's labels and windows."""
         with self._phases.during(FROZEN):
             return self._source(batch_size)
 
 
 class WindowsOfWholeVideos(GeneratedWindows):
-    """Windows for which the frozen stages make what a bank keeps, as they do to fill one."""
+    """Windows cut from whole videos, which the frozen stages make as they do to fill a bank."""
 
     @torch.no_grad()
     def __call__(self, batch_size: int) -> tuple[Tensor | None, Tensor]:
-        """As `GeneratedWindows`."""
+        """Labels [B] and x_l, as `GeneratedWindows` gives them."""
         source = self._source
         zs, labels_B = source.latents(batch_size, self._number - 1), source.labels(batch_size)
         video = self._cascade.sample_previous(self._number, zs, labels_B, source.random)
@@ -181,7 +183,10 @@ class MetaStep:
         elif number > 1:
             fakes = WindowFakes(number, latents, RealWindows(reals))
         engines = [
-            cast(deepspeed.DeepSpeedEngine, PlainEngine(network, self._device, self._phases))
+            cast(
+                deepspeed.DeepSpeedEngine,
+                EngineWithoutOptimizer(network, self._device, self._phases),
+            )
             for network in (generator, discriminators)
         ]
         # DeepSpeed's part is left out, so there is nothing to gather.
@@ -211,16 +216,15 @@ class MetaStep:
     def run(self, *, block_bytes: int = 1) -> Step:
         """One D update and one G update of a micro-batch."""
         updates = Update(), Update()
-        work = WorkByPhase(updates[0], self._phases)
-        live = UpdateBytes(updates[0], self._phases, block_bytes=block_bytes)
-        with ChannelsLastConvolutions(), work, live:  # those within see what the first makes
+        live = UpdateBytes(self._phases, block_bytes=block_bytes)
+        with ChannelsLastConvolutions(), live:  # the counters within see the layout it makes
             for network in (*self._networks, *self._frozen_networks):
                 live.register(PARAMETERS, network.parameters())
                 live.register(PARAMETERS, network.buffers())
                 live.watch_gradients(network.parameters())
             for update, run in zip(updates, (self.d_step, self.g_step), strict=True):
-                work.update = live.update = update
-                run()
+                with WorkByPhase(update, self._phases), live.counted_for(update):
+                    run()
             parameter_bytes = live.now[PARAMETERS]
         sizes = [[p.numel() for p in network.parameters()] for network in self._networks]
         return Step(self._training.samples_per_pass, *updates, parameter_bytes, *sizes)
@@ -237,10 +241,13 @@ def run_step(
     config: Config,
     number: int,
     *,
-    forms: str = "cuda",
+    implementations: str = "cuda",
     device: str = "meta",
     block_bytes: int = CUDA_BLOCK_BYTES,
 ) -> Step:
-    """One micro-batch of stage `number` with the operators' forms of `forms`, "cuda" or "cpu"."""
-    with kernels.meta_as(forms):
+    """One micro-batch of stage `number`.
+
+    Operators run as their implementations for "cuda" or "cpu" would.
+    """
+    with kernels.meta_as(implementations):
         return MetaStep(config, number, device).run(block_bytes=block_bytes)

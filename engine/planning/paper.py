@@ -1,10 +1,10 @@
-"""What the paper measured (its Table 3)."""
+"""The paper's measurements of memory and time (its Table 3)."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredInPaper:
     """A row of Table 3; GPUs of 32 GB, batch 512 on as many as that takes."""
 
     samples_per_gpu: int
@@ -17,8 +17,8 @@ MODELS_OF_TABLE_3 = {"kinetics600", "dvdgan"}
 
 # (resolution, frames) of what is trained.
 TABLE_3 = {
-    (32, 25): Measured(4, 27_897, 3.45),
-    (128, 12): Measured(4, 29_073, 3.2),
+    (32, 25): MeasuredInPaper(4, 27_897, 3.45),
+    (128, 12): MeasuredInPaper(4, 29_073, 3.2),
     # It has 2.975 s for one sample, to be taken four times for as many samples.
-    (128, 50): Measured(1, 32_203, 2.975),
+    (128, 50): MeasuredInPaper(1, 32_203, 2.975),
 }

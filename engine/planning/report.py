@@ -5,15 +5,15 @@ from dataclasses import asdict
 from typing import Any
 
 from engine.planning.assumptions import GOAL_HFU
-from engine.planning.comparison import Compared
+from engine.planning.comparison import ComparedModel
 from engine.planning.step_time import LINK_FRACTION, Work
-from engine.planning.training_plan import Plan, Row
+from engine.planning.training_plan import PlanRow, TrainingPlan
 
 GB = 1e9
 GPUS_OF_A_NODE = 8
 
 
-def as_text(plan: Plan, compared: Sequence[Compared]) -> str:
+def as_text(plan: TrainingPlan, compared: Sequence[ComparedModel]) -> str:
     """For people."""
     parts = [_heading(plan), _rows(plan), _assumed(plan)]
     if compared:
@@ -21,7 +21,7 @@ def as_text(plan: Plan, compared: Sequence[Compared]) -> str:
     return "\n\n".join(parts)
 
 
-def as_json(plan: Plan, compared: Sequence[Compared]) -> dict[str, Any]:
+def as_json(plan: TrainingPlan, compared: Sequence[ComparedModel]) -> dict[str, Any]:
     """For programs: bytes, seconds, FLOPs."""
     stage = plan.config.stages[plan.number]
     assumed = plan.assumptions
@@ -47,7 +47,7 @@ def as_json(plan: Plan, compared: Sequence[Compared]) -> dict[str, Any]:
     }
 
 
-def _row_as_json(row: Row) -> dict[str, Any]:
+def _row_as_json(row: PlanRow) -> dict[str, Any]:
     found = asdict(row)
     found["peak"]["total"] = row.peak.total
     if row.largest is not None:
@@ -55,7 +55,7 @@ def _row_as_json(row: Row) -> dict[str, Any]:
     return found
 
 
-def _heading(plan: Plan) -> str:
+def _heading(plan: TrainingPlan) -> str:
     stage, assumed = plan.config.stages[plan.number], plan.assumptions
     training = stage.training
     flops = ", ".join(f"{mode} {work.flops / 1e12:.3g}" for mode, work in plan.work.items())
@@ -80,7 +80,7 @@ def _heading(plan: Plan) -> str:
     )
 
 
-def _rows(plan: Plan) -> str:
+def _rows(plan: TrainingPlan) -> str:
     micro_batch = plan.config.stages[plan.number].training.samples_per_pass
     headers = [
         *("ZeRO", "checkpointing", "parameters", "optimizer", "gradients", "activations"),
@@ -113,7 +113,7 @@ def _rows(plan: Plan) -> str:
     return f"{title}\n{_table(headers, lines)}"
 
 
-def _host(plan: Plan) -> list[str]:
+def _host(plan: TrainingPlan) -> list[str]:
     """Main memory, where the optimizer is offloaded."""
     most = max(row.peak.host for row in plan.rows)
     if not most:
@@ -123,8 +123,8 @@ def _host(plan: Plan) -> list[str]:
     ]
 
 
-def _left_out(plan: Plan) -> list[str]:
-    """What the plan does not know of this run."""
+def _left_out(plan: TrainingPlan) -> list[str]:
+    """The parts of this run that the plan leaves out."""
     lines = []
     if plan.most_samples < plan.share:
         lines.append(
@@ -142,7 +142,7 @@ def _left_out(plan: Plan) -> list[str]:
     return lines
 
 
-def _assumed(plan: Plan) -> str:
+def _assumed(plan: TrainingPlan) -> str:
     assumed, device = plan.assumptions, plan.assumptions.device
     goal = ", the project's goal, which is not measured" if assumed.hfu == GOAL_HFU else ""
     rate = device.tflops(plan.config.stages[plan.number].training.precision)
@@ -162,7 +162,7 @@ def _assumed(plan: Plan) -> str:
     )
 
 
-def _comparison(compared: Sequence[Compared]) -> str:
+def _comparison(compared: Sequence[ComparedModel]) -> str:
     headers = [
         *("model", "samples/GPU", "MB", "s/iteration", "s/sample", "|"),
         *("paper: samples/GPU", "MB", "s/iteration", "s/sample"),

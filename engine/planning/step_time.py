@@ -1,18 +1,18 @@
 """How long an iteration should take, from counts and stated rates: a prediction, not a measurement.
 
-The longer of FLOPs at a stated fraction of the device's peak and of all operators' bytes at its
-memory's full rate, and communication after it, none of it hidden.
+Computing takes the longer of two times: the FLOPs at a stated fraction of the device's peak, or all
+operators' bytes at its memory's full rate. Communication comes after it, and none of it is hidden.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.configuration import Training, num_generations
+from engine.batches import num_generations
+from engine.configuration import Training
+from engine.planning.assumptions import Gpu
 from engine.planning.counters import FROZEN, Update
-from engine.planning.devices import Device
 from engine.planning.meta_step import Step
-from engine.planning.peak import Scaling, networks_of
-from engine.planning.zero_memory import communicated_bytes
+from engine.planning.rank_memory import Scaling, communicated_bytes, networks_of
 
 LINK_FRACTION = 0.7
 """Of a link's rate that collectives reach. Assumed."""
@@ -20,19 +20,20 @@ LINK_FRACTION = 0.7
 
 @dataclass(frozen=True)
 class Work:
-    """Of one sample, in one iteration: all of D's updates and one of G."""
+    """The work for one sample in one iteration: all updates of D and one of G."""
 
     flops: float
     frozen_flops: float
-    """More, by the frozen stages that make the windows."""
+    """Added by the frozen stages that make the windows."""
     moved_bytes: float
     """Read and written by operators, one by one."""
 
 
 def work_of(step: Step, training: Training) -> Work:
-    """Counted in `step`, where frozen stages make something for every window.
+    """The work of a sample, from a counted step.
 
-    With a bank that is a whole video, of which it makes fewer.
+    There the frozen stages make something for every window. With a bank they make a whole video,
+    but fewer of them.
     """
     times = {"D": training.discriminator_steps, "G": 1}
 
@@ -48,7 +49,7 @@ def work_of(step: Step, training: Training) -> Work:
 
 
 def _made_anew(training: Training) -> float:
-    """Videos that the frozen stages make, of one for each window."""
+    """How many videos the frozen stages make per window that is used."""
     bank = training.sample_bank
     if bank is None:
         return 1.0
@@ -66,7 +67,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """What is predicted."""
+        """The predicted seconds."""
         return max(self.computing, self.moving) + self.communicating
 
 
@@ -74,7 +75,7 @@ def predict(
     step: Step,
     training: Training,
     scaling: Scaling,
-    device: Device,
+    device: Gpu,
     *,
     hfu: float,
     num_samples: int,

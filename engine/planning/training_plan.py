@@ -7,11 +7,9 @@ from engine.configuration import Config, with_training
 from engine.models.activation_checkpointing import Checkpointing
 from engine.planning.assumptions import Assumptions, checked, share_of
 from engine.planning.meta_step import Step, run_step
-from engine.planning.micro_batch import largest_micro_batch
-from engine.planning.peak import Peak, Scaling
-from engine.planning.stage_memory import StageMemory
+from engine.planning.micro_batch import StageMemory, largest_micro_batch
+from engine.planning.rank_memory import ZERO_STAGES, PeakMemory, Scaling
 from engine.planning.step_time import Seconds, Work, predict, work_of
-from engine.planning.zero_memory import ZERO_STAGES
 
 MODES: tuple[Checkpointing, ...] = ("none", "norms", "blocks")
 SECONDS_PER_DAY = 86_400
@@ -31,20 +29,20 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One way to train the stage."""
 
     zero_stage: int
     checkpointing: str
-    peak: Peak
+    peak: PeakMemory
     """At the configured micro-batch."""
     fits: bool
     largest: Largest | None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Of one stage on some GPUs."""
+class TrainingPlan:
+    """The plan of one stage on some GPUs."""
 
     config: Config
     number: int
@@ -59,7 +57,7 @@ class Plan:
     discriminator_parameters: int
     work: dict[str, Work]
     """Of a sample and iteration, by way of checkpointing."""
-    rows: list[Row]
+    rows: list[PlanRow]
 
 
 Say = Callable[[str], None]
@@ -72,7 +70,7 @@ class Planner:
         self._assumptions, self._say = assumptions, say
         self._steps: dict[tuple[str, int], Step] = {}
 
-    def plan(self, config: Config, number: int) -> Plan:
+    def plan(self, config: Config, number: int) -> TrainingPlan:
         """Every ZeRO stage and way of checkpointing. Raises UserError."""
         config = checked(config, number, self._assumptions)
         asked = config.stages[number].training.micro_batch
@@ -89,7 +87,7 @@ class Planner:
             for micro_batch in sorted({training.samples_per_pass, share}):
                 memory.step(micro_batch)
         counted = memories["norms"].step(share)
-        return Plan(
+        return TrainingPlan(
             config=config,
             number=number,
             assumptions=self._assumptions,
@@ -107,7 +105,7 @@ class Planner:
         )
 
     def largest(self, config: Config, number: int) -> int | None:
-        """What train.py takes for `micro_batch: auto`; None where it refuses."""
+        """The number that train.py takes for `micro_batch: auto`; None where it refuses."""
         assumed = self._assumptions
         share = share_of(config, number, assumed.num_gpus)
         return largest_micro_batch(
@@ -115,7 +113,7 @@ class Planner:
         )
 
     def memory(self, config: Config, number: int) -> StageMemory:
-        """Which tells when it counts."""
+        """The memory of a stage, for which steps are counted as they are needed."""
 
         def run(config: Config, number: int) -> Step:
             key = config.model_dump_json(), number
@@ -130,7 +128,7 @@ class Planner:
 
         return StageMemory(config, number, {}, run)
 
-    def _row(self, memory: StageMemory, mode: str, zero_stage: int, share: int) -> Row:
+    def _row(self, memory: StageMemory, mode: str, zero_stage: int, share: int) -> PlanRow:
         assumed, training = self._assumptions, memory.config.stages[memory.number].training
         micro_batch = training.samples_per_pass
         scaling = Scaling(zero_stage, assumed.num_gpus, micro_batch < share)
@@ -139,7 +137,7 @@ class Planner:
         found = memory.largest(share, scaling, assumed.limit_bytes)
         # Reused fakes cannot be accumulated.
         if found is None or (training.reuse_fakes and found < share):
-            return Row(zero_stage, mode, peak, fits, None)
+            return PlanRow(zero_stage, mode, peak, fits, None)
         scaling = scaling._replace(accumulates=found < share)
         seconds = predict(
             memory.step(share),
@@ -157,4 +155,4 @@ class Planner:
             seconds=seconds,
             days=seconds.total * training.iterations / SECONDS_PER_DAY,
         )
-        return Row(zero_stage, mode, peak, fits, largest)
+        return PlanRow(zero_stage, mode, peak, fits, largest)

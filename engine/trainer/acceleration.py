@@ -1,14 +1,14 @@
-"""Which programs a GPU runs: cuDNN's choice, and `training.acceleration`, torch.compile or CUDA
-graphs, for the parts that gain, in place.
+"""The choice of the programs that a GPU runs: cuDNN's algorithms, torch.compile, CUDA graphs.
 
-compile      every residual block, of the frozen earlier stages as well, is compiled by itself:
-             small programs, outside of which stay checkpointing, prepared weights and DeepSpeed's
-             hooks. A block that cannot be compiled whole is an error.
+`training.acceleration` accelerates the parts that gain, in place:
+
+compile      every residual block, also of the frozen earlier stages, is compiled by itself. The
+             programs are small; checkpointing, prepared weights and DeepSpeed's hooks stay outside
+             of them. A block that cannot be compiled whole is an error.
 cuda_graphs  passes without gradients are recorded once and replayed: those of the frozen earlier
              stages, whose ConvGRU launches some ten small kernels for every frame, and the
-             generator's in the discriminators' step.
-
-A recording keeps the memory that its pass needs at most, for as long as the run takes.
+             generator's in the discriminators' step. As long as the run takes, a recording keeps
+             the most memory that its pass needs.
 
 Decided: passes with gradients are not recorded. DeepSpeed reduces gradients in hooks of the
 parameters, on streams of its own, and a replay would run neither.
@@ -31,8 +31,11 @@ _MOST_PROGRAMS = 256
 
 
 def choose_convolutions(*, benchmark: bool) -> None:
-    """How cuDNN chooses among its algorithms from now on: the fastest that it finds by timing them,
-    or by its rules one of those that give the same bits in every run."""
+    """Set how cuDNN chooses among its algorithms from now on.
+
+    With `benchmark` it takes the fastest, by timing them. Otherwise its rules choose one of those
+    that give the same bits in every run.
+    """
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.deterministic = not benchmark
 

@@ -1,12 +1,18 @@
-"""Whose Adam moves the weights (`training.adam`), and whether it can run here.
+"""The implementations of Adam that `training.adam` chooses from, and whether one can run here.
 
-All are one algorithm with the same settings, fused over a network's weights: PyTorch's, which is on
-every device; DeepSpeed's, compiled on first use; NVIDIA Apex's, where that is installed. With
-`training.offload_optimizer` it runs on the CPU: PyTorch's the same one, DeepSpeed's its CPU Adam.
+All are one algorithm with the same settings, fused over a network's weights. PyTorch's is on every
+device, DeepSpeed's is compiled on first use, and NVIDIA Apex's has to be installed. With
+`training.offload_optimizer` Adam runs on the CPU: PyTorch's is the same one, and DeepSpeed has a
+CPU Adam.
+
+PyTorch builds an extension, such as DeepSpeed's Adam, under a lock: a file that it makes, keeps
+open and removes. A process that is killed meanwhile leaves the file, and all later ones would wait
+for it, silently and for ever; `check_build_lock` refuses that.
 """
 
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -20,10 +26,11 @@ from torch import nn
 
 from engine.configuration import Training
 from engine.errors import UserError
-from engine.trainer.deepspeed_builds import check_build_lock
 
 EPSILON = 1e-8
 APEX = "NVIDIA's is built from source, with its CUDA extensions: https://github.com/NVIDIA/apex"
+OTHER_NODES_SECONDS = 120
+"""How old a lock may be that no process of this machine holds: nodes may share a home folder."""
 
 
 def whose_adam(training: Training) -> str:
@@ -120,3 +127,37 @@ def _check_compiler(offload: bool) -> None:
             "install it and put it on PATH, or set training.adam=auto"
         )
     check_build_lock("cpu_adam" if offload else "fused_adam")
+
+
+def check_build_lock(operator: str) -> None:
+    """UserError, in one line, where DeepSpeed's `operator` is locked by a build that was killed."""
+    from torch.utils.cpp_extension import _get_build_directory  # slow
+
+    lock = Path(_get_build_directory(operator, False), "lock")
+    while (age := _age(lock)) is not None and not _is_open(lock):
+        if age > OTHER_NODES_SECONDS:
+            raise UserError(
+                f"{lock} is left of a build that was killed, and nothing can be built until it is "
+                "gone: remove it"
+            )
+        time.sleep(1)
+
+
+def _age(path: Path) -> float | None:
+    """Seconds, or None where there is no such file."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process of this machine has it open, as far as this user may see."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            with os.scandir(process / "fd") as descriptors:
+                if any(os.readlink(descriptor.path) == str(path) for descriptor in descriptors):
+                    return True
+        except OSError:  # it ended, or is another user's
+            continue
+    return False

@@ -1,4 +1,7 @@
-"""An exponential moving average of the generator's weights. An option: the paper uses none."""
+"""An exponential moving average of the generator's weights.
+
+It is an option: the paper uses none.
+"""
 
 import torch
 from torch import nn

@@ -5,7 +5,7 @@
         checkpoints/step-00001000/
             generator/, discriminators/  DeepSpeed's files: weights, optimizer shards
             generator.pt                 the generator, unsharded, for sampling and later stages
-            rank-00000.pt                what else the step changes: RNGs, the loader's position
+            rank-00000.pt                what else the step changes: random states, the loader's
             meta.json                    step, configuration, and every file's size and SHA-256
 
 A checkpoint is written to `step-00001000.partial` and renamed when whole; `meta.json` comes last.
@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def stage_number(self) -> int:
-        """Which stage it is of."""
+        """The number of the stage that was trained."""
         return int(self.meta["stage"])
 
     @property
@@ -136,7 +136,7 @@ def write_checkpoint(
 
 
 def meta_text(step: int, meta: dict[str, Any], files: dict[str, tuple[int, str]]) -> str:
-    """What meta.json says; `files` are the other files' sizes and hashes."""
+    """The text of meta.json; `files` are the other files' sizes and hashes."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     whole = {"format": FORMAT, "step": step, **meta, "versions": versions, "files": files}
     return json.dumps(whole, indent=1)
@@ -238,7 +238,7 @@ def sha256(path: Path) -> str:
 
 
 def step_name(step: int) -> str:
-    """What the folder of a step's checkpoint is called."""
+    """The name of the folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -248,7 +248,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def _numbered_folders(folder: Path, prefix: str) -> list[Path]:
-    """By number; what a user put beside them (`stage2.bak`) is none of ours."""
+    """The folders by their number; one that a user put beside them (`stage2.bak`) is left out."""
 
     def number(path: Path) -> str:
         return path.name.removeprefix(prefix)

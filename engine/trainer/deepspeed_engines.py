@@ -1,6 +1,6 @@
 """The seam to DeepSpeed: one engine for G and one for D, built from the configuration.
 
-What a stage-wise GAN needs of it and DeepSpeed's tutorials do not say:
+A stage-wise GAN needs three things that DeepSpeed's tutorials do not tell:
 
 - In the generator's step D must not collect gradients, or ZeRO reduces them into D's next update
   (0 and 1 silently, 2 and 3 by an assertion): `frozen`.

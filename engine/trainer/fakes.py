@@ -1,4 +1,4 @@
-"""What a generator is given and what it makes of it: one class per way of training a stage.
+"""Inputs of a generator and the fakes it makes of them: one class per way of training a stage.
 
 - `ClipFakes`: stage 1 and DVD-GAN, from noise.
 - `WindowFakes`: stage 2 and later, from noise and a window of the previous stage's video. In the
@@ -6,9 +6,9 @@
   from real clips instead.
 - `JointFakes`: all stages at once (Appendix H).
 
-Each draws `inputs` (everything random, so that a step is a function of them) and runs a network
-on them. Random numbers come from a CPU generator: the same on every device, and saved with the
-checkpoint.
+Each draws `inputs`, in which everything random is, and runs a network on them: a step is a function
+of its inputs. Random numbers come from a `torch.Generator` on the CPU. They are the same on every
+device, and its state is saved with the checkpoint.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from engine.trainer.reals import Reals
 from engine.transfers import to_device
 
 
-class Fake(NamedTuple):
+class FakeBatch(NamedTuple):
     """A generated batch, and what it was conditioned on."""
 
     video_BTCHW: Tensor
@@ -41,7 +41,7 @@ class Fakes(Protocol):
         """Latents, labels and condition for one batch."""
         ...
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """Generate from drawn inputs."""
         ...
 
@@ -107,9 +107,9 @@ class ClipFakes:
             "num_frames": self._num_frames,
         }
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """The generator's clip; stage 1 has no condition."""
-        return Fake(generator(**inputs), None, inputs["labels_B"])
+        return FakeBatch(generator(**inputs), None, inputs["labels_B"])
 
 
 class WindowFakes:
@@ -129,9 +129,9 @@ class WindowFakes:
             "low_BTCHW": low_BTCHW,
         }
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """The upsampled window, beside the one it was made from."""
-        return Fake(generator(**inputs), inputs["low_BTCHW"], inputs["labels_B"])
+        return FakeBatch(generator(**inputs), inputs["low_BTCHW"], inputs["labels_B"])
 
 
 class JointFakes:
@@ -159,10 +159,10 @@ class JointFakes:
             "window_starts": starts,
         }
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         """The last stage's window and the one below it, both with gradients."""
         low_BTCHW, video_BTCHW = generator(**inputs)
-        return Fake(video_BTCHW, low_BTCHW, inputs["labels_B"])
+        return FakeBatch(video_BTCHW, low_BTCHW, inputs["labels_B"])
 
 
 WindowSource = Callable[[int], tuple[Tensor | None, Tensor]]

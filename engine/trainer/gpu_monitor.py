@@ -1,7 +1,7 @@
-"""What the GPU itself says while training runs: memory, utilisation, power, clock (NVML).
+"""The GPU's own readings while training runs: memory, utilisation, power, clock (NVML).
 
-These are of the whole device, whoever uses it: memory includes what CUDA and other processes hold,
-which `memory_MB` of the log does not.
+They are of the whole device, whoever uses it. Their memory includes that of CUDA and of other
+processes; `memory_MB` of the log does not.
 """
 
 import contextlib

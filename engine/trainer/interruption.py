@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM (SLURM's preemption): finish the micro-batch, write a checkpoint, then stop."""
+"""Stopping a run by Ctrl-C or SIGTERM, which is SLURM's preemption.
+
+The run finishes its micro-batch and writes a checkpoint before it stops.
+"""
 
 import math
 import os
@@ -27,8 +30,11 @@ class Interruption:
 
 
 class Agreement:
-    """What all ranks do at the same time: stop, because a signal reached one of them, or save,
-    because one of their clocks says so. Its questions are collective."""
+    """The ranks' agreement to do something at the same time.
+
+    They stop because a signal reached one of them, or save because one of their clocks says so. Its
+    questions are collective.
+    """
 
     def __init__(self, ranks: Ranks, save_every_minutes: float | None) -> None:
         self._ranks = ranks

@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines and TensorBoard scalars per logged step, sample videos."""
+"""The records of a run: JSON lines and TensorBoard scalars per logged step, and sample videos."""
 
 import io
 import json
@@ -17,13 +17,13 @@ from engine.trainer.recorded_passes import recorded_bytes
 
 
 class Logbook:
-    """The log of one stage's run, written by rank 0; with what rank 0's GPU says, if it has one.
+    """The log of one stage's run, written by rank 0, with what rank 0's GPU says, if it has one.
 
-    `log.jsonl` has an object per logged step; those with samples hold `window_figures.py`'s too. On
-    resuming at step N the lines after N, which a
-    run that was cut off left behind, are taken out, so that each step stands there once.
-    Every method raises UserError when something cannot be written; TensorBoard's writer, a thread,
-    tells of it at the next call.
+    `log.jsonl` has an object per logged step; those of steps with samples also hold the figures of
+    `snapshots.WindowFigures`. A run that resumes at step N takes out the lines after N, which an
+    interrupted run left behind, so each step stands there once.
+    Every method raises UserError when something cannot be written. TensorBoard writes in a thread,
+    so its failure shows at the next call.
     """
 
     def __init__(self, folder: Path, *, resumed_at: int, device: torch.device) -> None:
@@ -81,7 +81,7 @@ class Logbook:
 
 
 def _gif(videos_BTCHW: Tensor, frames_per_second: float) -> Summary.Image:
-    """TensorBoard's form of a video, clips side by side. (`add_video` would need moviepy.)"""
+    """A video as TensorBoard stores it, clips side by side. (`add_video` would need moviepy.)"""
     frames = torch.cat(list(videos_BTCHW), dim=-1).permute(0, 2, 3, 1).cpu().numpy()
     images = [Image.fromarray(frame) for frame in frames]
     data = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Builds what one stage trains: networks, engines, fakes, reals, and the step that ties them."""
+"""The builder of all that one stage trains: networks, engines, fakes, reals, and the step."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from engine.configuration import Config, accumulation_steps
+from engine.batches import accumulation_steps
+from engine.configuration import Config
 from engine.models.construction import (
     build_discriminators,
     build_generator,
@@ -41,16 +42,17 @@ WEIGHTS, LATENTS, SAMPLES, CLIPS = "weights", "latents", "samples", "clips"
 STATISTICS, BANK = "statistics", "bank"
 
 
-@dataclass
+@dataclass(frozen=True)
 class StageBuilder:
-    """Everything that building a stage's trainer depends on."""
+    """Builds a stage's trainer and its parts; the fields are all that they depend on."""
 
     config: Config
     number: int
     ranks: Ranks
     facts: DataFacts
     previous: PreviousStages | None = None
-    """The frozen earlier stages; set before `trainer` where `fakes` needs them."""
+    """The frozen earlier stages, which `trainer`, `fakes` and `bank` need where
+    `stage_plan.needs_previous`; the other parts do without."""
 
     def seed(self, stream: str, rank: int = 0) -> int:
         """The seed of one stream."""

@@ -127,7 +127,7 @@ def freeze_previous(
 def previous_contents(
     generators: dict[int, dict[str, torch.Tensor]], cascade: Cascade
 ) -> dict[str, Any]:
-    """What previous.pt keeps: state dicts, and the statistics that the cascade is fixed to."""
+    """The contents of previous.pt: state dicts, and the statistics that the cascade is fixed to."""
     statistics = {n: norm_statistics(g) for n, g in enumerate(cascade.generators, start=1)}
     return {"generators": generators, "statistics": statistics}
 

@@ -1,21 +1,23 @@
-"""Who this process is among the ranks, and on which device.
+"""Who this process is among the ranks, on which device, and whether all ranks see one folder.
 
 `deepspeed` and `torchrun` set RANK, WORLD_SIZE and LOCAL_RANK; SLURM's `srun` numbers its tasks in
 variables of its own. Without any of them the process is a job of one.
 """
 
 import os
+import secrets
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine.durable_files import writing
 from engine.errors import UserError
 from engine.models.construction import forbid_tf32
-from engine.trainer.deepspeed_builds import leave_out_inference_collectives
 
 # Rank 0 may be making the sample data set or the previous stage's statistics.
 _TIMEOUT = timedelta(hours=1)
@@ -140,8 +142,42 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def leave_out_inference_collectives() -> None:
+    """Keep DeepSpeed from compiling, on CPUs, collectives that only its inference uses.
+
+    Due before `deepspeed.init_distributed`.
+    """
+    import deepspeed  # slow, and talkative
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def derived_seed(purpose: str, *path: int) -> int:
     """A seed for one purpose, independent of the seeds of all other purposes and paths."""
     # The length is hashed too: SeedSequence itself takes (1, 0) for (1,).
     entropy = [int.from_bytes(purpose.encode()), len(path), *path]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Every rank must see what rank 0 writes to `folder`. Collective.
+
+    Raises UserError, on every rank, where one does not: it would keep its part of a checkpoint, or
+    look for one, elsewhere.
+    """
+    if ranks.world_size == 1:
+        return
+    # A name that nobody has looked for yet: network file systems remember what was not there.
+    token = folder / f".shared-{ranks.broadcast(secrets.randbits(62)):x}"
+    if ranks.is_main:
+        with writing(token):
+            token.touch()
+    ranks.barrier()
+    unseen = ranks.any(not token.exists())
+    if ranks.is_main:
+        token.unlink()
+    if unseen:
+        raise UserError(
+            f"{folder} is not one folder on all nodes; give --out a path on a file system that "
+            "they share"
+        )

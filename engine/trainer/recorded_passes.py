@@ -18,7 +18,7 @@ def record_passes(network: nn.Module) -> None:
 
 
 def recorded_bytes(device: torch.device) -> int:
-    """What recordings hold of a CUDA device's memory and no tensor does.
+    """Bytes of a CUDA device that recordings hold and no tensor does.
 
     A pass's activations are freed when it has been recorded, into memory that is the recording's
     alone: to `torch.cuda.memory_allocated` they are gone, and to everybody else as well.
@@ -33,9 +33,9 @@ def recorded_bytes(device: torch.device) -> int:
 class RecordedPasses:
     """Takes the place of a network's `forward`.
 
-    A recording is of one set of shapes, on CUDA, and reads weights and buffers where they lie:
-    what is written into them in place is seen, and where one has been replaced the pass is recorded
-    anew. What is returned is a copy, of which the next replay takes nothing back.
+    A recording is of one set of shapes, on CUDA, and reads weights and buffers where they lie. So a
+    replay sees values that are written into them in place; where one has been replaced, the pass is
+    recorded anew. A replay returns copies, which the next one leaves as they are.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -94,7 +94,7 @@ class _Recording:
 
 
 def _kind(leaf: Any) -> Hashable:
-    """What a recording depends on: of a tensor its shape, of anything else the value."""
+    """The part of an argument that a recording depends on: a tensor's shape, or another's value."""
     return (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
 
 

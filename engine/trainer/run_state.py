@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and back."""
+"""Saving the state of a run into a checkpoint, and loading it back."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None
 
 
 def run_meta(builder: StageBuilder) -> dict[str, Any]:
-    """What meta.json keeps of a run, besides its step and files."""
+    """The part of meta.json that describes a run, besides its step and files."""
     return {
         "stage": builder.number,
         "world_size": builder.ranks.world_size,
@@ -81,7 +81,7 @@ def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
 
 
 def apply_optimizer_settings(trainer: Trainer, training: Training) -> list[str]:
-    """Set both Adams' learning rate and betas as configured; what that changed, for the user.
+    """Set both Adams' learning rate and betas as configured; returns what changed, for the user.
 
     Due after `load_run`, which restores the checkpoint's with the optimizers' moments.
     """

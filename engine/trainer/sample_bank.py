@@ -6,11 +6,12 @@ sample and iteration, beside 9.6 for the rest of the step.
 
 Decided, where the paper has no bank:
 
-- Banked is what windows are taken of, the last frozen stage's video at its training length. For
-  stage 2 that is stage 1's whole clip, for stage 3 stage 2's window of one; only the last window
-  is chosen anew at each use, with the distribution of `Cascade.sample_window`.
-- uint8, so x_l has the 256 levels of real clips; at most 1/255 from what was generated.
-- In main memory: a batch of windows is a megabyte to copy, and GPU memory limits the micro-batch.
+- The bank holds the videos from which windows are cut: the last frozen stage's, at its training
+  length. For stage 2 that is stage 1's whole clip, for stage 3 stage 2's window of one; only the
+  last window is chosen anew at each use, with the distribution of `Cascade.sample_window`.
+- The videos are uint8, so x_l has the 256 levels of real clips, at most 1/255 off the samples.
+- They are in main memory: a batch of windows is a megabyte to copy, and GPU memory limits the
+  micro-batch.
 - Videos are drawn in batches, each from a seed of its own, into a ring: the oldest is replaced,
   evenly over `refresh_every` iterations. What the bank holds is a function of the step alone, so
   checkpoints do not store it and a resumed run draws it again.
@@ -91,7 +92,7 @@ class BankedWindows:
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank's videos."""
+        """Bytes of this rank's videos."""
         return self._videos_NTHWC.nbytes
 
     def advance(self, step: int, goes_on: Callable[[int], bool] = lambda count: True) -> bool:

@@ -1,18 +1,19 @@
-"""What a run will do, settled and checked before anything expensive starts."""
+"""The plan of a run, settled and checked before anything expensive starts.
 
+Read `plan_run`: it is the list of checks, in the order in which they are made. A function named
+`refuse_…` raises UserError, in one line, for what its name says; one named `note_…` gives a line
+for the user, or None.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.configuration import (
-    Config,
-    Training,
-    accumulation_steps,
-    share_among,
-    with_training,
-)
+from engine.batches import accumulation_steps, share_among
+from engine.configuration import Config, Stage, Training, with_training
 from engine.errors import UserError
 from engine.trainer.adam import check_adam, whose_adam
 from engine.trainer.checkpoints import (
@@ -31,7 +32,7 @@ from engine.trainer.sample_bank import batches_per_rank
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line adds to a configuration."""
+    """The command line's additions to a configuration."""
 
     config_name: str
     stage_number: int
@@ -53,8 +54,8 @@ class RunOptions:
 
 
 @dataclass
-class Plan:
-    """What a run will do, settled before anything expensive starts."""
+class RunPlan:
+    """A run that is settled and checked, before anything expensive starts."""
 
     config: Config
     options: RunOptions
@@ -67,83 +68,97 @@ class Plan:
     previous_file: Path | None = None
     """The resumed run's previous.pt, to be copied; None where that run's folder goes on."""
     notes: list[str] = field(default_factory=list)
-    """What the user asked for and this run does not need."""
+    """What the user should know, and what was asked for that this run does not need."""
 
 
-def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> Plan:
+def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> RunPlan:
     """Check everything that can be checked without data, devices or other ranks.
 
     Raises UserError with one line.
     """
     number = options.stage_number
     config = settle_batches(config, options, ranks.world_size)
-    stage = config.stages[number]
-    condition_on = stage.training.condition_on
-    check_adam(stage.training, ranks.device)
-    acceleration = stage.training.acceleration
-    if options.profile_steps is not None and acceleration != "none":
-        raise UserError(
-            f"--profile looks into blocks, which acceleration={acceleration} hides; add --set "
-            f"stages.{number}.training.acceleration=none"
-        )
-    on_gpu = ranks.device.type == "cuda"  # a CPU's bf16 is slow but right
-    if stage.training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
-    plan = Plan(config, options, *resume_candidates(options))
-    for checkpoint in plan.resume_from[:1]:
+    training = config.stages[number].training
+    check_adam(training, ranks.device)
+    refuse_profile_of_hidden_blocks(training, options)
+    refuse_bf16_on_older_gpus(training, ranks)
+    resume_from, unreadable = resume_candidates(options)
+    for checkpoint in resume_from[:1]:
         check_same_networks(config, checkpoint, options.config_name, resuming=True)
-        if checkpoint.world_size != ranks.world_size:
-            raise UserError(
-                f"{checkpoint.path} was written with world size {checkpoint.world_size}; "
-                f"resume with as many processes, not {ranks.world_size}"
-            )
-        _check_same_form(checkpoint, stage.training)
-        if number > 1 and not stage.joint and _was_conditioned_on(checkpoint) != condition_on:
-            raise UserError(
-                f"{checkpoint.path} was trained with condition_on="
-                f"{_was_conditioned_on(checkpoint)}; resume with --condition-on "
-                f"{_was_conditioned_on(checkpoint)}"
-            )
-        _note_another_bank(plan, checkpoint)
-    if needs_previous(config, number):
-        _settle_previous(plan)
-    if plan.previous is not None:
-        before, step = plan.previous.stage_number, plan.previous.step
-        iterations = plan.previous.config().stages[before].training.iterations
-        if step < iterations:
-            plan.notes.append(f"stage {before} is frozen after {step} of {iterations} iterations")
-    if options.previous and plan.previous is None:
-        reason = "a resumed run keeps its own" if plan.resume_from else "no frozen stage is needed"
-        plan.notes.append(f"--previous is not used: {reason}")
-    num_classes, batch = config.data.num_classes, stage.training.samples_per_pass
-    if stage.discriminators.minibatch_stddev and num_classes and batch <= num_classes:
-        met = 1 - (1 - 1 / num_classes) ** (batch - 1)
-        plan.notes.append(
-            f"minibatch_stddev: of {num_classes} classes in micro-batches of {batch}, a sample "
-            f"meets another of its class in {met:.0%} of them"
-        )
-    if condition_on == "data" and (number == 1 or stage.joint):
-        plan.notes.append("condition_on=data is not used: this stage upsamples no frozen one")
+        refuse_another_world_size(checkpoint, ranks)
+        refuse_another_saved_state(checkpoint, training)
+        refuse_another_condition(checkpoint, config.stages[number])
+    previous, previous_file = find_previous(config, options, resume_from)
+    plan = RunPlan(config, options, resume_from, unreadable, previous, previous_file)
+    notes = (
+        note_another_bank(plan),
+        note_half_trained_previous(plan),
+        note_unused_previous(plan),
+        note_rare_classmates(plan),
+        note_unused_condition(plan),
+    )
+    plan.notes += [note for note in notes if note is not None]
     return plan
 
 
-def _note_another_bank(plan: Plan, checkpoint: Checkpoint) -> None:
-    """A configuration may have got one since the run began: it changes what is trained on."""
-    number = plan.options.stage_number
-    was = checkpoint.config().stages[number].training.sample_bank
-    now = plan.config.stages[number].training.sample_bank
-    if was != now:
-        shown = [
-            "none"
-            if bank is None
-            else f"{bank.num_videos} videos, replaced in {bank.refresh_every} iterations"
-            for bank in (was, now)
-        ]
-        plan.notes.append(f"changed since: sample_bank {shown[0]} -> {shown[1]}")
+def settle_batches(config: Config, options: RunOptions, world_size: int) -> Config:
+    """The configuration as `world_size` ranks run it.
+
+    Raises UserError when there is no such stage, or its batch cannot be shared among the ranks.
+    """
+    number = options.stage_number
+    refuse_missing_stage(config, options)
+    config = share_among(config, number, world_size)
+    refuse_uneven_batches(config.stages[number].training, world_size)
+    refuse_single_samples(config, number, world_size)
+    return config
+
+
+def refuse_missing_stage(config: Config, options: RunOptions) -> None:
+    """The configuration has no stage of that number."""
+    if options.stage_number not in config.stages:
+        raise UserError(
+            f"--stage {options.stage_number}: {options.config_name} has stages 1 to "
+            f"{len(config.stages)}"
+        )
+
+
+def refuse_uneven_batches(training: Training, world_size: int) -> None:
+    """The ranks cannot share the global batch, or the bank's videos, in whole micro-batches."""
+    accumulation_steps(training, world_size)
+    if training.sample_bank is not None:
+        batches_per_rank(training.sample_bank, training, world_size)
+
+
+def refuse_single_samples(config: Config, number: int, world_size: int) -> None:
+    """Discriminators that compare a rank's samples get one, perhaps by sharing among many ranks."""
+    stage = config.stages[number]
+    if stage.discriminators.minibatch_stddev and stage.training.samples_per_pass == 1:
+        raise UserError(
+            f"stages.{number}.discriminators.minibatch_stddev compares a rank's samples, but "
+            f"global_batch {stage.training.global_batch} leaves each of {world_size} processes "
+            "one; use fewer processes or a larger global_batch"
+        )
+
+
+def refuse_profile_of_hidden_blocks(training: Training, options: RunOptions) -> None:
+    """A profile looks into blocks, which an accelerated network does not run one by one."""
+    if options.profile_steps is not None and training.acceleration != "none":
+        raise UserError(
+            f"--profile looks into blocks, which acceleration={training.acceleration} hides; add "
+            f"--set stages.{options.stage_number}.training.acceleration=none"
+        )
+
+
+def refuse_bf16_on_older_gpus(training: Training, ranks: Ranks) -> None:
+    """A GPU older than Ampere has no bf16; a CPU's is slow but right."""
+    on_gpu = ranks.device.type == "cuda"
+    if training.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError("precision bf16 needs an Ampere GPU or newer; use precision=fp32")
 
 
 def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]:
-    """What `Plan.resume_from` and `Plan.unreadable` say.
+    """`RunPlan.resume_from` and `RunPlan.unreadable`.
 
     Raises UserError where there is nothing to go on from, or something not to be lost.
     """
@@ -176,40 +191,18 @@ def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]
     return [chosen], []
 
 
-def with_micro_batch_of(checkpoint: Checkpoint, config: Config, number: int) -> Config:
-    """The configuration with the micro-batch that a resumed run has."""
-    trained = checkpoint.config().stages[number].training
-    return with_training(config, number, micro_batch=trained.micro_batch)
-
-
-def settle_batches(config: Config, options: RunOptions, world_size: int) -> Config:
-    """The configuration as `world_size` ranks run it.
-
-    Raises UserError when there is no such stage, or its batch cannot be shared among the ranks.
-    """
-    number = options.stage_number
-    if number not in config.stages:
+def refuse_another_world_size(checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """ZeRO's shards and the loader's position are of as many ranks as wrote the checkpoint."""
+    if checkpoint.world_size != ranks.world_size:
         raise UserError(
-            f"--stage {number}: {options.config_name} has stages 1 to {len(config.stages)}"
+            f"{checkpoint.path} was written with world size {checkpoint.world_size}; "
+            f"resume with as many processes, not {ranks.world_size}"
         )
-    config = share_among(config, number, world_size)
-    training = config.stages[number].training
-    accumulation_steps(training, world_size)
-    if training.sample_bank is not None:
-        batches_per_rank(training.sample_bank, training, world_size)
-    statistics = config.stages[number].discriminators.minibatch_stddev
-    if statistics and training.samples_per_pass == 1:  # perhaps by sharing among many ranks
-        raise UserError(
-            f"stages.{number}.discriminators.minibatch_stddev compares a rank's samples, but "
-            f"global_batch {training.global_batch} leaves each of {world_size} processes one; use "
-            "fewer processes or a larger global_batch"
-        )
-    return config
 
 
-def _check_same_form(checkpoint: Checkpoint, training: Training) -> None:
-    """UserError where what was saved has another form than this run's: the optimizer's state, the
-    loader's position, the average that would be lost."""
+def refuse_another_saved_state(checkpoint: Checkpoint, training: Training) -> None:
+    """The checkpoint's optimizer state or loader position does not fit this run's settings, or its
+    average of the weights would be lost."""
     number = checkpoint.stage_number
     trained = checkpoint.config().stages[number].training
     settings: dict[str, tuple[Any, Any]] = {
@@ -229,26 +222,40 @@ def _check_same_form(checkpoint: Checkpoint, training: Training) -> None:
             )
 
 
+def refuse_another_condition(checkpoint: Checkpoint, stage: Stage) -> None:
+    """The run upsampled real windows before and would upsample generated ones, or the reverse."""
+    was = "generated" if checkpoint.meta["previous"] else "data"
+    upsamples = checkpoint.stage_number > 1 and not stage.joint
+    if upsamples and was != stage.training.condition_on:
+        raise UserError(
+            f"{checkpoint.path} was trained with condition_on={was}; "
+            f"resume with --condition-on {was}"
+        )
+
+
 def needs_previous(config: Config, number: int) -> bool:
     """Whether this stage's windows come from frozen earlier stages."""
     stage = config.stages[number]
     return number > 1 and not stage.joint and stage.training.condition_on == "generated"
 
 
-def _settle_previous(plan: Plan) -> None:
-    """previous.pt stands in the folder, or beside the resumed checkpoint, or must be made."""
-    if plan.resume_from:
-        if (plan.options.folder / PREVIOUS).exists():
-            return
-        beside = plan.resume_from[0].path.parent.parent / PREVIOUS
+def find_previous(
+    config: Config, options: RunOptions, resume_from: Sequence[Checkpoint]
+) -> tuple[Checkpoint | None, Path | None]:
+    """`RunPlan.previous` and `RunPlan.previous_file`.
+
+    Where the stage needs previous.pt, it stands in the folder already, or beside the checkpoint to
+    resume from, or must be made. Raises UserError where the stage before has no checkpoint.
+    """
+    if not needs_previous(config, options.stage_number):
+        return None, None
+    if resume_from:
+        if (options.folder / PREVIOUS).exists():
+            return None, None
+        beside = resume_from[0].path.parent.parent / PREVIOUS
         if beside.exists():
-            plan.previous_file = beside
-            return
-    plan.previous = _previous_checkpoint(plan.config, plan.options)
-
-
-def _was_conditioned_on(checkpoint: Checkpoint) -> str:
-    return "generated" if checkpoint.meta["previous"] else "data"
+            return None, beside
+    return _previous_checkpoint(config, options), None
 
 
 def _previous_checkpoint(config: Config, options: RunOptions) -> Checkpoint:
@@ -263,3 +270,67 @@ def _previous_checkpoint(config: Config, options: RunOptions) -> Checkpoint:
         ) from None
     check_same_networks(config, found, options.config_name)
     return found
+
+
+def note_another_bank(plan: RunPlan) -> str | None:
+    """A resumed run may have got another bank since it began, which changes what it trains on."""
+    number = plan.options.stage_number
+    for checkpoint in plan.resume_from[:1]:
+        was = checkpoint.config().stages[number].training.sample_bank
+        now = plan.config.stages[number].training.sample_bank
+        if was != now:
+            shown = [
+                "none"
+                if bank is None
+                else f"{bank.num_videos} videos, replaced in {bank.refresh_every} iterations"
+                for bank in (was, now)
+            ]
+            return f"changed since: sample_bank {shown[0]} -> {shown[1]}"
+    return None
+
+
+def note_half_trained_previous(plan: RunPlan) -> str | None:
+    """The stage before is frozen before its last iteration."""
+    if plan.previous is None:
+        return None
+    before, step = plan.previous.stage_number, plan.previous.step
+    iterations = plan.previous.config().stages[before].training.iterations
+    if step >= iterations:
+        return None
+    return f"stage {before} is frozen after {step} of {iterations} iterations"
+
+
+def note_unused_previous(plan: RunPlan) -> str | None:
+    """--previous was given to a run that does without."""
+    if not plan.options.previous or plan.previous is not None:
+        return None
+    reason = "a resumed run keeps its own" if plan.resume_from else "no frozen stage is needed"
+    return f"--previous is not used: {reason}"
+
+
+def note_rare_classmates(plan: RunPlan) -> str | None:
+    """Discriminators compare samples of one class, and a micro-batch holds few of them."""
+    stage = plan.config.stages[plan.options.stage_number]
+    num_classes, batch = plan.config.data.num_classes, stage.training.samples_per_pass
+    if not (stage.discriminators.minibatch_stddev and num_classes and batch <= num_classes):
+        return None
+    met = 1 - (1 - 1 / num_classes) ** (batch - 1)
+    return (
+        f"minibatch_stddev: of {num_classes} classes in micro-batches of {batch}, a sample "
+        f"meets another of its class in {met:.0%} of them"
+    )
+
+
+def note_unused_condition(plan: RunPlan) -> str | None:
+    """condition_on=data was set for a stage that upsamples no frozen one."""
+    stage = plan.config.stages[plan.options.stage_number]
+    upsamples = plan.options.stage_number > 1 and not stage.joint
+    if stage.training.condition_on != "data" or upsamples:
+        return None
+    return "condition_on=data is not used: this stage upsamples no frozen one"
+
+
+def with_micro_batch_of(checkpoint: Checkpoint, config: Config, number: int) -> Config:
+    """The configuration with the micro-batch that a resumed run has."""
+    trained = checkpoint.config().stages[number].training
+    return with_training(config, number, micro_batch=trained.micro_batch)

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,20 +16,18 @@ from engine.trainer.interruption import Agreement
 from engine.trainer.logbook import Logbook, memory_megabytes
 from engine.trainer.networks import SAMPLES, STATISTICS, StageBuilder
 from engine.trainer.previous import (
+    PreviousStages,
     check_same_classes,
     copy_previous,
     freeze_previous,
     load_previous,
 )
-from engine.trainer.ranks import Ranks
-from engine.trainer.reals import Reals
+from engine.trainer.ranks import Ranks, check_shared
+from engine.trainer.reals import ClipWaits, Reals
 from engine.trainer.run_state import apply_optimizer_settings, load_run, save_run
-from engine.trainer.shared_folder import check_shared
-from engine.trainer.snapshots import Snapshots
-from engine.trainer.stage_plan import Plan, needs_previous
+from engine.trainer.snapshots import Snapshots, measure_real_windows
+from engine.trainer.stage_plan import RunPlan, needs_previous
 from engine.trainer.step import StepStoppedError, Trainer
-from engine.trainer.waits import Waits
-from engine.trainer.window_figures import measure_real_windows
 from engine.video.dataset import describe, untrained_classes
 from engine.video.index import VideoIndex
 
@@ -45,7 +44,7 @@ class Ended(NamedTuple):
     """What stopped it before its last step, the same on every rank; 0 when nothing did."""
 
 
-def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> Ended:
+def run_stage(plan: RunPlan, index: VideoIndex, ranks: Ranks, console: Console) -> Ended:
     """Train to the last step or to a signal. Ranks must be connected."""
     check_shared(plan.options.folder, ranks)
     _check_same_micro_batch(plan, ranks)
@@ -61,7 +60,7 @@ def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> 
     loader = builder.loader(index)
     console.say(f"data: {loader.description}")
     try:
-        _freeze_previous(plan, builder, console)
+        builder = replace(builder, previous=_previous_stages(plan, builder, console))
         snapshots = _snapshots(plan, builder, index)
         trainer = builder.trainer(loader)
         for note in accelerate(stage, ranks, trainer, builder.previous):
@@ -73,7 +72,7 @@ def run_stage(plan: Plan, index: VideoIndex, ranks: Ranks, console: Console) -> 
         loader.close()
 
 
-def _check_same_micro_batch(plan: Plan, ranks: Ranks) -> None:
+def _check_same_micro_batch(plan: RunPlan, ranks: Ranks) -> None:
     """UserError where "auto" came to another number elsewhere: ranks would wait for each other."""
     number = plan.options.stage_number
     own = plan.config.stages[number].training.samples_per_pass
@@ -85,17 +84,20 @@ def _check_same_micro_batch(plan: Plan, ranks: Ranks) -> None:
         )
 
 
-def _freeze_previous(plan: Plan, builder: StageBuilder, console: Console) -> None:
+def _previous_stages(
+    plan: RunPlan, builder: StageBuilder, console: Console
+) -> PreviousStages | None:
+    """The frozen earlier stages, where this one needs them. Collective."""
     if not needs_previous(plan.config, builder.number):
-        return
+        return None
     path = plan.options.folder / PREVIOUS
     if builder.ranks.is_main:
         _put_previous(path, plan, builder, console)
     builder.ranks.barrier()
-    builder.previous = load_previous(path, plan.config, builder.ranks.device)
+    return load_previous(path, plan.config, builder.ranks.device)
 
 
-def _put_previous(path: Path, plan: Plan, builder: StageBuilder, console: Console) -> None:
+def _put_previous(path: Path, plan: RunPlan, builder: StageBuilder, console: Console) -> None:
     """Copy or make previous.pt where it is not there; what is resumed was trained with it."""
     made = path
     training = plan.config.stages[builder.number].training
@@ -124,7 +126,7 @@ def _put_previous(path: Path, plan: Plan, builder: StageBuilder, console: Consol
             put_in_place(made, path)
 
 
-def _snapshots(plan: Plan, builder: StageBuilder, index: VideoIndex) -> Snapshots:
+def _snapshots(plan: RunPlan, builder: StageBuilder, index: VideoIndex) -> Snapshots:
     stage = plan.config.stages[builder.number]
     latents = builder.latents(builder.seed(SAMPLES))
     reals = None
@@ -151,7 +153,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: RunPlan,
         builder: StageBuilder,
         trainer: Trainer,
         snapshots: Snapshots,
@@ -207,7 +209,7 @@ class _Run:
                 self._snapshots.write(0, fake, logbook)
         # Seconds are averaged over the steps since the last logged one.
         began, began_step, began_waits = time.monotonic(), trainer.step, trainer.seconds_waited
-        waits = Waits(self._config.data.num_threads)
+        waits = ClipWaits(self._config.data.num_threads)
         while trainer.step < last_step:
             step_began, had_waited = time.monotonic(), trainer.seconds_waited
             try:
@@ -270,7 +272,7 @@ class _Run:
         return Ended(checkpoint, self._agreement.signal)
 
     def _fill_bank(self) -> bool:
-        """Draw all that step's bank holds: here, so that the time is not the first step's.
+        """Draw all that the bank holds at this step, so that the first step does not take longer.
 
         False when a signal asked for the end meanwhile: it may take hours.
         """
@@ -295,7 +297,7 @@ class _Run:
         return filled
 
     def _profile(self, num_steps_left: int) -> "StepProfile | None":
-        """What rank 0 looks at its first steps with, if that is asked for."""
+        """The profile through which rank 0 takes its first steps, where one is asked for."""
         num_steps = self._options.profile_steps
         if num_steps is None:
             return None

@@ -1,8 +1,8 @@
-"""Norm statistics for inference: dummy passes, at the length to be generated, then fixed.
+"""Norm statistics for inference: dummy passes at the length to be generated, which then fix them.
 
-The paper runs 200 of them before it evaluates. Stages are done in order, each on what the earlier
-ones, already fixed, generate: that is what it will see. Decided: frozen stages run on such
-statistics while the next one trains, too, where the paper is silent.
+The paper runs 200 of them before it evaluates. Stages are done in order. Each one runs on the
+output of the earlier ones, already fixed, as it will in inference. Decided, where the paper is
+silent: frozen stages run on such statistics while the next one trains, too.
 """
 
 from collections.abc import Callable

@@ -6,22 +6,50 @@ is in `Trainer.state_dict` or in the two engines' own checkpoints.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from engine.configuration import Stage
 from engine.models.discriminators import Scores, draw_frame_indices
 from engine.trainer.averaging import WeightAverage
 from engine.trainer.deepspeed_engines import EngineUpdate, frozen, renew_spectral_norm
-from engine.trainer.fakes import Fake, Fakes, Inputs
+from engine.trainer.fakes import FakeBatch, Fakes, Inputs
 from engine.trainer.losses import discriminator_hinge, generator_hinge
-from engine.trainer.measures import Means, mean_over_ranks
-from engine.trainer.reals import Real, Reals
+from engine.trainer.reals import RealBatch, Reals
 from engine.trainer.sample_bank import BankedWindows
 from engine.transfers import to_device
+
+
+class Means:
+    """Means over the micro-batches of one update, without a device synchronisation each."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add one scalar."""
+        value = value.detach()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def all(self) -> dict[str, Tensor]:
+        """Name → mean."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
+def mean_over_ranks(measures: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """One all-reduce for all of them; a NaN on one rank is a NaN on every rank."""
+    values = torch.stack([value.to(device, torch.float32) for value in measures.values()])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(measures, values.tolist(), strict=True))
 
 
 class NonFiniteError(RuntimeError):
@@ -65,12 +93,13 @@ class Trainer:
         self._reals = reals
         self._random = random
         self._accumulation_steps = accumulation_steps
-        self._kept_fake: Fake | None = None  # between the last D update and G's, if reuse_fakes
+        self._kept_fake: FakeBatch | None = (
+            None  # between the last D update and G's, if reuse_fakes
+        )
         # Of the iteration at hand: the measures of its D updates that are done, and where random
         # numbers and clips stood when the update at hand began, if it was stopped.
         self._d_updates: list[dict[str, Tensor]] = []
         self._stopped_at: dict[str, Any] | None = None
-        self._goes_on: Callable[[], bool] = _always
         zero_stage = stage.training.zero_stage
         self._g_update = EngineUpdate(g_engine, zero_stage)
         self._d_update = EngineUpdate(d_engine, zero_stage)
@@ -82,7 +111,7 @@ class Trainer:
 
     @property
     def num_micro_batches(self) -> int:
-        """Of an iteration."""
+        """Micro-batches of an iteration."""
         return self._accumulation_steps * (self._training.discriminator_steps + 1)
 
     @property
@@ -104,18 +133,19 @@ class Trainer:
         """
         if self.bank is not None:
             self.bank.advance(self.step)
-        self._goes_on = goes_on
         # All of them are kept, not the last one's: ZeRO skips an update whose gradient is not
         # finite, and nothing else would tell.
         while len(self._d_updates) < self._training.discriminator_steps:
             is_last = len(self._d_updates) == self._training.discriminator_steps - 1
             keep_fakes = is_last and self._training.reuse_fakes
-            self._d_updates.append(self._update(self.d_step, keep_fakes=keep_fakes))
+            self._d_updates.append(
+                self._update(partial(self.d_step, goes_on, keep_fakes=keep_fakes))
+            )
         measures = {
             name: torch.stack([update[name] for update in self._d_updates]).mean()
             for name in self._d_updates[0]
         }
-        measures |= self._update(self.g_step)
+        measures |= self._update(partial(self.g_step, goes_on))
         self._d_updates = []
         if self.average is not None:
             self.average.update(self.g_engine.module)
@@ -124,15 +154,17 @@ class Trainer:
         self._check_finite(means)
         return means
 
-    def d_step(self, *, keep_fakes: bool = False) -> dict[str, Tensor]:
-        """One discriminator update over the global batch.
+    def d_step(
+        self, goes_on: Callable[[], bool] = _always, *, keep_fakes: bool = False
+    ) -> dict[str, Tensor]:
+        """One discriminator update over the global batch; `goes_on` as `train_step` has it.
 
         `keep_fakes` keeps them with their graph, for the `g_step` that comes next; there is room
         for one micro-batch's.
         """
         measures = Means()
         for _ in range(self._accumulation_steps):
-            self._ask()
+            self._ask(goes_on)
             grad_norm = self._d_micro_batch(measures, keep_fakes=keep_fakes)
         renew_spectral_norm(self.d_engine.module, zero_stage=self._training.zero_stage)
         return measures.all() | {"grad_norm_D": grad_norm}
@@ -161,18 +193,18 @@ class Trainer:
             measures.add(f"score_fake/{name}", fake_BN.mean())
         return grad_norm
 
-    def g_step(self) -> dict[str, Tensor]:
-        """One generator update over the global batch."""
+    def g_step(self, goes_on: Callable[[], bool] = _always) -> dict[str, Tensor]:
+        """One generator update over the global batch; `goes_on` as `train_step` has it."""
         measures = Means()
         with frozen(self.d_engine.module):
             for _ in range(self._accumulation_steps):
-                self._ask()
+                self._ask(goes_on)
                 grad_norm = self._g_micro_batch(measures)
         renew_spectral_norm(self.g_engine.module, zero_stage=self._training.zero_stage)
         return measures.all() | {"grad_norm_G": grad_norm}
 
     def _g_micro_batch(self, measures: Means) -> Tensor:
-        """As `_d_micro_batch`; D is frozen."""
+        """One micro-batch of G's update, with D frozen; as `_d_micro_batch`."""
         fake = self._generated() if self._kept_fake is None else self._kept_fake
         self._kept_fake = None
         scores = self.d_engine.module(*self._judged(fake))
@@ -183,7 +215,7 @@ class Trainer:
         return grad_norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What the step changes on this rank, besides the two engines."""
+        """The state that the step changes on this rank, besides the two engines'."""
         done = [{name: value.item() for name, value in d.items()} for d in self._d_updates]
         return {"step": self.step, "d_updates": done, **(self._stopped_at or self._position())}
 
@@ -199,31 +231,31 @@ class Trainer:
         self._reals.load_state_dict(state["reals"])
 
     def _position(self) -> dict[str, Any]:
-        """Of what the step draws from."""
+        """The position in what the step draws from: random numbers and clips."""
         return {"random": self._random.get_state(), "reals": self._reals.state_dict()}
 
-    def _update(self, run: Callable[..., dict[str, Tensor]], **options: bool) -> dict[str, Tensor]:
-        """Run an update; stopped, it has not begun."""
+    def _update(self, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Run an update. One that is stopped counts as not begun."""
         began_at = self._position()
         try:
-            return run(**options)
+            return run()
         except StepStoppedError:
             self._stopped_at = began_at
             raise
 
-    def _ask(self) -> None:
+    def _ask(self, goes_on: Callable[[], bool]) -> None:
         """Before a micro-batch. Where G judges what D was shown, nothing comes between them."""
-        if self._kept_fake is None and not self._goes_on():
+        if self._kept_fake is None and not goes_on():
             raise StepStoppedError
 
-    def _generated(self) -> Fake:
-        """With gradients to G's weights."""
+    def _generated(self) -> FakeBatch:
+        """A batch of fakes with gradients to G's weights."""
         return self._fakes.run(self.g_engine, self._draw())
 
     def _draw(self) -> Inputs:
         return self._fakes.draw(self._training.samples_per_pass)
 
-    def _judged(self, batch: Fake | Real) -> tuple[Tensor | None, ...]:
+    def _judged(self, batch: FakeBatch | RealBatch) -> tuple[Tensor | None, ...]:
         """The discriminators' arguments: the batch, and the frames the spatial one looks at."""
         batch_size, num_frames = batch.video_BTCHW.shape[:2]
         drawn_BK = draw_frame_indices(batch_size, num_frames, self._spatial_frames, self._random)
@@ -256,18 +288,18 @@ def _halves(scores: Scores) -> tuple[Scores, Scores]:
     return real, fake
 
 
-def _detached(fake: Fake) -> Fake:
+def _detached(fake: FakeBatch) -> FakeBatch:
     low = None if fake.low_BTCHW is None else fake.low_BTCHW.detach()
     return fake._replace(video_BTCHW=fake.video_BTCHW.detach(), low_BTCHW=low)
 
 
-def _joined(real: Real, fake: Fake) -> Real:
+def _joined(real: RealBatch, fake: FakeBatch) -> RealBatch:
     """Reals, then fakes, along the batch."""
 
     def both(r: Tensor | None, f: Tensor | None) -> Tensor | None:
         return None if r is None or f is None else torch.cat([r, f])
 
-    return Real(
+    return RealBatch(
         torch.cat([real.video_BTCHW, fake.video_BTCHW]),
         both(real.low_BTCHW, fake.low_BTCHW),
         both(real.labels_B, fake.labels_B),

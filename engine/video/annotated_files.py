@@ -1,7 +1,7 @@
-"""The files that annotations name: which there are, and which of them are the clips.
+"""The files that annotations name: which of them there are, and which of those are the clips.
 
-What is a clip is decided among the files that could be decoded: a caption, a thumbnail or a damaged
-copy with a good clip's name costs nothing. Where two good files claim one name, or one file two
+Only files that could be decoded can be clips: a caption, a thumbnail or a damaged copy with a good
+clip's name costs nothing. Where two good files claim one name, or one file two
 labels, those files are left out, and the index is made of the others.
 """
 

@@ -21,7 +21,7 @@ _LINE = re.compile(r"(.*?\S)(?:\s+(\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class AnnotationRow:
     """One clip of a list, and the names that its file may have, without endings."""
 
     line: int
@@ -39,7 +39,7 @@ class Annotations:
     """A list of clips."""
 
     file: Path
-    rows: tuple[Row, ...]
+    rows: tuple[AnnotationRow, ...]
     in_folders: bool
     """Whether rows name files in class folders, as UCF101's do, and not ids and times."""
     classes: ClassList | None = None
@@ -67,7 +67,7 @@ def read_annotations(file: Path) -> Annotations:
     return Annotations(file, rows, in_folders=True, classes=classes)
 
 
-def _kinetics_rows(file: Path, text: str) -> Iterator[Row]:
+def _kinetics_rows(file: Path, text: str) -> Iterator[AnnotationRow]:
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     try:
         missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
@@ -87,7 +87,7 @@ def _kinetics_rows(file: Path, text: str) -> Iterator[Row]:
         raise UserError(f"cannot read the annotations {file}: {error}") from None
 
 
-def _kinetics_row(file: Path, line: int, cells: Mapping[str, str | None]) -> Row:
+def _kinetics_row(file: Path, line: int, cells: Mapping[str, str | None]) -> AnnotationRow:
     label, youtube_id, *times = ((cells[column] or "").strip() for column in _COLUMNS)
     if not (label and youtube_id and all(times)):
         raise UserError(f"{file}, line {line}: a column is empty")
@@ -98,12 +98,12 @@ def _kinetics_row(file: Path, line: int, cells: Mapping[str, str | None]) -> Row
             f"{file}, line {line}: time_start and time_end must be numbers of seconds"
         ) from None
     name = _clip_name(youtube_id, start, end)
-    return Row(line, label, shown=name, exact=name, loose=youtube_id)
+    return AnnotationRow(line, label, shown=name, exact=name, loose=youtube_id)
 
 
 def _listed_rows(
     file: Path, lines: list[tuple[int, str]], classes: ClassList | None
-) -> Iterator[Row]:
+) -> Iterator[AnnotationRow]:
     for line, text in lines:
         match = _LINE.fullmatch(text)
         assert match is not None, "a line is not blank"
@@ -119,7 +119,7 @@ def _listed_rows(
             labels.append(_numbered_class(classes, int(number)))
         # Where folder and number disagree, the clip has two labels, which is told as such.
         for label in dict.fromkeys(labels):
-            yield Row(line, label, shown=match[1], exact=exact, loose=loose)
+            yield AnnotationRow(line, label, shown=match[1], exact=exact, loose=loose)
 
 
 def _numbered_class(classes: ClassList, number: int) -> str:

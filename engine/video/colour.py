@@ -1,4 +1,4 @@
-"""Which colours a file's values mean: matrix, range, primaries, transfer; and what we can train on.
+"""The colours that a file's values mean: matrix, range, primaries, transfer; and which can be used.
 
 The names are FFmpeg's for the code points of ITU-T H.273. Frames become RGB by the matrix and the
 range alone, in the file's own primaries and transfer: as players show standard dynamic range.

@@ -1,4 +1,4 @@
-"""Clips decoded and cut by NVIDIA DALI. One pipeline for CPU and GPU.
+"""Clips decoded and cut by NVIDIA DALI, in one pipeline for CPU and GPU.
 
     requests -> read file -> decode the window -> resize -> rotate -> crop -> flip
 

@@ -1,13 +1,13 @@
-"""Which decoder a data set gets: the fastest that decodes all of it, frame for frame.
+"""The decoder that a data set gets: the fastest that decodes all of it, frame for frame.
 
-PyAV decodes whatever the index lists. DALI is asked twice: what its sources say that it cannot do
-is known of every video; what this machine's decoder really does is tried on a few of them.
+PyAV decodes whatever the index lists. DALI is asked twice: every video is compared with what its
+sources say that it cannot decode, and a few are decoded to see what this machine's decoder does.
 """
 
 import functools
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast, get_args
 
 import torch
@@ -15,7 +15,9 @@ import torch
 from engine.errors import UserError
 from engine.video.colour import BT601
 from engine.video.index import VideoEntry, VideoIndex
-from engine.video.streams import Decoder
+from engine.video.pyav_stream import PyAVStream
+from engine.video.sampler import ClipRequest
+from engine.video.streams import ClipStream, Decoder, StreamSettings
 
 NAMES = {"dali-cpu": "DALI (CPU)", "dali-gpu": "DALI (GPU)", "pyav": "PyAV (CPU)"}
 _DALI_CPU_CODECS = {"vp8", "vp9", "mjpeg"}
@@ -56,6 +58,20 @@ def choose_decoder(
     if chosen != "pyav" and (problem := _problem(chosen, index, used, device)):
         raise UserError(f"decoder {asked} {problem}; use decoder auto or pyav")
     return chosen, ""
+
+
+def open_stream(
+    index: VideoIndex,
+    batches: Iterator[list[ClipRequest]],
+    decoder: Decoder,
+    settings: StreamSettings,
+) -> ClipStream:
+    """The stream of clips that a decoder makes; `choose_decoder` has allowed it."""
+    if decoder == "pyav":
+        return PyAVStream(index, batches, settings)
+    from engine.video.dali_stream import DaliStream  # late: DALI may not be installed
+
+    return DaliStream(index, batches, decoder, settings)
 
 
 def obstacle(entry: VideoEntry, decoder: Decoder) -> str:

@@ -1,4 +1,4 @@
-"""How videos that are trained on are encoded: so that a window costs little CPU to decode.
+"""The encoding of videos to train on, chosen so that a window costs little CPU to decode.
 
 Motion JPEG's pictures stand by themselves, and only a window's are decoded. VP9's keyframes are
 frequent. Both are 4:2:0, because NVDEC decodes no other, and in BT.601's colours, because DALI

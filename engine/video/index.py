@@ -1,7 +1,7 @@
 """The index of a data set: which videos there are, what each holds, and the file that keeps it.
 
 JSON lines: a header (format, version, root, classes), then one video per line. What was rejected
-stands beside it in `<name>.rejects.jsonl`. Made by `engine.video.indexing.build_index`.
+stands beside it in `<name>.rejects.jsonl`. `engine.video.indexing.build_index` makes both.
 """
 
 import hashlib

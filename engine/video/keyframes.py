@@ -1,10 +1,11 @@
-"""Where in a file decoding can start: what makes a window's cost independent of the file's length.
+"""The places in a file where decoding can start, so that a window costs the same in a long file.
 
-A table is made once, after a full decode, and kept in the index. It holds the keyframes from which
-decoding gives, from the keyframe's own picture on, exactly what the full decode gave: that was
-tried. It knows frames by their number in the order shown, never by a timestamp, because AVI has
-none for pictures and other containers round theirs. It knows keyframes by their place in the file:
-where an index in the file is wrong, a demuxer gives the time that was sought to whatever it finds.
+A table of them is made once, after a full decode, and kept in the index. It holds a keyframe if
+decoding from it gives, from the keyframe's own picture on, exactly what the full decode gave: that
+was tried. The table knows frames by their number in the order shown, never by a timestamp, because
+AVI has none for pictures and other containers round theirs. It knows keyframes by their place in
+the file, because a demuxer that is led by a wrong index gives whatever it finds the time that was
+sought.
 """
 
 import base64

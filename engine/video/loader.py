@@ -12,14 +12,14 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.transfers import HeldUntilRead, to_device
-from engine.video.decoder_choice import NAMES, choose_decoder
+from engine.video.decoder_choice import NAMES, choose_decoder, open_stream
 from engine.video.index import VideoIndex
 from engine.video.sampler import ClipRequest, ClipSampler, batch_numbers
-from engine.video.streams import ClipStream, StreamSettings, open_stream
+from engine.video.streams import ClipStream, StreamSettings
 from engine.views import nearest_view
 
 
-class Clips(NamedTuple):
+class LoadedClips(NamedTuple):
     """A batch: video_BTCHW float32 in [-1, 1], physically [B, T, H, W, C]; labels_B int64."""
 
     video_BTCHW: Tensor
@@ -147,7 +147,7 @@ class ClipLoader:
     def __iter__(self) -> "ClipLoader":
         return self
 
-    def __next__(self) -> Clips:
+    def __next__(self) -> LoadedClips:
         """The next batch of this rank."""
         if self._stream is None:
             self._expected = self._request_batches(self._position)
@@ -168,7 +168,7 @@ class ClipLoader:
             raise RuntimeError(f"expected clip {requests[0].number}, got {numbers.tolist()}")
         self._position += self._batch_size * self._world_size
         labels = [self._index.entries[request.video].label or 0 for request in requests]
-        clips = Clips(self._video(clips_BTHWC), to_device(torch.tensor(labels), self._device))
+        clips = LoadedClips(self._video(clips_BTHWC), to_device(torch.tensor(labels), self._device))
         # DALI takes back memory that nobody holds, without asking the GPU that reads it.
         self._held.add(clips_BTHWC)
         return clips

@@ -1,4 +1,4 @@
-"""What a program measures: frames in PNG files, or all clips in one npz file, exact to the bit.
+"""Files for a program to measure: frames in PNG, or all clips in one npz file, exact to the bit.
 
 Shapes: N clips, T frames, C = 3 channels (RGB), H x W pixels, uint8.
 """

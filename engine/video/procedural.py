@@ -1,7 +1,7 @@
 """The sample data set: seeded clips of coloured shapes, one shape and motion per class.
 
-Written as real video files, so that training reads them through the same index, decoder and
-loader as Kinetics. Classes must differ at a glance at 16x16 pixels, every 4th frame: shapes are
+They are written as real video files, so that training reads them through the same index, decoder
+and loader as Kinetics. Classes must differ at a glance at 16x16 pixels, every 4th frame: shapes are
 large, edges soft, colours strong, and a motion takes about one clip to complete.
 
 Shapes: T frames, H x W pixels; positions are in [-1, 1] on both axes, times in [0, 1] per clip.

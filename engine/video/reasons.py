@@ -1,4 +1,4 @@
-"""Why files are no part of an index: which reasons are alike, and which say most to a user."""
+"""The reasons why files are no part of an index: which are alike, and which say most to a user."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Which clips are trained on: a pure function of (seed, clip number), with no state to save.
+"""The clips that are trained on, as a pure function of (seed, clip number) without state to save.
 
 Clip number k runs over all ranks and epochs. Epoch k // N is a random permutation of the N usable
 videos; each gives one window, at a random start. Global batch b holds the numbers

@@ -1,4 +1,4 @@
-"""Clip requests in, uint8 clips of one size out: what both kinds of streams have in common.
+"""What the two streams of clips share: both take clip requests and give uint8 clips of one size.
 
     requests -> read file -> decode the window -> resize -> turn -> crop -> mirror
 
@@ -7,7 +7,6 @@ Clips are [B, T, H, W, C], C = 3 (RGB), H = W = resolution.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,7 +20,6 @@ from engine.video.containers import RejectedError
 from engine.video.decoding import decode_window
 from engine.video.index import VideoIndex
 from engine.video.keyframes import unpack
-from engine.video.sampler import ClipRequest
 
 Decoder = Literal["dali-cpu", "dali-gpu", "pyav"]
 # Batches in preparation ahead of the one in use.
@@ -53,22 +51,6 @@ class ClipStream(Protocol):
     def close(self) -> None:
         """Stop decoding."""
         ...
-
-
-def open_stream(
-    index: VideoIndex,
-    batches: Iterator[list[ClipRequest]],
-    decoder: Decoder,
-    settings: StreamSettings,
-) -> ClipStream:
-    """The stream of a decoder that `engine.video.decoder_choice` allows."""
-    if decoder == "pyav":
-        from engine.video.pyav_stream import PyAVStream
-
-        return PyAVStream(index, batches, settings)
-    from engine.video.dali_stream import DaliStream  # late: DALI may not be installed
-
-    return DaliStream(index, batches, decoder, settings)
 
 
 class IndexedFiles:

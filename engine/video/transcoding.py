@@ -9,8 +9,8 @@ Windows of the copies cost a fraction of the sources' CPU time. The folder of co
     .lock                    held by the run that writes
 
 A copy is written to `.unfinished`, checked, renamed into place and only then listed in
-`.copies.jsonl`: an interrupted run goes on where it stopped, and makes anew whose source has
-another content or whose own file is not the one that was listed.
+`.copies.jsonl`. So an interrupted run goes on where it stopped. It makes a copy anew if the source
+has another content, or if the copy is not the file that was listed.
 """
 
 import errno

@@ -1,8 +1,8 @@
-"""Whether a file is shorter than its own header says: what an interrupted copy leaves.
+"""A check whether a file is shorter than its own header says, as an interrupted copy is.
 
-Read from the outermost boxes alone: mp4's and mov's (ISO/IEC 14496-12, section 4.2), AVI's RIFF
-chunk and Matroska's Segment (RFC 8794 and 9559). Durations would not tell: a header may rightly
-promise that the last picture stays for seconds.
+The length is read from the outermost boxes alone: mp4's and mov's (ISO/IEC 14496-12, section 4.2),
+AVI's RIFF chunk and Matroska's Segment (RFC 8794 and 9559). Durations would not tell: a header may
+rightly promise that the last picture stays for seconds.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""What a person watches: mp4 files, grids of clips, contact sheets.
+"""Files for a person to watch: mp4 files, grids of clips, contact sheets.
 
-`lossless.py` has the files that a program measures.
+`lossless.py` writes the files for a program to measure.
 
 Shapes: B clips, T frames, C = 3 channels (RGB), H x W pixels.
 """

@@ -17,7 +17,7 @@ from triton.runtime.jit import JITFunction
 
 import kernels
 from engine.configuration import Config, load_config, variant_names, with_training
-from engine.planning.forward_flops import frozen_stages
+from engine.planning.forward_pass import frozen_stages
 from engine.planning.meta_step import MetaStep
 from kernels.spectral_norm import cuda as power_iteration_cuda
 

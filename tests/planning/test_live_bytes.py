@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from engine.planning.live_bytes import ACTIVATIONS, GRADIENTS, PARAMETERS, LiveBytes
+from engine.planning.counters import ACTIVATIONS, GRADIENTS, PARAMETERS, LiveBytes
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
 

@@ -9,8 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from engine.configuration import Config, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
-from engine.planning.forward_flops import generator_inputs
-from engine.planning.saved_bytes import generator_saved_for_backward, saved_for_backward
+from engine.planning.forward_pass import (
+    generator_inputs,
+    generator_saved_for_backward,
+    saved_for_backward,
+)
 
 FILE = Path(__file__).parents[2] / "configs" / "kinetics600.yaml"
 KINETICS = load_config(FILE)

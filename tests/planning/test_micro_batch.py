@@ -11,9 +11,8 @@ from engine.configuration import Config, with_training
 from engine.errors import UserError
 from engine.planning import micro_batch
 from engine.planning.meta_step import Step, run_step
-from engine.planning.micro_batch import settle_micro_batch
-from engine.planning.peak import Scaling, find_peak
-from engine.planning.stage_memory import StageMemory
+from engine.planning.micro_batch import StageMemory, settle_micro_batch
+from engine.planning.rank_memory import Scaling, find_peak
 from engine.processors import local_processes
 from engine.trainer.checkpoints import open_checkpoint
 

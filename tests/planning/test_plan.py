@@ -13,13 +13,12 @@ from small_runs import Tiny, call
 import engine.plan
 from engine.configuration import Config, SampleBank, load_config
 from engine.errors import UserError
-from engine.planning.assumptions import Assumptions, share_of
+from engine.planning.assumptions import DEVICES, Assumptions, find_device, share_of
 from engine.planning.comparison import compare
 from engine.planning.counters import BACKWARD, FORWARD, FROZEN, Update
-from engine.planning.devices import DEVICES, find_device
 from engine.planning.meta_step import Step, run_step
-from engine.planning.peak import Scaling, find_peak, networks_of
-from engine.planning.stage_memory import StageMemory, divisors
+from engine.planning.micro_batch import StageMemory, divisors
+from engine.planning.rank_memory import Scaling, find_peak, networks_of
 from engine.planning.step_time import predict, work_of
 from engine.planning.training_plan import Planner
 

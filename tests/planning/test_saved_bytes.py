@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.planning.saved_bytes import saved_for_backward
+from engine.planning.forward_pass import saved_for_backward
 
 
 def test_saved_bytes_by_hand() -> None:

@@ -7,7 +7,7 @@ import pytest
 import kernels
 from engine.configuration import load_config
 from engine.planning.counters import FROZEN
-from engine.planning.forward_flops import count_forward, count_frozen
+from engine.planning.forward_pass import count_forward, count_frozen
 from engine.planning.meta_step import MetaStep
 
 CONFIGS = Path(__file__).parents[2] / "configs"

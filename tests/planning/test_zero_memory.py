@@ -11,7 +11,7 @@ import pytest
 from zero_allocations import BUCKET, DEPTH, WIDTH
 
 from engine.configuration import load_config
-from engine.planning.zero_memory import ZeroMemory, bucket_bytes, communicated_bytes
+from engine.planning.rank_memory import ZeroMemory, bucket_bytes, communicated_bytes
 
 SIZES = [WIDTH * WIDTH, WIDTH] * DEPTH
 

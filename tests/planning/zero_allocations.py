@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.configuration import Training
 from engine.trainer import deepspeed_engines
-from engine.trainer.deepspeed_builds import leave_out_inference_collectives
+from engine.trainer.ranks import leave_out_inference_collectives
 
 AS_TRAINED = deepspeed_engines.deepspeed_settings
 WIDTH, DEPTH, BUCKET = 200, 5, 60_000  # one and a half layers in a bucket

@@ -7,7 +7,6 @@ by PyAV. DeepSpeed's start-up needs a process of its own.
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -17,14 +16,16 @@ from small_runs import write_tiny
 
 from benchmarks.trainers import stage_builder
 from engine.configuration import Config
+from engine.rehearsal import stand_ins
+from engine.rehearsal.stand_ins import MetaAccelerator, ShapesOnly, fake_job
 from engine.trainer.ranks import Ranks
-from engine.trainer.rehearsal.stand_ins import MetaAccelerator, ShapesOnly, fake_job
 from engine.transfers import to_device
 from engine.video.dataset import open_dataset
 from engine.video.index import VideoIndex
 
 ATEN = torch.ops.aten
 COPIES = (ATEN._to_copy.default, ATEN.copy_.default)
+WATCHING = (__file__, stand_ins.__file__)
 NUM_BEFORE = 2  # DeepSpeed's timers start after two updates
 
 
@@ -47,14 +48,8 @@ class Transfers(ShapesOnly):
     def _synchronize(self, device_index: Any = None) -> None:
         self.synchronized[_place()] += 1
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().note(func, args, kwargs)
         if func is ATEN._local_scalar_dense.default and args[0].is_meta:
             self.reads[_place()] += 1
         elif func in COPIES:
@@ -68,7 +63,6 @@ class Transfers(ShapesOnly):
                 # `to_device` pins where it is told of a GPU, which tests/test_transfers.py checks.
                 kind = self.pinned if _within(to_device.__code__) else self.pageable
                 kind[_place()] += 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _within(code: CodeType) -> bool:
@@ -79,9 +73,9 @@ def _within(code: CodeType) -> bool:
 
 
 def _place() -> str:
-    """The innermost line outside of PyTorch and of this file."""
+    """The innermost line outside of PyTorch, of `ShapesOnly` and of this file."""
     frame = sys._getframe()
-    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
+    while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename in WATCHING:
         assert frame.f_back is not None
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

@@ -8,10 +8,10 @@ import os
 from engine.command_line import run
 from engine.errors import UserError
 from engine.train import main
-from engine.trainer.reals import Real, Reals
+from engine.trainer.reals import RealBatch, Reals
 
 
-def spoiled(self: Reals) -> Real:
+def spoiled(self: Reals) -> RealBatch:
     raise UserError("a clip is spoiled;\nreplace it")
 
 

@@ -10,8 +10,8 @@ import pytest
 from small_runs import environment
 
 from engine.errors import UserError
-from engine.trainer import deepspeed_builds
-from engine.trainer.deepspeed_builds import OTHER_NODES_SECONDS, check_build_lock
+from engine.trainer import adam
+from engine.trainer.adam import OTHER_NODES_SECONDS, check_build_lock
 
 CONNECT = """
 import torch
@@ -62,5 +62,5 @@ def test_a_lock_that_is_held_is_pytorchs_to_wait_for(lock: Path) -> None:
 
 def test_a_new_lock_may_be_another_nodes(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.utime(lock)
-    monkeypatch.setattr(deepspeed_builds.time, "sleep", lambda seconds: lock.unlink())
+    monkeypatch.setattr(adam.time, "sleep", lambda seconds: lock.unlink())
     check_build_lock("cpu_adam")

@@ -24,8 +24,7 @@ from small_runs import (
 )
 
 from engine.errors import UserError
-from engine.trainer.ranks import Ranks
-from engine.trainer.shared_folder import check_shared
+from engine.trainer.ranks import Ranks, check_shared
 
 SCRIPT = str(REPOSITORY / "engine/train.py")
 Launcher = Callable[[Path, int, int, int], list[str]]
@@ -158,7 +157,7 @@ import torch
 import torch.distributed as dist
 from engine.errors import UserError
 from engine.trainer.ranks import Ranks
-from engine.trainer.shared_folder import check_shared
+from engine.trainer.ranks import check_shared
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)

@@ -23,7 +23,7 @@ from engine.models.features import Features
 from engine.models.norms import Modulation
 from engine.models.prepared import Prepared, PreparedLayer, layers_of
 from engine.trainer.profiling import timeline
-from engine.trainer.profiling.counts import Counted, OperatorCounter
+from engine.trainer.profiling.counts import CountedWork, OperatorCounter
 from engine.trainer.profiling.module_table import StepCosts
 from engine.trainer.profiling.places import (
     BACKWARD,
@@ -457,7 +457,7 @@ def test_a_table_by_hand() -> None:
     forward, backward = (Place(G_UPDATE, "G.units.0", d, CONVOLUTION) for d in (FORWARD, BACKWARD))
     costs = StepCosts.of(
         {Place(): 1.0, forward: 1.0, backward: 2.0},  # of two steps
-        {forward: Counted(int(5e11), 10**9), backward: Counted(10**12, 3 * 10**9)},
+        {forward: CountedWork(int(5e11), 10**9), backward: CountedWork(10**12, 3 * 10**9)},
         weights={},
         num_steps=2,
         num_micro_batches=3,

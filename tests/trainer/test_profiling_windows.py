@@ -15,7 +15,7 @@ from small_trainers import make
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.trainer.profiling import timeline
-from engine.trainer.profiling.counts import Counted, OperatorCounter
+from engine.trainer.profiling.counts import CountedWork, OperatorCounter
 from engine.trainer.profiling.module_table import Entry, StepCosts
 from engine.trainer.profiling.places import (
     D_UPDATE,
@@ -197,7 +197,7 @@ def by_part(entries: list[Entry]) -> dict[tuple[str, ...], tuple[int, int]]:
 
 
 def costs(
-    seconds: dict[Place, float], counted: dict[Place, Counted], weights: dict[str, int]
+    seconds: dict[Place, float], counted: dict[Place, CountedWork], weights: dict[str, int]
 ) -> StepCosts:
     return StepCosts.of(
         seconds,
@@ -243,7 +243,7 @@ def test_a_table_by_hand() -> None:
     alike, other = (Place(update, REST, FORWARD, OTHER) for update in ("D alike", "G"))
     table = costs(
         {alike: 3.0, other: 1.0},
-        {alike: Counted(int(1e12), 10**9), other: Counted(int(2e12), 2 * 10**9)},
+        {alike: CountedWork(int(1e12), 10**9), other: CountedWork(int(2e12), 2 * 10**9)},
         {"D alike": 10},
     )
     assert table.step_seconds == pytest.approx(15.5)

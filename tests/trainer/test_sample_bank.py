@@ -2,7 +2,7 @@
 
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +64,7 @@ class Stage:
                 n + 1, zs, labels, latents.random
             ),
         )
-        self.builder.previous = PreviousStages(self.cascade, "")
+        self.builder = replace(self.builder, previous=PreviousStages(self.cascade, ""))
 
     def bank(self, seed: int = 5) -> BankedWindows:
         return self.builder.bank(torch.Generator().manual_seed(seed))

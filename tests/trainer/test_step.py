@@ -1,18 +1,21 @@
 """The training step on its own: who changes, when, and by what gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_runs import Tiny, differences
 from small_trainers import FACTS, RandomClips, make
 from torch import Tensor, nn
 
-from engine.configuration import Config, accumulation_steps
+from engine.batches import accumulation_steps
+from engine.configuration import Config
 from engine.errors import UserError
 from engine.models.construction import build_generator
 from engine.models.norms import FrameNorm, collect_statistics
 from engine.models.spectral import spectral_weights
 from engine.trainer.deepspeed_engines import frozen
-from engine.trainer.fakes import Fake, Fakes, Inputs, LatentSource
+from engine.trainer.fakes import FakeBatch, Fakes, Inputs, LatentSource
 from engine.trainer.networks import StageBuilder
 from engine.trainer.previous import PreviousStages, load_cascade
 from engine.trainer.ranks import Ranks
@@ -33,8 +36,8 @@ class GivenFakes:
             "labels": torch.cat([clip.labels_B for clip in clips]),
         }
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
-        return Fake(inputs["video"] + _nothing(generator), None, inputs["labels"])
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
+        return FakeBatch(inputs["video"] + _nothing(generator), None, inputs["labels"])
 
 
 def _nothing(network: nn.Module) -> Tensor:
@@ -135,7 +138,7 @@ class RepeatedFakes:
             self._last = self._fakes.draw(batch_size)
         return self._last
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         return self._fakes.run(generator, inputs)
 
 
@@ -243,7 +246,7 @@ class SplitFakes:
         whole = self._batches[batch].items()
         return {name: v[mine] if isinstance(v, Tensor) else v for name, v in whole}
 
-    def run(self, generator: nn.Module, inputs: Inputs) -> Fake:
+    def run(self, generator: nn.Module, inputs: Inputs) -> FakeBatch:
         return self._fakes.run(generator, inputs)
 
 
@@ -358,8 +361,8 @@ def test_a_skipped_first_d_update_stops_the_run(tiny: Tiny, ranks: Ranks) -> Non
     hooks = [p.register_hook(lambda grad: grad * float("inf")) for p in D.parameters()]
     first_d_step = trainer.d_step
 
-    def then_no_hooks(*, keep_fakes: bool = False) -> dict[str, Tensor]:
-        measures = first_d_step(keep_fakes=keep_fakes)
+    def then_no_hooks(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+        measures = first_d_step(*arguments, **options)
         for hook in hooks:
             hook.remove()
         return measures
@@ -420,12 +423,12 @@ def test_condition_on_data_upsamples_real_windows(tiny: Tiny, ranks: Ranks) -> N
 
 
 def test_previous_stages_are_frozen(tiny: Tiny, ranks: Ranks) -> None:
-    builder = StageBuilder(tiny.config(), 2, ranks, FACTS)
     states = {1: build_generator(tiny.config(), 1).state_dict()}
-    builder.previous = PreviousStages(load_cascade(tiny.config(), states, ranks.device), "")
+    previous = PreviousStages(load_cascade(tiny.config(), states, ranks.device), "")
+    builder = StageBuilder(tiny.config(), 2, ranks, FACTS, previous)
     trainer = builder.trainer(RandomClips(tiny.config(), 2, 4))
-    before = weights(builder.previous.cascade) | vectors(builder.previous.cascade)
+    before = weights(previous.cascade) | vectors(previous.cascade)
     trainer.train_step()
-    cascade = builder.previous.cascade
+    cascade = previous.cascade
     assert differences(before, weights(cascade) | vectors(cascade)) == []
     assert not trainer._draw()["low_BTCHW"].requires_grad

@@ -13,13 +13,12 @@ import engine.train
 from engine import processors
 from engine.configuration import load_config
 from engine.processors import cores_per_process
-from engine.trainer.reals import Reals
-from engine.trainer.waits import Waits
-from engine.video.loader import Clips
+from engine.trainer.reals import ClipWaits, Reals
+from engine.video.loader import LoadedClips
 
 
 def test_little_waiting_is_not_told() -> None:
-    waits = Waits(2)
+    waits = ClipWaits(2)
     for _ in range(100):
         waits.add(waited=0.04, taken=1.0)
         assert waits.remedy() is None
@@ -28,7 +27,7 @@ def test_little_waiting_is_not_told() -> None:
 
 
 def test_much_waiting_is_told_once_and_shown_while_it_lasts() -> None:
-    waits, told = Waits(3), []
+    waits, told = ClipWaits(3), []
     for _ in range(60):
         waits.add(waited=0.3, taken=1.0)
         told.append(waits.remedy())
@@ -45,9 +44,9 @@ def test_much_waiting_is_told_once_and_shown_while_it_lasts() -> None:
 
 def test_the_wait_for_a_batch_is_measured() -> None:
     class Slow:
-        def __next__(self) -> Clips:
+        def __next__(self) -> LoadedClips:
             time.sleep(0.05)
-            return Clips(torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, dtype=torch.long))
+            return LoadedClips(torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, dtype=torch.long))
 
         def state_dict(self) -> dict[str, Any]:
             return {}
@@ -64,7 +63,7 @@ def test_the_wait_for_a_batch_is_measured() -> None:
 def test_a_run_tells_the_remedy(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Waits, "remedy", lambda waits: f"note: {len(waits._last)} steps waited")
+    monkeypatch.setattr(ClipWaits, "remedy", lambda waits: f"note: {len(waits._last)} steps waited")
     done = call(engine.train.main, *tiny.options(1, tmp_path, "--max-steps", "2"))
     assert done.code == 0
     told = [line for line in done.out.splitlines() if "steps waited" in line]

@@ -11,14 +11,14 @@ from small_runs import Tiny, contents, differences, logged
 from torch import Tensor
 
 from engine import clip_figures
-from engine.trainer.fakes import Fake
+from engine.trainer.fakes import FakeBatch
 from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
-from engine.trainer.snapshots import Snapshots
-from engine.trainer.window_figures import (
+from engine.trainer.snapshots import (
     JUDDER,
     MOTION,
     VARIETY,
+    Snapshots,
     WindowFigures,
     measure_real_windows,
 )
@@ -34,15 +34,15 @@ def test_by_hand() -> None:
     real = torch.cat([pixels(0, 1, 2, 3), pixels(0, 2, 0, 2)])
     reference = WindowFigures(real, torch.tensor([3, 3]), period=2)
     one_phase = torch.cat([pixels(0, 0, 3, 3), pixels(1, 1, 4, 4)])
-    found = reference.of(Fake(one_phase, None, torch.tensor([3, 3])))
+    found = reference.of(FakeBatch(one_phase, None, torch.tensor([3, 3])))
     # Phases of two steps move by (0 + 0) / 2 and 3; of the real ones by (1 + 2) / 2.
     assert found[MOTION] == pytest.approx((3 / 2) / (3 / 2))
     assert found[JUDDER] > 100
     assert found[VARIETY] == pytest.approx(0, abs=1e-6)
     # Samples of one class each have no pairs; without a period nothing judders.
-    found = reference.of(Fake(one_phase, None, torch.tensor([3, 0])))
+    found = reference.of(FakeBatch(one_phase, None, torch.tensor([3, 0])))
     assert set(found) == {MOTION, JUDDER}
-    found = WindowFigures(real, None, period=1).of(Fake(one_phase, None, None))
+    found = WindowFigures(real, None, period=1).of(FakeBatch(one_phase, None, None))
     assert set(found) == {MOTION, VARIETY}
 
 
@@ -60,7 +60,7 @@ def test_the_reference_is_of_the_stages_real_windows(tiny: Tiny, ranks: Ranks) -
         assert reference is not None
         assert reference._motion == clip_figures.motion(video, period)
         assert reference._variety == clip_figures.variety(video, labels)
-        assert reference.of(Fake(video, None, labels)) == pytest.approx(
+        assert reference.of(FakeBatch(video, None, labels)) == pytest.approx(
             {MOTION: 1, VARIETY: 1}
             | ({JUDDER: clip_figures.judder(video, period)} if period > 1 else {})
         )
@@ -78,10 +78,10 @@ def test_the_log_has_them_at_every_sample(
     tiny: Tiny, cascade_run: Path, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of the samples; a run that stops between two goes on with the same lines."""
-    samples: list[Fake] = []
+    samples: list[FakeBatch] = []
     generate = Snapshots.generate
 
-    def noted(snapshots: Snapshots, trainer: Any) -> Fake:
+    def noted(snapshots: Snapshots, trainer: Any) -> FakeBatch:
         samples.append(generate(snapshots, trainer))
         return samples[-1]
 

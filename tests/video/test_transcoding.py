@@ -31,7 +31,7 @@ from engine.video.decoder_choice import obstacle
 from engine.video.encoding import Codec
 from engine.video.index import VideoIndex, load_rejects
 from engine.video.inspection import VideoFacts
-from engine.video.loader import Clips
+from engine.video.loader import LoadedClips
 from engine.video.transcoding import Copies, build_copies
 
 
@@ -96,7 +96,7 @@ def test_classes_and_labels_are_the_sources(tmp_path: Path) -> None:
     assert [(r.path, r.reason[:11]) for r in rejects] == [("a/bad.mp4", "not a video")]
 
 
-def clips_of(index: VideoIndex) -> Clips:
+def clips_of(index: VideoIndex) -> LoadedClips:
     clips = loader(index, resolution=32, view_resolution=32, batch_size=8, num_frames=5)
     batch = next(clips)
     clips.close()

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import UserError
+from engine.video.decoder_choice import open_stream
 from engine.video.index import VideoIndex
-from engine.video.loader import Clips
+from engine.video.loader import LoadedClips
 from engine.video.sampler import ClipSampler
-from engine.video.streams import Decoder, StreamSettings, open_stream
+from engine.video.streams import Decoder, StreamSettings
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def requests(index: VideoIndex, numbers: range, **options: Any) -> list:
     return [sampler.request(number) for number in numbers]
 
 
-def to_levels(clips: Clips) -> NDArray[np.float64]:
+def to_levels(clips: LoadedClips) -> NDArray[np.float64]:
     """Back to 0..255, [B, T, H, W, C]."""
     return (clips.video_BTCHW.permute(0, 1, 3, 4, 2).double().numpy() + 1) * 127.5
 

@@ -1,10 +1,10 @@
 """FLOPs and bytes of one training step, counted operator by operator while it runs.
 
-FLOPs: two per multiply-add of the convolutions and matrix products that are executed, with the
-formulas of `torch.utils.flop_counter`, where kernels/ adds its own operators'. Matrix times vector
-and elementwise work are not in them. Bytes: every operator reads its inputs and writes its outputs
-once (what it changes in place without returning it, once); views move nothing, and what a cache
-keeps is not seen.
+FLOPs are two per multiply-add of the convolutions and matrix products that are executed, by the
+formulas of `torch.utils.flop_counter`, to which kernels/ adds those of our own operators. Matrix
+times vector and elementwise work are not in them. Bytes count every input and output of an operator
+once, and once a tensor that it changes in place without returning it. Views move nothing, and
+caches are not seen.
 """
 
 from bisect import bisect_right
@@ -36,8 +36,8 @@ _WRITE_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 
 
 @dataclass
-class Counted:
-    """Of all operators at one place."""
+class CountedWork:
+    """The work of all operators at one place."""
 
     flops: int = 0
     num_bytes: int = 0
@@ -60,7 +60,7 @@ class OperatorCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counted: dict[Place, Counted] = defaultdict(Counted)
+        self.counted: dict[Place, CountedWork] = defaultdict(CountedWork)
         self._stack = [_Entered(*Place()[:2], in_node=False)]
         # From which node on the nodes belong to which part.
         self._first_nodes = [0]
@@ -112,7 +112,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def moved_bytes(func: Any, inputs: Iterable[Any], outputs: Iterable[Any]) -> int:
-    """What an operator reads and writes at least; 0 for views and allocations."""
+    """The bytes that an operator reads and writes at least; 0 for views and allocations."""
     schema = func._schema
     name = schema.name.partition("::")[2]
     # A view's output is its input's memory, and is not written to.

@@ -1,7 +1,7 @@
 """The profile's table: what a training step spends, by update, by part and by kind of work.
 
-Every row is what its part does itself, without the parts inside it, so the rows of each table add
-up to the step that was measured; what belongs to no part is in the row `rest`.
+Every row counts what its part does itself, without the parts inside it, so the rows of each table
+add up to the step that was measured. Work that belongs to no part is in the row `rest`.
 """
 
 from collections import defaultdict
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from engine.trainer.profiling.counts import Counted
+from engine.trainer.profiling.counts import CountedWork
 from engine.trainer.profiling.places import BACKWARD, FORWARD, RECOMPUTED, REST, Place
 from engine.trainer.profiling.timeline import Peak
 
@@ -36,7 +36,7 @@ CLOCKS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What one place costs in one step."""
+    """The cost of one place in one step."""
 
     place: Place
     seconds: float
@@ -66,7 +66,7 @@ class StepCosts:
     @staticmethod
     def of(
         seconds: dict[Place, float],
-        counted: dict[Place, Counted],
+        counted: dict[Place, CountedWork],
         *,
         weights: dict[str, int],
         num_steps: int,
@@ -78,7 +78,7 @@ class StepCosts:
         """
         entries = []
         for place in dict.fromkeys([*seconds, *counted]):
-            weight, counts = weights.get(place.update, 1), counted.get(place, Counted())
+            weight, counts = weights.get(place.update, 1), counted.get(place, CountedWork())
             entries.append(
                 Entry(
                     place,

@@ -1,8 +1,8 @@
-"""What a profile has rows for: where in the step, in which part, and what kind of work.
+"""The places that a profile has rows for: an update, a part of the step, and a kind of work.
 
 `named_parts` puts ranges around the parts of a training step, from outside and only as long as a
 step is looked at: the updates, the networks down to their blocks, loader, draws, optimizers. A
-part's row is what it does itself, without the parts inside it.
+part's row counts what it does itself, without the parts inside it.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ _KINDS = {
 
 
 def kind_of(operator: str) -> str | None:
-    """What kind of work an operator is, by its name; None where it says nothing (`OTHER`)."""
+    """The kind of an operator's work, by its name; None where the name does not tell (`OTHER`)."""
     for kind, beginnings in _KINDS.items():
         if operator.startswith(beginnings):
             return kind

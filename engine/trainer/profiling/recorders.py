@@ -1,4 +1,4 @@
-"""What looks at a step's windows: the counts of operators, and torch.profiler's traces."""
+"""Recorders of a step's windows: one counts operators, one makes torch.profiler's traces."""
 
 from pathlib import Path
 

@@ -8,9 +8,9 @@ Under OUT/stageN/profile/ it leaves
   https://pytorch.org/memory_viz. A CPU has no such record; what each part holds at the peak of
   memory stands in `modules.md` on both.
 
-Of many accumulated micro-batches some are looked at, in windows (windows.py), and the tables are
-scaled to the step: a trace does not grow with the batch. Every window has its own `memory-1.pickle`
-and so on.
+Where many micro-batches are accumulated, a profile looks at some of them, in windows (windows.py),
+and scales the tables to the step, so that a trace does not grow with the batch. Every window has
+its own `memory-1.pickle` and so on.
 
 The steps are ordinary ones: what they compute, and what the ranks exchange, is the same without
 a profile. The other ranks wait for rank 0 where they need it.

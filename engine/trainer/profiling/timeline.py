@@ -37,7 +37,7 @@ _DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # c10::DeviceType
 
 
 class Interval(NamedTuple):
-    """Of time, in microseconds."""
+    """A span of time, in microseconds."""
 
     start: float
     end: float
@@ -68,7 +68,7 @@ def times(trace: dict[str, Any], device_type: str) -> dict[Place, float]:
 
 
 def peak(trace: dict[str, Any], device_type: str) -> Peak:
-    """Of the device's memory, from the profiler's record of every allocation."""
+    """The peak of the device's memory, from the profiler's record of every allocation."""
     host, found = _Host(trace), Peak()
     live: dict[int, tuple[int, str]] = {}
     by_part: dict[str, int] = defaultdict(int)

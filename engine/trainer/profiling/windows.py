@@ -1,4 +1,4 @@
-"""Which pieces of a step are looked at, and how many alike each of them stands for.
+"""The windows of a step that a profile looks at, and the micro-batches that each stands for.
 
 An update may accumulate hundreds of micro-batches. The first one's gradients are added to nothing,
 the last one ends in the optimizer's step, and all others do the same. So three of D's and three of
@@ -23,7 +23,7 @@ from engine.trainer.step import Trainer
 NUM_KINDS = 3
 
 
-class Recorder(Protocol):
+class WindowRecorder(Protocol):
     """Looks at a step's windows, one after the other."""
 
     def prepare(self) -> None:
@@ -85,7 +85,7 @@ class Windows:
         return {update: weight for update, weight in weights.items() if weight > 1}
 
     def show(
-        self, recorder: Recorder, goes_on: Callable[[], bool] = lambda: True
+        self, recorder: WindowRecorder, goes_on: Callable[[], bool] = lambda: True
     ) -> dict[str, float]:
         """`Trainer.train_step`, with all that it returns and raises."""
         self._recorder, self._num_d_updates_done = recorder, 0

@@ -14,9 +14,9 @@ import engine.train
 from engine.configuration import load_config
 from engine.errors import UserError
 from engine.models.construction import build_discriminators, build_generator
+from engine.rehearsal import shares
+from engine.rehearsal.shares import MADE_UP_VIDEOS, find_index, share_epoch
 from engine.trainer.ranks import derived_seed
-from engine.trainer.rehearsal import shares
-from engine.trainer.rehearsal.shares import MADE_UP_VIDEOS, find_index, share_epoch
 from engine.video.index import VideoIndex
 from engine.video.sampler import ClipSampler
 
@@ -28,7 +28,7 @@ def rehearsed(folder: Path, num_ranks: int, runs: list[list[str]]) -> list[dict[
     """What rehearsals found, in a process of their own."""
     file = folder / "rehearsals.json"
     file.write_text(json.dumps(runs))
-    done = python("tests/trainer/rehearsals.py", str(num_ranks), file, seconds=600)
+    done = python("tests/rehearsal/rehearsals.py", str(num_ranks), file, seconds=600)
     assert done.code == 0, done.out + done.err
     found: list[dict[str, Any]] = json.loads(done.out.splitlines()[-1])
     return found

@@ -1,8 +1,8 @@
-"""Rank 0 of a job of many GPUs, at full size: its clips, its batch, its step, its files.
+"""A rehearsal of rank 0 of a job of many GPUs, at full size: its clips, batch, step and files.
 
-Read `rehearse`. Real are the configuration's checks, the index, sampler and loader up to the first
-decoded frame, the networks' shapes, DeepSpeed with its partitioning, the training step's code and
-the code that saves; `stand_ins` says what is not.
+Read `rehearse`. The real code runs the configuration's checks, the index, sampler and loader up to
+the first decoded frame, the networks' shapes, DeepSpeed's partitioning, the training step and the
+saving of a checkpoint; `stand_ins.py` describes the rest.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,27 @@ from typing import Any
 
 import torch
 
-from engine.configuration import Config, Training, accumulation_steps, with_training
+from engine.batches import accumulation_steps
+from engine.configuration import Config, Training, with_training
 from engine.models.cascade import Cascade
 from engine.models.construction import build_generator
 from engine.models.norms import fix_norm_statistics, frame_norms
+from engine.rehearsal.layout import (
+    UNKNOWN_HASH,
+    CheckpointLayout,
+    Partition,
+    checkpoint_layout,
+    partition_of,
+)
+from engine.rehearsal.shares import Shares, find_index, share_epoch
+from engine.rehearsal.stand_ins import META, ShapesOnly
 from engine.trainer.networks import StageBuilder
 from engine.trainer.previous import PreviousStages
 from engine.trainer.ranks import Ranks
-from engine.trainer.rehearsal.layout import UNKNOWN_HASH, Layout, checkpoint_layout
-from engine.trainer.rehearsal.partitions import Partition, partition_of
-from engine.trainer.rehearsal.shares import Shares, find_index, share_epoch
-from engine.trainer.rehearsal.stand_ins import META, ShapesOnly
 from engine.trainer.stage_plan import needs_previous
 from engine.trainer.step import Trainer
 from engine.video.dataset import describe
-from engine.video.loader import ClipLoader, Clips
+from engine.video.loader import ClipLoader, LoadedClips
 
 ZERO_STAGES = (0, 1, 2, 3)
 NOT_REHEARSED = {
@@ -39,7 +45,7 @@ NOT_REHEARSED = {
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal found."""
+    """The findings of a rehearsal."""
 
     config: Config
     number: int
@@ -49,7 +55,7 @@ class Rehearsal:
     data: str
     shares: Shares
     partitions: list[Partition]
-    layout: Layout
+    layout: CheckpointLayout
     num_operators: int
     """Of the rehearsed step, on rank 0."""
     collectives: dict[str, tuple[int, int]]
@@ -86,7 +92,7 @@ def rehearse(
     )
     clips = _ClipShapes(loader, config, number)
     with ShapesOnly():
-        builder.previous = _previous_stages(config, number)
+        builder = replace(builder, previous=_previous_stages(config, number))
         say(f"ZeRO-{training.zero_stage}: building rank 0's networks and engines")
         trainer = _one_micro_batch(builder).trainer(clips)
     with ShapesOnly(small_copies=True) as training_step:
@@ -129,11 +135,11 @@ class _ClipShapes:
         self._loader = loader
         self._shape_BTHWC = (batch, stage.num_frames, side, side, 3)
 
-    def __next__(self) -> Clips:
+    def __next__(self) -> LoadedClips:
         """Shaped and laid out as the loader's."""
         video_BTHWC = torch.empty(self._shape_BTHWC, device=META)
         labels_B = torch.empty(len(video_BTHWC), dtype=torch.int64, device=META)
-        return Clips(video_BTHWC.permute(0, 1, 4, 2, 3), labels_B)
+        return LoadedClips(video_BTHWC.permute(0, 1, 4, 2, 3), labels_B)
 
     def state_dict(self) -> dict[str, Any]:
         """The real loader's, before its first batch."""

@@ -1,4 +1,7 @@
-"""Which clips every rank gets: checked for a whole epoch, on the user's index or a made-up one."""
+"""The clips that every rank gets, checked over a whole epoch.
+
+They are of the user's index, or of a made-up one where there is none.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +20,14 @@ _FRAMES_PER_SECOND = 30.0
 
 
 @dataclass(frozen=True)
-class Source:
+class FoundIndex:
     """An index, and in words where it comes from."""
 
     index: VideoIndex
     description: str
 
 
-def find_index(config: Config, *, asked: bool) -> Source:
+def find_index(config: Config, *, asked: bool) -> FoundIndex:
     """The index at `data.path`, else one made up: of the sample data set's size, or Kinetics'.
 
     `asked`: the user named the data for this rehearsal, so it must be there. Writes nothing.
@@ -33,13 +36,13 @@ def find_index(config: Config, *, asked: bool) -> Source:
     path = config.data.path
     exists = path is not None and (Path(path).is_file() or (Path(path) / INDEX_NAME).is_file())
     if asked or exists:
-        return Source(open_dataset(config.data, make=False, say=lambda line: None), str(path))
+        return FoundIndex(open_dataset(config.data, make=False, say=lambda line: None), str(path))
     made = config.data.procedural
     num_videos, num_frames = (
         (MADE_UP_VIDEOS, MADE_UP_FRAMES) if made is None else (made.num_clips, made.num_frames)
     )
     description = f"made up, {num_videos} videos of {num_frames} frames; --data takes yours"
-    return Source(_made_up(config, num_videos, num_frames), description)
+    return FoundIndex(_made_up(config, num_videos, num_frames), description)
 
 
 def _made_up(config: Config, num_videos: int, num_frames: int) -> VideoIndex:

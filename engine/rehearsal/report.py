@@ -1,11 +1,11 @@
-"""A rehearsal in words and tables."""
+"""The report on a rehearsal, in words and tables."""
 
 from collections.abc import Iterator
 
 import deepspeed
 
-from engine.trainer.rehearsal.layout import File
-from engine.trainer.rehearsal.rehearse import Rehearsal
+from engine.rehearsal.layout import File
+from engine.rehearsal.rehearse import Rehearsal
 
 NOT_EXERCISED = (
     "not exercised: NCCL and the network, GPU kernels and memory, decoding, values (every number "

@@ -1,7 +1,8 @@
-"""The files of a checkpoint: what rank 0's real saving code would write, and so the others'.
+"""How a job's state is divided among its ranks: ZeRO's partitions, and the files of a checkpoint.
 
-`torch.save` is replaced by a note of what it was given; files and folders that are made elsewhere
-stay empty.
+Partitions are read off DeepSpeed's own optimizers. The files are those that rank 0's real saving
+code would write, and from them the other ranks' follow: `torch.save` is replaced by a note of what
+it was given, and files and folders that are made elsewhere stay empty.
 """
 
 import contextlib
@@ -16,13 +17,51 @@ import torch
 from torch import Tensor
 
 from engine.models.construction import build_generator
+from engine.rehearsal.stand_ins import replaced
 from engine.trainer.checkpoints import meta_text
 from engine.trainer.networks import StageBuilder
 from engine.trainer.previous import previous_contents
-from engine.trainer.rehearsal.partitions import Partition
-from engine.trainer.rehearsal.stand_ins import replaced
 from engine.trainer.run_state import rank_file, run_meta, write_run_files
 from engine.trainer.step import Trainer
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One network under one ZeRO stage; numbers of fp32 values."""
+
+    zero_stage: int
+    network: str
+    num_parameters: int
+    num_whole: int
+    """Parameters that every rank holds whole while it trains; at ZeRO-3 the small ones only."""
+    num_partitioned: int
+    """A rank's part of the weights that the optimizer updates; Adam has two moments of each."""
+    num_padding: int
+    """By which all ranks' parts together exceed the parameters."""
+
+
+def partition_of(engine: Any, network: str, zero_stage: int, world_size: int) -> Partition:
+    """The partition that the optimizer has allocated for this rank; every rank's is as large."""
+    parameters = list(engine.module.parameters())
+    if zero_stage == 3:
+        num_parameters = sum(p.ds_numel for p in parameters)
+        num_whole = sum(p.ds_numel for p in parameters if p.ds_persist)
+        parts = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        num_parameters = num_whole = sum(p.numel() for p in parameters)
+        # Without ZeRO the optimizer updates the parameters themselves, all of them.
+        parts = parameters if zero_stage == 0 else engine.optimizer.single_partition_of_fp32_groups
+    num_partitioned = sum(part.numel() for part in parts)
+    num_ranks = 1 if zero_stage == 0 else world_size
+    return Partition(
+        zero_stage=zero_stage,
+        network=network,
+        num_parameters=num_parameters,
+        num_whole=num_whole,
+        num_partitioned=num_partitioned,
+        num_padding=num_partitioned * num_ranks - num_parameters,
+    )
+
 
 UNKNOWN_HASH = "0" * 64
 _SHARD = re.compile(r"(.*/zero_pp_rank_)0(_mp_rank_00_.*)")
@@ -40,7 +79,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """A checkpoint of all ranks, and what stands beside it."""
 
     by_rank: tuple[dict[str, File], ...]
@@ -51,20 +90,20 @@ class Layout:
 
     @property
     def num_files(self) -> int:
-        """With meta.json."""
+        """The number of files, with meta.json."""
         return 1 + sum(len(files) for files in self.by_rank)
 
     @property
     def num_bytes(self) -> int:
-        """Of one checkpoint, on disk."""
+        """The size of one checkpoint on disk."""
         files = (file for files in self.by_rank for file in files.values())
         return self.meta_bytes + sum(file.num_bytes for file in files)
 
 
 def checkpoint_layout(
     trainer: Trainer, builder: StageBuilder, partitions: dict[str, Partition]
-) -> Layout:
-    """Of a trainer that has trained, so that the optimizers have their moments.
+) -> CheckpointLayout:
+    """The checkpoint of a trainer that has trained, so that the optimizers have their moments.
 
     `partitions` are the two engines', by network.
     """
@@ -76,7 +115,7 @@ def checkpoint_layout(
         name: (file.num_bytes, UNKNOWN_HASH) for files in by_rank for name, file in files.items()
     }
     meta = meta_text(trainer.step, run_meta(builder), dict(sorted(sizes.items())))
-    return Layout(by_rank, len(meta), _previous(builder))
+    return CheckpointLayout(by_rank, len(meta), _previous(builder))
 
 
 def _previous(builder: StageBuilder) -> File | None:

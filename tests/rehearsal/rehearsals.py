@@ -9,9 +9,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from engine.rehearsal.rehearse import rehearse
+from engine.rehearsal.stand_ins import fake_job
 from engine.train import parse, settle_for_rehearsal
-from engine.trainer.rehearsal.rehearse import rehearse
-from engine.trainer.rehearsal.stand_ins import fake_job
 
 if __name__ == "__main__":
     num_ranks, file = sys.argv[1:]

@@ -1,7 +1,7 @@
-"""What a rehearsal puts in the place of a cluster: a process group of one, tensors of no values.
+"""Stand-ins for a cluster in a rehearsal: a process group of one, and tensors without values.
 
 DeepSpeed and the trainer are the real ones. They are rank 0 of `world_size` in a process group
-whose collectives return at once (PyTorch's FakeProcessGroup), and their device is "meta", where a
+whose collectives return at once (PyTorch's FakeProcessGroup). Their device is "meta", where a
 tensor has a shape and no memory.
 """
 
@@ -24,8 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.trainer.deepspeed_builds import leave_out_inference_collectives
-from engine.trainer.ranks import Ranks
+from engine.trainer.ranks import Ranks, leave_out_inference_collectives
 
 META = torch.device("meta")
 _MOST_NUMBERS_READ = 256
@@ -33,7 +32,7 @@ _MOST_NUMBERS_READ = 256
 
 
 class MetaAccelerator(CPU_Accelerator):
-    """What DeepSpeed asks for its device: the meta device."""
+    """Tells DeepSpeed, which asks its accelerator for the device, that it is the meta device."""
 
     def device_name(self, device_index: Any = None) -> str:
         """For `torch.device(...)`."""
@@ -76,8 +75,7 @@ class ShapesOnly(TorchDispatchMode):
     ) -> Any:
         """Run `func`, or answer for it."""
         kwargs = dict(kwargs or {})
-        self.num_operators += 1
-        self._count_collective(func, args)
+        self.note(func, args, kwargs)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return _one(args[0].dtype)
         if func is torch.ops.aten._to_copy.default and args[0].is_meta:
@@ -90,11 +88,14 @@ class ShapesOnly(TorchDispatchMode):
             return args[0]
         return func(*args, **kwargs)
 
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count an operator that is about to run. A subclass may count more of it."""
+        self.num_operators += 1
+        self._count_collective(func, args)
+
     def _count_collective(self, func: Any, args: tuple[Any, ...]) -> None:
         name = func._schema.name.split("::")[1].strip("_")
-        if (
-            func.namespace == "_c10d_functional"
-        ):  # its only user here is kernels/common/collectives.py
+        if func.namespace == "_c10d_functional":  # used by kernels/common/collectives.py only
             name = f"{name} of norm statistics"
         elif func.namespace != "c10d":
             return
@@ -127,7 +128,7 @@ def fake_job(world_size: int) -> Iterator[Ranks]:
         stack.callback(set_accelerator, before)
         # ZeRO-3's linear layer asks about autocasting, which knows no meta device.
         stack.enter_context(replaced(linear, "get_accelerator", lambda: before))
-        # PyTorch's fused Adam has a meta form, but its list of devices omits it.
+        # PyTorch's fused Adam has a meta implementation, but its list of devices omits it.
         stack.enter_context(replaced(adam, "_device_dtype_check_for_fused", lambda *options: None))
         # ZeRO-3 compares its order of modules with rank 0's numbers: there are none to read.
         stack.enter_context(

@@ -1,6 +1,6 @@
-"""FLOPs of a stage's networks, forward, and what a whole step comes to by the algorithm.
+"""One forward pass of a stage's networks: its FLOPs, and the bytes it keeps for the backward pass.
 
-Counted for one sample on the meta device; two per multiply-add. `meta_step` counts a step itself.
+Both are counted for one sample on the meta device. `meta_step` counts a whole training step.
 """
 
 import math
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.flop_formulas  # noqa: F401 — our own operators, for the counter
-from engine.configuration import Config, num_generations
+from engine.batches import num_generations
+from engine.configuration import Config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.cascade import Cascade
 from engine.models.norms import frame_norms
@@ -78,7 +79,7 @@ def count_frozen(config: Config, stage_number: int) -> float:
 
 
 def frozen_stages(config: Config, stage_number: int) -> Cascade:
-    """The stages before this one as its training has them, their statistics fixed to anything."""
+    """The stages before this one as its training has them, with arbitrary norm statistics fixed."""
     generators = [build_generator(config, n) for n in range(1, stage_number)]
     for n, generator in enumerate(generators, start=1):
         num_frames = config.stages[n].num_frames
@@ -106,3 +107,48 @@ def _gigaflops(network: Callable[..., Tensor], *args: Any) -> float:
     assert result.is_meta
     assert math.prod(result.shape) > 0
     return counter.get_total_flops() / 1e9
+
+
+def saved_for_backward(forward: Callable[[int], object], batches: tuple[int, int] = (1, 2)) -> int:
+    """Bytes per sample that a forward pass keeps for its backward pass.
+
+    `forward(batch)` runs it once with gradients, on the meta device or any other. Counted are the
+    storages of all tensors that autograd saves, each once: the more of them for the larger batch.
+    So parameters, buffers and whatever else does not depend on the batch cancel. What a function
+    keeps as a plain attribute of its context is not seen. Raises ValueError where the difference
+    is not a whole number of bytes per sample.
+    """
+    fewer, more = batches
+    difference = _saved_bytes(forward, more) - _saved_bytes(forward, fewer)
+    if fewer >= more or difference % (more - fewer):
+        raise ValueError(f"{difference} bytes more for batches {batches} are not so many a sample")
+    return difference // (more - fewer)
+
+
+def _saved_bytes(forward: Callable[[int], object], batch: int) -> int:
+    # Kept alive until all are counted: a freed storage's address is given out again.
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward(batch)
+    total = sum(storage.nbytes() for storage in storages.values())
+    del result  # not before: the graph holds what was saved
+    return total
+
+
+def generator_saved_for_backward(config: Config, stage_number: int) -> int:
+    """Bytes per sample that a stage's generator keeps, in the configuration's precision."""
+    with torch.device("meta"):
+        generator = build_generator(config, stage_number)
+
+        def forward(batch: int) -> Tensor:
+            inputs = generator_inputs(config, stage_number, batch, generator.latent_size)
+            result: Tensor = generator(*inputs)
+            return result
+
+        return saved_for_backward(forward)

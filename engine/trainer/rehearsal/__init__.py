@@ -1,1 +1,0 @@
-"""A job of many GPUs rehearsed by one process without any; start with rehearse.py."""
