@@ -7,10 +7,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before matplotlib is imported: there is no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from small_runs import Tiny, write_tiny
 
 from engine.trainer.ranks import Ranks
@@ -46,3 +48,11 @@ def ranks() -> Ranks:
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     ranks.connect()
     return ranks
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts ranks without a launcher."""
+    forks = Forks()
+    yield forks
+    forks.close()
