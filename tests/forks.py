@@ -27,11 +27,18 @@ class Forks:
         self._answers = -1
 
     def script(
-        self, num_ranks: int, script: str | Path, *arguments: str | Path, **more: Any
+        self, num_ranks: int, script: str | Path, *arguments: str | Path, **more: object
     ) -> Finished:
-        """As many times `python SCRIPT ARGUMENTS`; `script` is below the repository."""
+        """So many times `python SCRIPT ARGUMENTS`; `script` is below the repository.
+
+        `more` environment variables are set.
+        """
         words = [str(REPOSITORY / script), *map(str, arguments)]
-        return self.job("script", words, ranks_of(num_ranks), **more)
+        return self.job("script", words, ranks_of(num_ranks, **more))
+
+    def alone(self, script: str | Path, *arguments: str | Path) -> Finished:
+        """`python SCRIPT ARGUMENTS`, once and of no job."""
+        return self.job("script", [str(REPOSITORY / script), *map(str, arguments)], [{}])
 
     def job(
         self,

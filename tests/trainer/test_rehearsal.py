@@ -31,8 +31,7 @@ def rehearsed(
     """What rehearsals found, in a process of their own."""
     file = folder / "rehearsals.json"
     file.write_text(json.dumps(runs))
-    words = [str(REPOSITORY / "tests/trainer/rehearsals.py"), str(num_ranks), str(file)]
-    done = forks.job("script", words, [{}], seconds=600)
+    done = forks.alone("tests/trainer/rehearsals.py", str(num_ranks), file)
     assert done.code == 0, done.out + done.err
     found: list[dict[str, Any]] = json.loads(done.out.splitlines()[-1])
     return found
