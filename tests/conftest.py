@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before matplotlib is imported: there is no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N or M:N",
         help="how many damaged videos tests/video/test_fuzzed_files.py makes, or which of them",
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled_heap() -> None:
+    """Leave what is loaded by now, millions of objects, out of later garbage collections.
+
+    DeepSpeed asks for one whenever an engine ends, which takes longer than a small run's steps.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
