@@ -11,6 +11,7 @@ import os
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import contextlib
+import gc
 import json
 import runpy
 import sys
@@ -133,5 +134,7 @@ def become_rank(
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects often, which is to pass over what has been imported
     for line in sys.stdin:
         run_job(**json.loads(line))
