@@ -8,7 +8,7 @@
 # on first use and again when setup.py or constraints.txt changes; csrc/ is built when it changes.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 DEMO_ARGS ?=
 MINIATURE_ARGS ?=
 
@@ -25,7 +25,8 @@ demo: $(BUILT)
 	@$(RUN) -m engine.demo $(DEMO_ARGS)
 
 # One torch thread per worker: more only make the workers wait for each other. A file's tests go to
-# one worker, so that fixtures which take minutes are made once.
+# one worker, so that fixtures which take minutes are made once; not those with the fewest tests
+# last, which may be the longest.
 test: $(BUILT)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests $(PYTEST_ARGS)
 

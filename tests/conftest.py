@@ -7,11 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before matplotlib is imported: there is no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import gc
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from small_runs import Tiny, write_tiny
 
 from engine.trainer.ranks import Ranks
@@ -24,6 +27,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N or M:N",
         help="how many damaged videos tests/video/test_fuzzed_files.py makes, or which of them",
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled_heap() -> None:
+    """Leave what is loaded by now, millions of objects, out of later garbage collections.
+
+    DeepSpeed asks for one whenever an engine ends, which takes longer than a small run's steps.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +68,11 @@ def ranks() -> Ranks:
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     ranks.connect()
     return ranks
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts ranks without a launcher."""
+    forks = Forks()
+    yield forks
+    forks.close()

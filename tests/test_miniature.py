@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_runs import call
+from torch import Tensor
 
 import engine.train
 from benchmarks.miniature import __main__ as miniature
@@ -51,6 +53,7 @@ from benchmarks.miniature.verdicts import (
     verdict,
 )
 from engine.errors import UserError
+from engine.evaluation.classifier import Classifier, View
 from engine.planning.forward_pass import count_forward, count_frozen
 from engine.trainer.checkpoints import find_checkpoint, read_generators
 
@@ -158,8 +161,13 @@ def test_flops_of_an_iteration_are_those_of_its_forward_passes() -> None:
     assert saved == pytest.approx(d_update + frozen, rel=0.3)
 
 
-def test_models_cost_as_their_changes_say() -> None:
-    flops = count()
+@pytest.fixture(scope="module")
+def flops() -> dict[str, float]:
+    """Of an iteration of every model, which take long to count."""
+    return count()
+
+
+def test_models_cost_as_their_changes_say(flops: dict[str, float]) -> None:
     assert flops.keys() == {STAGE_1, *BY_NAME}
     assert flops["no_matching"] < flops["full"] < flops["conv_gru"]
     # The windows are half as long; what stage 1 makes of them is less by less than half.
@@ -378,6 +386,21 @@ def tiny_plan(out: Path) -> Plan:
     return Plan(out, Settings.of(40.0, quick=True), {}, {}, Budget(1, 1))
 
 
+def trained_once(train: Callable[..., Classifier]) -> Callable[..., Classifier]:
+    """The classifier of the same clips again, as tests/evaluation/test_classifier.py finds it."""
+    trained: dict[tuple[Any, ...], Classifier] = {}
+
+    def train_or_take(
+        video_BTCHW: Tensor, labels_B: Tensor, view: View, *, seed: int
+    ) -> Classifier:
+        key = video_BTCHW.numpy().tobytes(), labels_B.numpy().tobytes(), view, seed
+        if key not in trained:
+            trained[key] = train(video_BTCHW, labels_B, view, seed=seed)
+        return trained[key]
+
+    return train_or_take
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Titles of the jobs that are started: here, in this process, which spares their start-up."""
@@ -400,7 +423,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
-def test_quickly_from_end_to_end_and_again(tmp_path: Path, started: list[str]) -> None:
+def test_quickly_from_end_to_end_and_again(
+    tmp_path: Path,
+    started: list[str],
+    flops: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plans, "count", lambda: flops)
+    monkeypatch.setattr(measuring, "train_classifier", trained_once(measuring.train_classifier))
     out, copies = tmp_path / "out", tmp_path / "copies"
     options = ("--quick", "--seeds", "1", "--out", out, "--commit-to", copies)
     first = call(miniature.main, *options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from small_runs import REPOSITORY, Tiny, call, environment, logged, python, two_ranks, write_tiny
 
 import engine.train
@@ -266,7 +267,7 @@ def test_a_log_whose_disk_is_full(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_say_a_mistake_once(tiny: Tiny, tmp_path: Path) -> None:
+def test_two_ranks_say_a_mistake_once(tiny: Tiny, forks: Forks, tmp_path: Path) -> None:
     """One found before the ranks are connected, and one found in the data by both."""
     done = two_ranks("engine/train.py", *tiny.options(1, tmp_path / "out", "--steps", "3"))
     assert done.code == 2
@@ -278,7 +279,7 @@ def test_two_ranks_say_a_mistake_once(tiny: Tiny, tmp_path: Path) -> None:
     )
     options = ("--data", tmp_path / "data", "--set", "data.num_classes=1")
     more = ("--set", "training.micro_batch=2")
-    done = two_ranks("engine/train.py", *tiny.options(1, tmp_path / "out", *options, *more))
+    done = forks.script(2, "engine/train.py", *tiny.options(1, tmp_path / "out", *options, *more))
     assert done.code == 2
     assert (done.out + done.err).count("the data set has 2 classes") == 1
     assert "Traceback" not in done.out + done.err
@@ -287,14 +288,19 @@ def test_two_ranks_say_a_mistake_once(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_mistake_that_one_rank_meets_is_said_by_that_rank_alone(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    tiny: Tiny, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """The other one's broken connection is no news; it goes to its log."""
-    monkeypatch.setenv("FAILING_RANK", str(failing))
-    options = ("--set", "training.micro_batch=2")
-    done = two_ranks(
-        "tests/trainer/one_rank_fails.py", *tiny.options(1, tmp_path / "out", *options)
-    )
+    """The other one's broken connection is no news; it goes to its log.
+
+    Once with a launcher, which ends the other one too, and once without.
+    """
+    script = "tests/trainer/one_rank_fails.py"
+    options = tiny.options(1, tmp_path / "out", "--set", "training.micro_batch=2")
+    if failing == 0:
+        done = forks.script(2, script, *options, FAILING_RANK=failing)
+    else:
+        monkeypatch.setenv("FAILING_RANK", str(failing))
+        done = two_ranks(script, *options)
     assert done.code == 2
     assert done.err.splitlines().count("error: a clip is spoiled; replace it") == 1
     for noise in ("onnection", "Traceback", "traceback:"):

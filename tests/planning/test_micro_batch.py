@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import Tiny, two_ranks
+from forks import Forks
+from small_runs import Tiny
 
 from engine.configuration import Config, with_training
 from engine.errors import UserError
@@ -136,7 +137,7 @@ def test_a_run_says_it_and_goes_on_with_it(
     assert open_checkpoint(second).config().stages[1].training.micro_batch == 16
 
 
-def test_ranks_must_agree(tiny: Tiny, tmp_path: Path) -> None:
+def test_ranks_must_agree(tiny: Tiny, forks: Forks, tmp_path: Path) -> None:
     """Two ranks, of which one has less memory than the other."""
     config = tiny.config(*AUTO)
     less = memory_for(peak(config, 4, number=1) * 1.2)
@@ -149,7 +150,7 @@ def test_ranks_must_agree(tiny: Tiny, tmp_path: Path) -> None:
         "engine.command_line.run(engine.train.main)\n"
     )
     keys = [word for key in AUTO for word in ("--set", key)]
-    finished = two_ranks(script, *tiny.options(1, tmp_path / "out", *keys))
+    finished = forks.script(2, script, *tiny.options(1, tmp_path / "out", *keys))
     assert finished.code == 2
     assert "error: micro_batch: auto came to 4 and to 8 on different ranks; use" in finished.err
 

@@ -1,13 +1,11 @@
 """ZeRO's memory as predicted against what DeepSpeed allocates, counted by the allocator."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from zero_allocations import BUCKET, DEPTH, WIDTH
 
 from engine.configuration import load_config
@@ -17,20 +15,14 @@ SIZES = [WIDTH * WIDTH, WIDTH] * DEPTH
 
 
 @pytest.mark.slow
-def test_deepspeed_allocates_what_is_predicted() -> None:
+def test_deepspeed_allocates_what_is_predicted(forks: Forks) -> None:
     """At rest to a hundredth (step counters and the like), at the peak within a tenth.
 
     On a CPU main memory and the device's are one.
     """
-    script = Path(__file__).parent / "zero_allocations.py"
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("allocations:"))
+    done = forks.alone("tests/planning/zero_allocations.py")
+    assert done.code == 0, done.out + done.err
+    (line,) = (line for line in done.out.splitlines() if line.startswith("allocations:"))
     cases: list[dict[str, Any]] = json.loads(line.removeprefix("allocations:"))
     assert len(cases) == 3 * 8 + 6
     wrong = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks, ranks_of
 from small_runs import REPOSITORY, Finished, Tiny, call, contents, flat, python
 from torch import Tensor
 
@@ -24,11 +25,13 @@ from engine.video.sampler import ClipSampler
 RUNS = [(1, 1), (2, 3)]
 
 
-def rehearsed(folder: Path, num_ranks: int, runs: list[list[str]]) -> list[dict[str, Any]]:
+def rehearsed(
+    forks: Forks, folder: Path, num_ranks: int, runs: list[list[str]]
+) -> list[dict[str, Any]]:
     """What rehearsals found, in a process of their own."""
     file = folder / "rehearsals.json"
     file.write_text(json.dumps(runs))
-    done = python("tests/rehearsal/rehearsals.py", str(num_ranks), file, seconds=600)
+    done = forks.alone("tests/rehearsal/rehearsals.py", str(num_ranks), file)
     assert done.code == 0, done.out + done.err
     found: list[dict[str, Any]] = json.loads(done.out.splitlines()[-1])
     return found
@@ -46,18 +49,18 @@ def options_of(tiny: Tiny, out: Path) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def real(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real(tiny: Tiny, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two real ranks trained a step of `RUNS`."""
     out = tmp_path_factory.mktemp("real")
-    file = out / "runs.json"
-    file.write_text(json.dumps([[2, "train", options_of(tiny, out)]]))
-    done = python("tests/trainer/forked_jobs.py", file, seconds=600)
+    done = forks.job("train", options_of(tiny, out), ranks_of(2), seconds=600)
     assert done.code == 0, done.out + done.err
     return out
 
 
 @pytest.fixture(scope="module")
-def found(real: Path, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(
+    real: Path, tiny: Tiny, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """Rehearsals of the same, and of a joint one with an average, on the real index.
 
     `real` has made the data set; nothing else of it is used, or to be found.
@@ -70,7 +73,7 @@ def found(real: Path, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> l
         *options_of(tiny, out),
         tiny.options(2, out, *joint, *share),
     ]
-    results = rehearsed(folder, 2, runs)
+    results = rehearsed(forks, folder, 2, runs)
     assert not out.exists()
     return results
 

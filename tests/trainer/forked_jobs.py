@@ -1,27 +1,28 @@
-"""Jobs of several ranks each, one after another: `python forked_jobs.py JOBS.json`.
+"""Ranks that are forks of one process: `python forked_jobs.py DESCRIPTOR`; see `forks.Forks`.
 
-Importing torch and DeepSpeed takes longer than most of these jobs, so it is done once and the ranks
-are forks. JOBS.json lists [number of ranks, "train" or "share", arguments]; every rank calls that
-function below with them. All jobs must succeed.
+Importing torch and DeepSpeed takes longer than most jobs of the tiny configuration, so it is done
+once. Every line on standard input is a job; see `run_job`. Two lines of JSON answer each: the
+ranks' process numbers, and, when all have ended, their exit codes.
 """
 
 import os
 
 # Before torch is imported. As many ranks as are wanted, and forks: on CPUs, also where GPUs are.
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import contextlib
+import gc
 import json
+import runpy
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
 import torch
+import torch._dynamo  # PyTorch and DeepSpeed import it late, which each rank would do by itself
 from shared_batch import frames_shared, make_sharing
-from small_runs import free_port
 from torch import Tensor
 
 from engine.configuration import load_config
@@ -31,6 +32,15 @@ from engine.trainer import adam, stage_run  # noqa: F401 — imports DeepSpeed b
 from engine.trainer.deepspeed_engines import whole_state
 from engine.trainer.ranks import Ranks
 from engine.trainer.step import Trainer
+
+with contextlib.suppress(ImportError):  # not in every version
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 — late, as the compiler is
+
+
+def script(path: str, *arguments: str) -> None:
+    """`python PATH ARGUMENTS`."""
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
 
 
 def train(*runs: list[str]) -> None:
@@ -77,34 +87,54 @@ def whole_weights(trainer: Trainer, zero_stage: int, *, keep: bool) -> dict[str,
     }
 
 
-JOBS: dict[str, Callable[..., None]] = {"train": train, "share": share}
+JOBS: dict[str, Callable[..., None]] = {"script": script, "train": train, "share": share}
 
 
-def run_job(num_ranks: int, name: str, arguments: list[Any]) -> bool:
-    """Fork the ranks and wait for them; whether all succeeded."""
-    os.environ |= {"WORLD_SIZE": str(num_ranks), "MASTER_PORT": str(free_port())}
+def run_job(function: str, arguments: list[Any], ranks: list[dict[str, str]], console: str) -> None:
+    """Call a function of `JOBS` in a fork per rank, given the ranks' environment variables.
+
+    What they say goes to the files CONSOLE.out and CONSOLE.err.
+    """
     children = []
-    for rank in range(num_ranks):
+    for variables in ranks:
         child = os.fork()
         if child == 0:
-            become_rank(rank, name, arguments)
+            become_rank(function, arguments, variables, console)
         children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    return not any(codes)
+    tell(children)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    tell(codes)
 
 
-def become_rank(rank: int, name: str, arguments: list[Any]) -> NoReturn:
+def tell(numbers: list[int]) -> None:
+    """A line on the descriptor that this process was given: DeepSpeed talks on standard output."""
+    os.write(int(sys.argv[1]), f"{json.dumps(numbers)}\n".encode())
+
+
+def become_rank(
+    function: str, arguments: list[Any], variables: dict[str, str], console: str
+) -> NoReturn:
     """What a fork does, to its end."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= variables
+    files = os.devnull, f"{console}.out", f"{console}.err"
+    for descriptor, file in enumerate(files):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if descriptor else os.O_RDONLY
+        os.dup2(os.open(file, flags), descriptor)
+    code = 1
     try:
-        JOBS[name](*arguments)
+        JOBS[function](*arguments)
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        if not run_job(*job):
-            sys.exit(f"failed: {job}")
+    gc.collect()
+    gc.freeze()  # DeepSpeed collects often, which is to pass over what has been imported
+    for line in sys.stdin:
+        run_job(**json.loads(line))

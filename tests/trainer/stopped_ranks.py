@@ -1,6 +1,6 @@
 """train.py on two ranks, of which rank 1 gets SIGTERM before its n-th micro-batch is drawn.
 
-`deepspeed --num_gpus 2 stopped_ranks.py N --stage 2 ...`
+`stopped_ranks.py N --stage 2 ...`
 """
 
 import os
@@ -24,7 +24,7 @@ def draw_and_signal(self: WindowFakes, batch_size: int) -> Inputs:
 
 
 if __name__ == "__main__":
-    number = int(sys.argv.pop(2))  # the launcher puts --local_rank first
+    number = int(sys.argv.pop(1))
     if os.environ["RANK"] == "1":
         WindowFakes.draw = draw_and_signal  # type: ignore[method-assign]
     run(main)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Tiny, contents, differences, full_disk, logged, python
+from forks import Forks, ranks_of
+from small_runs import Tiny, contents, differences, full_disk, logged
 from small_trainers import make
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
@@ -166,7 +167,9 @@ def test_a_disk_that_refuses(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [2, 1])  # 1 is accumulated, or 4 are
-def test_one_of_two_ranks_is_profiled(tiny: Tiny, tmp_path: Path, micro_batch: int) -> None:
+def test_one_of_two_ranks_is_profiled(
+    tiny: Tiny, forks: Forks, tmp_path: Path, micro_batch: int
+) -> None:
     """The other one waits, and both train as they would without."""
     global_batch = 4 if micro_batch == 2 else 8
     settings = f"training.micro_batch={micro_batch}", f"training.global_batch={global_batch}"
@@ -175,8 +178,7 @@ def test_one_of_two_ranks_is_profiled(tiny: Tiny, tmp_path: Path, micro_batch: i
         tiny.options(1, tmp_path / "plain", *fixed),
         tiny.options(1, tmp_path / "profiled", *fixed, "--profile", "2"),
     ]
-    (tmp_path / "jobs.json").write_text(json.dumps([[2, "train", runs]]))
-    done = python("tests/trainer/forked_jobs.py", tmp_path / "jobs.json", seconds=240)
+    done = forks.job("train", runs, ranks_of(2))
     assert done.code == 0, done.out + done.err
     assert logged(tmp_path / "plain/stage1") == logged(tmp_path / "profiled/stage1")
     _, document = read(tmp_path / "profiled/stage1")

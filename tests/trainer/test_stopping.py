@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Tiny, contents, differences, logged, two_ranks
+from forks import Forks
+from small_runs import Tiny, contents, differences, logged
 
 from engine.trainer.checkpoints import open_checkpoint
 from engine.trainer.fakes import ClipFakes, Inputs, WindowFakes
@@ -136,22 +137,24 @@ def test_nothing_comes_between_reused_fakes_and_their_update(
 
 
 @pytest.mark.slow
-def test_all_ranks_stop_at_one_micro_batch(tiny: Tiny, cascade_run: Path, tmp_path: Path) -> None:
+def test_all_ranks_stop_at_one_micro_batch(
+    tiny: Tiny, cascade_run: Path, forks: Forks, tmp_path: Path
+) -> None:
     keys = ("training.micro_batch=1", "training.global_batch=8", "training.iterations=2")
     options = [word for key in keys for word in ("--set", key)]
     options += ["--previous", str(cascade_run)]
     runs = {
         name: tiny.options(2, tmp_path / name, *options) for name in ("whole", "stopped", "resumed")
     }
-    whole = two_ranks("engine/train.py", *runs["whole"])
+    whole = forks.script(2, "engine/train.py", *runs["whole"])
     assert whole.code == 0, whole.err
-    stopped = two_ranks("tests/trainer/stopped_ranks.py", "7", *runs["stopped"])
+    stopped = forks.script(2, "tests/trainer/stopped_ranks.py", "7", *runs["stopped"])
     assert stopped.code == 128 + signal.SIGTERM, stopped.err
     (saved,) = (tmp_path / "stopped/stage2/checkpoints").iterdir()
     states = [contents(saved)[f"rank-0000{rank}.pt"]["trainer"] for rank in (0, 1)]
     # One draw for samples, then six micro-batches: a whole D update and half of the next.
     assert [len(state["d_updates"]) for state in states] == [1, 1]
-    resumed = two_ranks("engine/train.py", *runs["stopped"])
+    resumed = forks.script(2, "engine/train.py", *runs["stopped"])
     assert resumed.code == 0, resumed.err
     ends = [tmp_path / name / "stage2/checkpoints/step-00000002" for name in ("whole", "stopped")]
     assert differences(*map(contents, ends)) == []

@@ -4,13 +4,11 @@ tests/pretended_gpu/test_host_waits.py counts it where CUDA would wait; this nee
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 
 SCRIPT = Path(__file__).parent / "iteration_transfers.py"
 MEASURES = 1
@@ -23,17 +21,11 @@ COPIES_OF_WINDOWS = 3 * 2
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def found(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """See iteration_transfers.py."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path_factory.mktemp("transfers"))],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("transfers:")]
-    assert lines, done.stdout + done.stderr
+    done = forks.alone(SCRIPT, tmp_path_factory.mktemp("transfers"))
+    lines = [line for line in done.out.splitlines() if line.startswith("transfers:")]
+    assert lines, done.out + done.err
     cases: list[dict[str, Any]] = json.loads(lines[0].removeprefix("transfers:"))
     return cases
 

@@ -1,12 +1,12 @@
 """ZeRO 0 to 3 on two and four ranks (CPU, gloo): one process's training, sharded and resumed."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small_runs import Tiny, contents, differences, logged, python
+from forks import Forks, ranks_of
+from small_runs import Tiny, contents, differences, logged
 from torch import Tensor
 
 from engine.models.construction import build_generator
@@ -55,22 +55,21 @@ RESUMED = [*(Run(1, zero) for zero in (0, 1, 2)), *OFFLOADED, WIDE[1], WIDE[3]]
 
 
 @pytest.fixture(scope="module")
-def outs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of this file, in one process and its forks.
+def outs(tiny: Tiny, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of this file.
 
     `shared_file`s are of ranks that share one global batch. In a folder per run of train.py 'whole'
     trained two steps, and 'parts' resumed from its first.
     """
     folder = tmp_path_factory.mktemp("zero")
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs(tiny, folder)))
-    finished = python("tests/trainer/forked_jobs.py", file, seconds=1800)
-    assert finished.code == 0, finished.out + finished.err
+    for num_ranks, function, arguments in jobs(tiny, folder):
+        finished = forks.job(function, arguments, ranks_of(num_ranks), seconds=1800)
+        assert finished.code == 0, finished.out + finished.err
     return folder
 
 
 def jobs(tiny: Tiny, folder: Path) -> list[Any]:
-    """What forked_jobs.py is to do."""
+    """What forked_jobs.py is to do: number of ranks, function, arguments."""
     commands = [line for run in RESUMED for line in command_lines(tiny, folder, run)]
     shared = [
         [
