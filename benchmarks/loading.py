@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -24,13 +24,13 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from engine.configuration import Config
-from engine.trainer.networks import CLIPS, StageBuilder
+from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
 from engine.video.dataset import describe
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
 from engine.video.procedural import FPS, render_clip
-from engine.video.sampler import ClipRequest, ClipSampler
+from engine.video.sampler import ClipRequest
 from engine.video.streams import (
     PREFETCHED_BATCHES,
     Decoder,
@@ -41,15 +41,6 @@ from engine.video.streams import (
 
 Pull = Callable[[], object]
 BATCHES_PER_ROUND = 2
-
-
-class Pace(NamedTuple):
-    """How fast batches come when nothing else is done with them."""
-
-    seconds: list[float]
-    """Wall time per clip, of every round."""
-    cpu_seconds: float
-    """This process's CPU time per clip, all threads, of all rounds together."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +71,19 @@ class Source:
 
     def requests(self) -> Iterator[list[ClipRequest]]:
         """What a rank asks for, batch by batch, without end."""
-        stage, data = self.config.stages[self.stage_number], self.config.data
-        sampler = ClipSampler(
-            [entry.num_frames for entry in self.index.entries],
-            num_frames=stage.num_frames,
-            frame_stride=stage.frame_stride,
-            seed=self.builder.seed(CLIPS),
-            random_crop=data.random_crop,
-            horizontal_flip=data.horizontal_flip,
-        )
+        sampler = self.builder.loader(self.index).sampler
         for first in itertools.count(0, self.batch_size):
             yield [sampler.request(first + k) for k in range(self.batch_size)]
 
 
-def pace(pull: Pull, batch_size: int, seconds: float, least_rounds: int) -> Pace:
+def pace(
+    pull: Pull, batch_size: int, seconds: float, least_rounds: int
+) -> tuple[list[float], float]:
     """Pull as fast as batches come, for about `seconds` and at least so many rounds.
 
-    What was made ahead is pulled before the clock starts: from then on batches come as fast as
-    they are made.
+    Returns the wall time per clip of every round, and this process's CPU time per clip, all threads
+    and rounds together. What was made ahead is pulled before the clock starts: from then on batches
+    come as fast as they are made.
     """
     for _ in range(2 * PREFETCHED_BATCHES):
         pull()
@@ -110,38 +96,43 @@ def pace(pull: Pull, batch_size: int, seconds: float, least_rounds: int) -> Pace
         rounds.append(time.perf_counter() - start)
     clips = BATCHES_PER_ROUND * batch_size
     cpu_seconds = (time.process_time() - cpu_start) / (len(rounds) * clips)
-    return Pace([taken / clips for taken in rounds], cpu_seconds)
+    return [taken / clips for taken in rounds], cpu_seconds
 
 
 @contextmanager
 def decode(source: Source) -> Iterator[Pull]:
     """Decoding alone."""
-    stage, requests = source.config.stages[source.stage_number], source.requests()
-    if source.decoder == "pyav":
-        with ThreadPoolExecutor(source.num_threads) as pool:
-            files = IndexedFiles(source.index)
-
-            def window(request: ClipRequest) -> NDArray[np.uint8]:
-                return files.window(
-                    request.video,
-                    start_frame=request.start_frame,
-                    num_frames=stage.num_frames,
-                    frame_stride=stage.frame_stride,
-                )
-
-            in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
-
-            def windows() -> list[NDArray[np.uint8]]:
-                while len(in_flight) < 2:  # so that no thread waits for a batch
-                    in_flight.append([pool.submit(window, each) for each in next(requests)])
-                return [future.result() for future in in_flight.popleft()]
-
-            yield windows
+    if source.decoder != "pyav":
+        yield _finished(_dali_decoding(source), source.device)
         return
+    stage, requests = source.config.stages[source.stage_number], source.requests()
+    files = IndexedFiles(source.index)
 
+    def window(request: ClipRequest) -> NDArray[np.uint8]:
+        return files.window(
+            request.video,
+            start_frame=request.start_frame,
+            num_frames=stage.num_frames,
+            frame_stride=stage.frame_stride,
+        )
+
+    in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(source.num_threads) as pool:
+
+        def windows() -> list[NDArray[np.uint8]]:
+            while len(in_flight) < 2:  # so that no thread waits for a batch
+                in_flight.append([pool.submit(window, each) for each in next(requests)])
+            return [future.result() for future in in_flight.popleft()]
+
+        yield windows
+
+
+def _dali_decoding(source: Source) -> Pull:
     from nvidia.dali import fn, pipeline_def
 
     from engine.video.dali_stream import decoded
+
+    stage, requests = source.config.stages[source.stage_number], source.requests()
 
     def paths_and_frames() -> tuple[list[Any], list[Any]]:
         batch = next(requests)
@@ -151,8 +142,6 @@ def decode(source: Source) -> Iterator[Pull]:
             [np.int32(request.start_frame) for request in batch],
         )
 
-    on_gpu = source.decoder == "dali-gpu"
-
     @pipeline_def
     def decode_pipeline() -> Any:
         video = fn.external_source(paths_and_frames, num_outputs=2, batch=True)
@@ -161,12 +150,12 @@ def decode(source: Source) -> Iterator[Pull]:
     decoding = decode_pipeline(
         batch_size=source.batch_size,
         num_threads=source.num_threads,
-        device_id=(source.device.index or 0) if on_gpu else None,
+        device_id=(source.device.index or 0) if source.decoder == "dali-gpu" else None,
         prefetch_queue_depth=PREFETCHED_BATCHES,
     )
     decoding.build()
-
-    yield _finished(decoding.run, source.device)
+    pull: Pull = decoding.run
+    return pull
 
 
 @contextmanager
