@@ -147,7 +147,8 @@ def pytest_runtest_makereport(
     session = item.config.stash.get(SESSION, None)
     if session is not None and FOLDER in item.path.parents:
         if outcome.skipped and call.excinfo is not None:
-            session.skip(_case_of(item), str(call.excinfo.value))
+            skip = results.Skip(case=_case_of(item), reason=str(call.excinfo.value))
+            session.results.skipped.append(skip)
         elif outcome.failed:
             session.results.failed.append(_case_of(item))
         elif call.when == "call":

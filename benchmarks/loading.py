@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +28,7 @@ from engine.trainer.ranks import Ranks
 from engine.video.dataset import describe
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
+from engine.video.loader import ClipLoader
 from engine.video.procedural import FPS, render_clip
 from engine.video.sampler import ClipRequest
 from engine.video.streams import (
@@ -43,35 +43,41 @@ Pull = Callable[[], object]
 BATCHES_PER_ROUND = 2
 
 
-@dataclass(frozen=True)
 class Source:
     """What is loaded, and how: the clips that training would get, in the same order."""
 
-    config: Config
-    stage_number: int
-    index: VideoIndex
-    decoder: Decoder
-    num_threads: int
-    device: torch.device
-
-    @property
-    def batch_size(self) -> int:
-        """Clips per batch."""
-        return self.config.stages[self.stage_number].training.samples_per_pass
-
-    @property
-    def builder(self) -> StageBuilder:
-        """As engine/train.py has it, for one rank."""
-        data = self.config.data.model_copy(
-            update={"decoder": self.decoder, "num_threads": self.num_threads}
+    def __init__(
+        self,
+        config: Config,
+        stage_number: int,
+        index: VideoIndex,
+        decoder: Decoder,
+        num_threads: int,
+        device: torch.device,
+    ) -> None:
+        self.index, self.decoder, self.device = index, decoder, device
+        self.stage = config.stages[stage_number]
+        self.batch_size = self.stage.training.samples_per_pass
+        data = config.data.model_copy(update={"decoder": decoder, "num_threads": num_threads})
+        config = config.model_copy(update={"data": data})
+        ranks = Ranks(rank=0, world_size=1, local_rank=0, device=device)
+        self._builder = StageBuilder(config, stage_number, ranks, describe(index, data))
+        self.settings = StreamSettings(
+            batch_size=self.batch_size,
+            num_frames=self.stage.num_frames,
+            frame_stride=self.stage.frame_stride,
+            resolution=config.resolution,
+            device=device,
+            num_threads=num_threads,
         )
-        config = self.config.model_copy(update={"data": data})
-        ranks = Ranks(rank=0, world_size=1, local_rank=0, device=self.device)
-        return StageBuilder(config, self.stage_number, ranks, describe(self.index, data))
+
+    def loader(self) -> ClipLoader:
+        """As engine/train.py has it, for one rank."""
+        return self._builder.loader(self.index)
 
     def requests(self) -> Iterator[list[ClipRequest]]:
         """What a rank asks for, batch by batch, without end."""
-        sampler = self.builder.loader(self.index).sampler
+        sampler = self.loader().sampler
         for first in itertools.count(0, self.batch_size):
             yield [sampler.request(first + k) for k in range(self.batch_size)]
 
@@ -105,7 +111,7 @@ def decode(source: Source) -> Iterator[Pull]:
     if source.decoder != "pyav":
         yield _finished(_dali_decoding(source), source.device)
         return
-    stage, requests = source.config.stages[source.stage_number], source.requests()
+    stage, requests = source.stage, source.requests()
     files = IndexedFiles(source.index)
 
     def window(request: ClipRequest) -> NDArray[np.uint8]:
@@ -117,7 +123,7 @@ def decode(source: Source) -> Iterator[Pull]:
         )
 
     in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
-    with ThreadPoolExecutor(source.num_threads) as pool:
+    with ThreadPoolExecutor(source.settings.num_threads) as pool:
 
         def windows() -> list[NDArray[np.uint8]]:
             while len(in_flight) < 2:  # so that no thread waits for a batch
@@ -132,7 +138,7 @@ def _dali_decoding(source: Source) -> Pull:
 
     from engine.video.dali_stream import decoded
 
-    stage, requests = source.config.stages[source.stage_number], source.requests()
+    stage, requests = source.stage, source.requests()
 
     def paths_and_frames() -> tuple[list[Any], list[Any]]:
         batch = next(requests)
@@ -149,7 +155,7 @@ def _dali_decoding(source: Source) -> Pull:
 
     decoding = decode_pipeline(
         batch_size=source.batch_size,
-        num_threads=source.num_threads,
+        num_threads=source.settings.num_threads,
         device_id=(source.device.index or 0) if source.decoder == "dali-gpu" else None,
         prefetch_queue_depth=PREFETCHED_BATCHES,
     )
@@ -161,16 +167,7 @@ def _dali_decoding(source: Source) -> Pull:
 @contextmanager
 def pipeline(source: Source) -> Iterator[Pull]:
     """The whole pipeline, uint8 clips at the configuration's resolution."""
-    stage = source.config.stages[source.stage_number]
-    settings = StreamSettings(
-        batch_size=source.batch_size,
-        num_frames=stage.num_frames,
-        frame_stride=stage.frame_stride,
-        resolution=source.config.resolution,
-        device=source.device,
-        num_threads=source.num_threads,
-    )
-    stream = open_stream(source.index, source.requests(), source.decoder, settings)
+    stream = open_stream(source.index, source.requests(), source.decoder, source.settings)
     with closing(stream):
         yield _finished(partial(next, stream), source.device)
 
@@ -178,15 +175,15 @@ def pipeline(source: Source) -> Iterator[Pull]:
 @contextmanager
 def loader(source: Source) -> Iterator[Pull]:
     """What engine/train.py reads from."""
-    with closing(source.builder.loader(source.index)) as clips:
+    with closing(source.loader()) as clips:
         yield _finished(partial(next, clips), source.device)
 
 
 @contextmanager
 def transfer(source: Source) -> Iterator[Pull]:
     """A batch of decoded frames from pinned memory to the GPU."""
-    stage, entry = source.config.stages[source.stage_number], source.index.entries[0]
-    shape = source.batch_size, stage.num_frames, entry.height, entry.width, 3
+    entry = source.index.entries[0]
+    shape = source.batch_size, source.stage.num_frames, entry.height, entry.width, 3
     frames = torch.zeros(shape, dtype=torch.uint8).pin_memory()
     yield _finished(partial(frames.to, source.device, non_blocking=True), source.device)
 

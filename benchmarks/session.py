@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import Count, Document, Rates, Row, Skip, made_here
+from benchmarks.results import Count, Document, Rates, Row, made_here
 from benchmarks.timing import Stopwatch, Turns, measure, num_rounds, paired_ratios, spread
 from kernels.common.floor import Cost
 
@@ -96,10 +96,6 @@ class Session:
             peak = peak_bytes(sides[name], self.device)
             row = make_row(case, name, seconds, turns.seconds[OURS], self.rates, peak)
             self.results.rows.append(row)
-
-    def skip(self, case: str, reason: str) -> None:
-        """Remember why a case is not measured."""
-        self.results.skipped.append(Skip(case=case, reason=reason))
 
     def count(self, what: str, of: str, *, plain: float | None, ours: float, unit: str) -> None:
         """Remember something counted."""

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from benchmarks.results import Made, Record, made_here, save
-from engine.durable_files import put_in_place
+from benchmarks.results import Made, Record, made_here
+from engine.durable_files import write_json
 
 START_AGAIN = 75
 """The exit code of a process whose GPU context is lost while parts are left."""
@@ -87,10 +87,8 @@ class Recorder:
     def record(self, outcome: Outcome) -> None:
         """In place of what was known of the part; written before it returns."""
         self.outcomes[outcome.name] = outcome
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_name(self._path.name + ".new")
-        save(self._file.model_copy(update={"parts": list(self.outcomes.values())}), aside)
-        put_in_place(aside, self._path)
+        file = self._file.model_copy(update={"parts": list(self.outcomes.values())})
+        write_json(self._path, file.model_dump(mode="json"))
         if outcome.status != "begun":
             print(line(outcome), flush=True)
 
