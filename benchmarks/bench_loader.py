@@ -26,6 +26,7 @@ from engine.video.streams import Decoder
 # Stage 2's aim on an H100, from which its two D updates per sample take a clip each.
 AIMED_SECONDS_PER_SAMPLE = 0.017
 CLIPS_PER_BATCH = ("training.micro_batch=4",)
+WHERE = pytest.mark.parametrize("where", ["cpu", "gpu"])
 
 
 class Video(NamedTuple):
@@ -34,7 +35,6 @@ class Video(NamedTuple):
     codec: str
     width: int
     height: int
-    num_frames: int = 250
     copied: bool = False
     """Whether a copy of it is loaded, as engine/prepare.py --transcode makes it."""
 
@@ -46,23 +46,14 @@ KINETICS_VIDEOS = {
     "h264 340x256": Video("h264", 340, 256),
     "copies of h264 340x256": Video("h264", 340, 256, copied=True),
 }
+NUM_FRAMES = 250
 
 
 def decoder_for(session: Session, where: str) -> Decoder:
     """What "auto" takes: NVDEC on a GPU, else PyAV. Skips the test where there is no GPU."""
-    if where == "gpu":
-        if session.device.type != "cuda":
-            pytest.skip("NVDEC needs a GPU")
-        return "dali-gpu"
-    return "pyav"
-
-
-def copied(folder: Path, resolution: int) -> VideoIndex:
-    """The videos below `folder`, copied for a training at `resolution` pixels."""
-    out = folder / "small.jsonl"
-    command = [folder / "videos", "--transcode", folder / "small", "--size", resolution]
-    prepare.main([str(word) for word in (*command, "--out", out, "--workers", 1)])
-    return VideoIndex.load(out)
+    if where == "gpu" and session.device.type != "cuda":
+        pytest.skip("NVDEC needs a GPU")
+    return "dali-gpu" if where == "gpu" else "pyav"
 
 
 def run(
@@ -76,7 +67,6 @@ def run(
 ) -> None:
     """Measure every part with one decoding thread and with two."""
     stage, entry = config.stages[2], index.entries[0]
-    feeds = []  # a case counts only as a whole
     parts: dict[str, Any] = dict(loading.PARTS)
     if session.device.type == "cuda" and decoder != "dali-gpu":
         parts["transfer"] = loading.transfer
@@ -84,37 +74,34 @@ def run(
         f"{config.name} stage 2, {stage.num_frames} of {stage.num_source_frames} frames of "
         f"{entry.codec} {entry.width}x{entry.height}{origin}"
     )
+    feeds = []  # a case counts only as a whole
     for num_threads in (1,) if session.quick else (1, 2):
         source = Source(config, 2, index, decoder, num_threads, session.device)
+        batch_size = source.batch_size
         for name, part in parts.items():
             with part(source) as pull:
-                found = pace(
-                    pull, source.batch_size, session.seconds_per_case, session.least_rounds
+                seconds, cpu_seconds = pace(
+                    pull, batch_size, session.seconds_per_case, session.least_rounds
                 )
-            feeds.append(
-                Feed(
-                    case=request.node.name.removeprefix("test_"),
-                    clips=clips,
-                    decoder=decoder,
-                    num_threads=num_threads,
-                    part=name,
-                    batch_size=source.batch_size,
-                    rounds=len(found.seconds),
-                    seconds=spread(found.seconds),
-                    cpu_seconds=found.cpu_seconds,
-                    needed_per_s=needed_per_s,
-                )
+            feed = Feed(
+                case=request.node.name.removeprefix("test_"),
+                clips=clips,
+                decoder=decoder,
+                num_threads=num_threads,
+                part=name,
+                batch_size=batch_size,
+                rounds=len(seconds),
+                seconds=spread(seconds),
+                cpu_seconds=cpu_seconds,
+                needed_per_s=needed_per_s,
             )
-    session.feeds.extend(feeds)
+            feeds.append(feed)
+    session.results.feeds.extend(feeds)
 
 
-@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@WHERE
 def test_loader_sample(
-    session: Session,
-    request: pytest.FixtureRequest,
-    ranks: Ranks,
-    tmp_path: Path,
-    where: str,
+    session: Session, request: pytest.FixtureRequest, ranks: Ranks, tmp_path: Path, where: str
 ) -> None:
     """The sample data set for stage 2, against the real step on this machine."""
     few = "data.procedural.num_clips=16"
@@ -130,7 +117,12 @@ def test_loader_sample(
     run(session, request, config, index, decoder, needed)
 
 
-@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def needed_for_the_aim(config: Config) -> float:
+    """Clips per second."""
+    return config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
+
+
+@WHERE
 @pytest.mark.parametrize("video", KINETICS_VIDEOS)
 def test_loader_kinetics(
     session: Session, request: pytest.FixtureRequest, tmp_path: Path, video: str, where: str
@@ -140,15 +132,14 @@ def test_loader_kinetics(
     decoder = decoder_for(session, where)
     if session.quick and video != "h264 128x128":
         pytest.skip("--quick loads H.264 of 128x128 only")
-    config = load_config(KINETICS, CLIPS_PER_BATCH)
-    index = loading.write_video(
-        tmp_path / "videos", made.codec, made.width, made.height, made.num_frames
-    )
-    origin = ""
+    config, origin = load_config(KINETICS, CLIPS_PER_BATCH), ""
+    videos, copies = tmp_path / "videos", tmp_path / "small.jsonl"
+    index = loading.write_video(videos, made.codec, made.width, made.height, NUM_FRAMES)
     if made.copied:
-        index, origin = copied(tmp_path, config.resolution), f", {video}"
-    needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
-    run(session, request, config, index, decoder, needed, origin)
+        small = ["--transcode", tmp_path / "small", "--size", config.resolution]
+        prepare.main([str(word) for word in (videos, *small, "--out", copies, "--workers", 1)])
+        index, origin = VideoIndex.load(copies), f", {video}"
+    run(session, request, config, index, decoder, needed_for_the_aim(config), origin)
 
 
 @pytest.mark.parametrize("num_frames", [300, 15_000])
@@ -160,5 +151,4 @@ def test_loader_length(
         pytest.skip("--quick loads short videos only")
     config = load_config(KINETICS, CLIPS_PER_BATCH)
     index = loading.write_video(tmp_path / "videos", "vp9", 128, 128, num_frames)
-    needed = config.stages[2].training.discriminator_steps / AIMED_SECONDS_PER_SAMPLE
-    run(session, request, config, index, "pyav", needed)
+    run(session, request, config, index, "pyav", needed_for_the_aim(config))

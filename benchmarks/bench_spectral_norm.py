@@ -5,26 +5,31 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
+from benchmarks.bench_operators import COMPILED
 from benchmarks.calls import kinetics
 from benchmarks.correctness import Results, check
-from benchmarks.floors import spectral_cost
 from benchmarks.launches import parametrized, parametrized_weight
-from benchmarks.operators import COMPILED, OURS, REFERENCE, Case
-from benchmarks.session import Session
+from benchmarks.session import OURS, REFERENCE, Case, Session
 from benchmarks.timing import cache_bytes, num_copies
 from engine.models import build_generator
 from engine.models.construction import compute_dtype
 from engine.models.spectral import spectral_weights
+from kernels.spectral_norm.floor import spectral_norm_floor
 
 PARAMETRIZATION = "parametrizations"
-DIRECTIONS = ("iteration", "iteration_forward", "iteration_forward_backward")
+ITERATION, FORWARD, ALL = "iteration", "iteration_forward", "iteration_forward_backward"
+Lists = dict[str, list[Tensor]]
+"""u, v, Ŵ and dW of all weights, and "sigma" where it is told, as far as they were computed."""
+Run = Callable[[str], Lists]
+"""A side on weights of its own: what is timed, of one of the directions."""
+Function = Callable[["Weights"], list[Tensor]]
 
 
 @dataclass
@@ -64,6 +69,9 @@ def draw(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device)
     )
 
 
+# --------------------------------------------------------------------------------------- sides
+
+
 def iterate(weights: Weights) -> list[Tensor]:
     """One power iteration; σ of every weight."""
     return [kernels.power_iteration_(weights.weights, weights.us, weights.vs)]
@@ -76,113 +84,107 @@ def normalize(weights: Weights) -> list[Tensor]:
     return kernels.spectral_normalize_all(weights.weights, weights.us, weights.vs, dtypes, unfolded)
 
 
-class Form(NamedTuple):
-    """How a side's two operators run."""
-
-    setting: str
-    iterate: Callable[[Weights], list[Tensor]] = iterate
-    normalize: Callable[[Weights], list[Tensor]] = normalize
-
-    def run(self, weights: Weights, direction: str) -> None:
-        """What is timed."""
-        with kernels.use(self.setting):
-            self.iterate(weights)
-            if direction == "iteration_forward":
-                with torch.no_grad():
-                    self.normalize(weights)
-            elif direction == "iteration_forward_backward":
-                torch.autograd.grad(self.normalize(weights), weights.weights, weights.upstream)
-
-    def results(self, weights: Weights) -> Results:
-        """σ, u, v, Ŵ and dW of all weights."""
-        with kernels.use(self.setting):
-            named = {"sigma": self.iterate(weights), "u": weights.us, "v": weights.vs}
-            normalized = self.normalize(weights)
-            dweights = torch.autograd.grad(normalized, weights.weights, weights.upstream)
-        return _flat(named | {"weight": normalized, "dweight": list(dweights)})
-
-
-def forms(*, compiled: bool) -> dict[str, Form]:
-    """The sides that run this project's operators."""
-    found = {OURS: Form("auto"), REFERENCE: Form("reference")}
-    return found | {COMPILED: _compiled()} if compiled else found
-
-
 @functools.cache
-def _compiled() -> Form:
+def compiled_operators() -> list[Function]:
     """Once for all cases: a graph of so many weights compiles for many minutes."""
-    both = (torch.compile(function, dynamic=False) for function in (iterate, normalize))
-    return Form("reference", *both)
+    return [torch.compile(function, dynamic=False) for function in (iterate, normalize)]
 
 
-class Parametrized:
-    """torch.nn.utils' spectral norm of copies of weights, read as fp32 matrices."""
+def operators(setting: str, weights: Weights, *, compiled: bool = False) -> Run:
+    """This project's two operators on a copy of the weights, run as `setting` says."""
+    own = weights.copy()
+    iterate_own, normalize_own = compiled_operators() if compiled else (iterate, normalize)
 
-    def __init__(self, weights: Weights) -> None:
-        self.modules = [parametrized(weight) for weight in weights.weights]
-        self.weights = [next(module.parameters()) for module in self.modules]
-        parametrizations: list[Any] = [module.parametrizations for module in self.modules]
-        self.norms = [each.weight[0] for each in parametrizations]
-        for norm, u, v in zip(self.norms, weights.us, weights.vs, strict=True):
-            norm._u.copy_(u)
-            norm._v.copy_(v)
-        self.upstream = [upstream.flatten(1).float() for upstream in weights.upstream]
+    def run(direction: str) -> Lists:
+        with kernels.use(setting):
+            found = {"sigma": iterate_own(own), "u": own.us, "v": own.vs}
+            if direction == ITERATION:
+                return found
+            return found | passes(normalize_own, own, direction)
 
-    def normalize(self) -> list[Tensor]:
-        """One power iteration and Ŵ of every weight: it always does both."""
-        return [parametrized_weight(module) for module in self.modules]
-
-    def run(self, direction: str) -> None:
-        """What is timed."""
-        if direction == "iteration_forward":
-            with torch.no_grad():
-                self.normalize()
-        else:
-            torch.autograd.grad(self.normalize(), self.weights, self.upstream)
-
-    def results(self) -> Results:
-        """u, v, Ŵ and dW of all weights."""
-        normalized = self.normalize()
-        dweights = torch.autograd.grad(normalized, self.weights, self.upstream)
-        us, vs = [norm._u for norm in self.norms], [norm._v for norm in self.norms]
-        return _flat({"u": us, "v": vs, "weight": normalized, "dweight": list(dweights)})
+    return run
 
 
-def _flat(named: dict[str, list[Tensor]]) -> Results:
-    """Each quantity in one tensor."""
-    return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in named.items()}
+def torchs(weights: Weights) -> Run:
+    """torch.nn.utils' spectral norm of copies of weights, read as fp32 matrices.
+
+    The iteration is part of its forward pass.
+    """
+    modules: list[Any] = [parametrized(weight) for weight in weights.weights]
+    norms = [module.parametrizations.weight[0] for module in modules]
+    for norm, u, v in zip(norms, weights.us, weights.vs, strict=True):
+        norm._u.copy_(u)
+        norm._v.copy_(v)
+    own = Weights(
+        weights=[next(module.parameters()) for module in modules],
+        us=[norm._u for norm in norms],
+        vs=[norm._v for norm in norms],
+        upstream=[upstream.flatten(1).float() for upstream in weights.upstream],
+    )
+
+    def run(direction: str) -> Lists:
+        def normalize_own(_: Weights) -> list[Tensor]:
+            return [parametrized_weight(module) for module in modules]
+
+        return {"u": own.us, "v": own.vs} | passes(normalize_own, own, direction)
+
+    return run
+
+
+def passes(normalize_own: Function, own: Weights, direction: str) -> Lists:
+    """Ŵ, and dW if there is a backward pass."""
+    backward = direction == ALL
+    with torch.set_grad_enabled(backward):
+        normalized = normalize_own(own)
+    if not backward:
+        return {"weight": normalized}
+    gradients = torch.autograd.grad(normalized, own.weights, own.upstream)
+    return {"weight": normalized, "dweight": list(gradients)}
+
+
+def operator_sides(*, compiled: bool) -> dict[str, Callable[[Weights], Run]]:
+    """The sides that run this project's operators."""
+    found: dict[str, Callable[[Weights], Run]]
+    found = {OURS: partial(operators, "auto"), REFERENCE: partial(operators, REFERENCE)}
+    if compiled:
+        found[COMPILED] = partial(operators, REFERENCE, compiled=True)
+    return found
 
 
 def check_weights(weights: Weights, *, compiled: bool = False) -> None:
     """Every side against the reference in fp64. Raises Refused."""
+
+    def results(side: Callable[[Weights], Run], of: Weights = weights) -> Results:
+        found = side(of)(ALL)
+        return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in found.items()}
+
     num_terms = max(w.numel() for w in weights.weights)  # of ⟨dŴ, W⟩
-    reference = Form("reference")
-    truth = reference.results(weights.copy(torch.float64))
-    usual = reference.results(weights.copy())
-    for name, form in forms(compiled=compiled).items():
-        if name != REFERENCE:
-            check(name, form.results(weights.copy()), usual, truth, num_terms)
+    sides, wide = operator_sides(compiled=compiled), weights.copy(torch.float64)
+    reference = sides.pop(REFERENCE)
+    usual, truth = results(reference), results(reference, wide)
+    for name, side in sides.items():
+        check(name, results(side), usual, truth, num_terms)
     # torch takes u from v before v from u: as ours of Wᵀ, whose u is v.
-    truth, usual = (_of_transposed(weights.copy(dtype)) for dtype in (torch.float64, torch.float32))
-    check(PARAMETRIZATION, Parametrized(weights).results(), usual, truth, num_terms)
+    narrow = weights.copy(torch.float32)
+    usual, truth = results(of_transposed, narrow), results(of_transposed, wide)
+    check(PARAMETRIZATION, results(torchs), usual, truth, num_terms)
 
 
-def _of_transposed(weights: Weights) -> Results:
+def of_transposed(weights: Weights) -> Run:
     """What the reference makes of matrices Wᵀ, turned back."""
 
     def turned(tensors: list[Tensor]) -> list[Tensor]:
         return [t.detach().flatten(1).T.contiguous() for t in tensors]
 
-    matrices = [weight.requires_grad_() for weight in turned(weights.weights)]
-    upstream = turned(weights.upstream)
-    transposed = Weights(matrices, weights.vs, weights.us, upstream)
-    with kernels.use(REFERENCE):
-        iterate(transposed)
-        normalized = normalize(transposed)
-        dweights = torch.autograd.grad(normalized, matrices, upstream)
-    us, vs = transposed.vs, transposed.us
-    named = {"u": us, "v": vs, "weight": turned(normalized), "dweight": turned(list(dweights))}
-    return _flat(named)
+    matrices, upstream = turned(weights.weights), turned(weights.upstream)
+    run_transposed = operators(REFERENCE, Weights(matrices, weights.vs, weights.us, upstream))
+
+    def run(direction: str) -> Lists:
+        found = run_transposed(direction)
+        back = {name: turned(found[name]) for name in ("weight", "dweight")}
+        return {"u": found["v"], "v": found["u"]} | back
+
+    return run
 
 
 def make_sides(
@@ -192,28 +194,24 @@ def make_sides(
     tensors = weights.weights + weights.us + weights.vs + weights.upstream
     num_bytes = sum(tensor.nbytes for tensor in tensors)
     copies = num_copies(num_bytes, cache_bytes(tensors[0].device))
+    sides = operator_sides(compiled=compiled)
+    if direction != ITERATION:
+        sides[PARAMETRIZATION] = torchs
 
-    def rotating(calls: list[Callable[[], object]]) -> Callable[[], object]:
-        turn = itertools.cycle(calls)
-        return lambda: next(turn)()
+    def rotating(side: Callable[[Weights], Run]) -> Callable[[], object]:
+        turn = itertools.cycle([side(weights) for _ in range(copies)])
+        return lambda: next(turn)(direction)
 
-    sides = {
-        name: rotating([partial(form.run, weights.copy(), direction) for _ in range(copies)])
-        for name, form in forms(compiled=compiled).items()
-    }
-    if direction != "iteration":
-        torchs = [partial(Parametrized(weights).run, direction) for _ in range(copies)]
-        sides[PARAMETRIZATION] = rotating([*torchs])
-    return sides
+    return {name: rotating(side) for name, side in sides.items()}
 
 
-@pytest.mark.parametrize("steps", DIRECTIONS)
+@pytest.mark.parametrize("steps", [ITERATION, FORWARD, ALL])
 def test_spectral_norm(session: Session, benchmark: Any, steps: str) -> None:
     """Once per optimiser step; Ŵ once per forward pass. Kept apart they cost their difference.
 
     torch.compile is a side only with `--compile`.
     """
-    if session.quick and steps != "iteration_forward_backward":
+    if session.quick and steps != ALL:
         pytest.skip("--quick measures everything together only")
     config = kinetics(reduced=session.device.type != "cuda")
     with torch.device("meta"):
@@ -226,11 +224,11 @@ def test_spectral_norm(session: Session, benchmark: Any, steps: str) -> None:
         shape=f"{len(layers)} weights of {num_values / 1e6:.1f} M",
         direction=steps,
         dtype=dtype,
-        cost=spectral_cost(
+        cost=spectral_norm_floor(
             num_values,
             dtype.itemsize,
-            normalize=steps != "iteration",
-            backward=steps.endswith("backward"),
+            normalize=steps != ITERATION,
+            backward=steps == ALL,
         ),
         check=partial(check_weights, weights, compiled=session.compile_asked),
         sides=partial(make_sides, weights, steps, compiled=session.compile_asked),

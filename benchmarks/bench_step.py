@@ -7,9 +7,8 @@ import torch
 
 import kernels
 from benchmarks.calls import CONFIGS
-from benchmarks.network_check import check_networks
-from benchmarks.operators import OURS, REFERENCE, Case
-from benchmarks.session import Session
+from benchmarks.correctness import check_networks
+from benchmarks.session import OURS, REFERENCE, Case, Session
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
 from engine.models.construction import compute_dtype

@@ -5,14 +5,11 @@ where most of the time is Python's and memory's, and counted at the paper's size
 """
 
 from contextlib import ExitStack, closing
-from functools import partial
 from typing import Any
 
 import pytest
 
-from benchmarks.network_check import check_networks
-from benchmarks.operators import OURS, Case
-from benchmarks.session import Session
+from benchmarks.session import OURS, Case, Session
 from benchmarks.setups import BUILDS, SETUPS
 from benchmarks.whole_step import (
     REDUCED_CHANNELS,
@@ -20,7 +17,6 @@ from benchmarks.whole_step import (
     Iterations,
     counted_step,
     measured_step,
-    operators_of,
     reduced,
 )
 from engine.models.construction import compute_dtype
@@ -45,7 +41,8 @@ def test_whole_step(session: Session, ranks: Ranks, setup: str, build: str) -> N
     if session.device.type != "cuda":
         pytest.skip("an iteration of the paper's size needs a GPU")
     leave_out(session, setup, build, ("bf16", "ours"))
-    session.steps.append(measured_step(setup, build, ranks, session.rates.matmul_tflop_per_s))
+    step = measured_step(setup, build, ranks, session.rates.matmul_tflop_per_s)
+    session.results.steps.append(step)
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -54,33 +51,27 @@ def test_whole_step_reduced(session: Session, benchmark: Any, ranks: Ranks, setu
     if session.device.type == "cuda":
         pytest.skip("a GPU runs the paper's sizes")
     leave_out(session, setup, "ours", ("ours",))
-    names = {side: name for side, name in REDUCED_SIDES.items() if name != "compiled"}
-    if session.compiled:
-        names["compiled"] = "compiled"
     with ExitStack() as stack:
-        builds = {
-            side: stack.enter_context(closing(reduced(SETUPS[setup], BUILDS[name], ranks)))
-            for side, name in names.items()
-        }
-        ours = builds[OURS]
+        sides: dict[str, Iterations] = {}
+        for side, name in REDUCED_SIDES.items():
+            if session.compiled or not BUILDS[name].compiled:
+                iterations = reduced(SETUPS[setup], BUILDS[name], ranks)
+                sides[side] = stack.enter_context(closing(iterations))
+
+        def check() -> None:
+            for channels_last in (False, True):
+                sides[OURS].check(channels_last=channels_last)
+
         case = Case(
             operator="whole_step",
             shape=f"{SETUPS[setup].title}, {REDUCED_CHANNELS} channels",
             direction="step",
-            dtype=compute_dtype(ours.config.stages[SETUPS[setup].number]),
+            dtype=compute_dtype(sides[OURS].config.stages[SETUPS[setup].number]),
             cost=None,
-            check=partial(check_plain, ours),
-            sides=lambda: {side: iterations.at(1) for side, iterations in builds.items()},
+            check=check,
+            sides=lambda: {side: iterations.at(1) for side, iterations in sides.items()},
         )
         session.run(case, benchmark)
-
-
-def check_plain(ours: Iterations) -> None:
-    """Both layouts of the plain operators compute what this engine does. Raises Refused."""
-    for name in ("fp32", "bf16"):
-        operators = operators_of(BUILDS[name])
-        assert operators is not None
-        check_networks(ours.trainer, ours.config, operators.installed)
 
 
 @pytest.mark.parametrize("build", COUNTED)
@@ -90,4 +81,4 @@ def test_whole_step_counted(session: Session, setup: str, build: str) -> None:
     if session.device.type == "cuda":
         pytest.skip("counted where there is no GPU: it is the same everywhere")
     leave_out(session, setup, build, ("ours",))
-    session.steps.append(counted_step(setup, build, search=not session.quick))
+    session.results.steps.append(counted_step(setup, build, search=not session.quick))

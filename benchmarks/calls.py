@@ -10,37 +10,31 @@ Shapes: B batch, T frames, C channels, H x W pixels.
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
-from pathlib import Path
-from typing import Any, Literal, get_args
+from functools import cache, partial
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
+from benchmarks.setups import CONFIGS, few_channels
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.spectral import divided_one_by_one
 from engine.planning.forward_pass import generator_inputs
-from kernels import Normalized
+from kernels import Normalized  # the class, also while calls of it are recorded
 from kernels.common.layout import channels_last
 
 Network = Literal["generator", "discriminators"]
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 KINETICS = CONFIGS / "kinetics600.yaml"
-
 PAPER_SAMPLES = ("training.micro_batch=4",)
 # Eight channels where the paper has 128 and 96: seconds on a CPU core, shapes of the same kind.
-REDUCED = (
-    *(f"stages.{n}.{net}.channels=8" for n in (1, 2) for net in get_args(Network)),
-    "training.micro_batch=2",
-    "training.precision=fp32",
-)
+REDUCED = (*few_channels(2, 8), "training.micro_batch=2", "training.precision=fp32")
 
 # What models call: the operator that it is. A norm is not computed by itself there, so it is
 # recorded where it is handed on, and a convolution behind one is recorded on the video alone.
@@ -71,12 +65,18 @@ class Call:
     @property
     def weights(self) -> dict[str, Tensor]:
         """Convolution weights, by argument name; empty for a norm."""
-        return {name: v for name, v in self.arguments.items() if name.startswith(_WEIGHTS)}
+        begin = "weight", "temporal_weight", "spatial_weight"
+        return {name: value for name, value in self.arguments.items() if name.startswith(begin)}
 
     @property
     def constant_input(self) -> bool:
         """Whether x is the same at every time step: the generator's first ConvGRU."""
         return self.x.shape[1] > 1 and self.x.stride(1) == 0
+
+    @property
+    def has_shortcut(self) -> bool:
+        """Whether a shortcut is upsampled and added."""
+        return isinstance(self.arguments.get("residual_BTOHW"), kernels.UpsampledShortcut)
 
     @property
     def name(self) -> str:
@@ -88,11 +88,6 @@ class Call:
         if self.weights and self.operator != "conv_gru":
             parts.append(str(list(self.weights.values())[-1].shape[0]))
         return "-".join(parts + ["shortcut"] * self.has_shortcut)
-
-    @property
-    def has_shortcut(self) -> bool:
-        """Whether a shortcut is upsampled and added."""
-        return isinstance(self.arguments.get("residual_BTOHW"), kernels.UpsampledShortcut)
 
     @property
     def num_bytes(self) -> int:
@@ -112,32 +107,41 @@ class Call:
         What is the same at every time step stays so. Weights have variance 1 / fan-in, so that
         values stay near 1.
         """
-        generator = torch.Generator(device).manual_seed(seed)
-        weights = self.weights
+        random = torch.Generator(device).manual_seed(seed)
 
         def fill(name: str, like: Any) -> Any:
             if not isinstance(like, Tensor):
                 return like
-            base = torch.randn(storage_shape(like), generator=generator, device=device)
-            if name in weights:
-                base /= math.sqrt(like[0].numel())
-            value = base.to(like.dtype)
-            value = channels_last(value) if like.dim() == 5 and name not in weights else value
+            value = torch.randn(storage_shape(like), generator=random, device=device)
+            if name in self.weights:
+                value /= math.sqrt(like[0].numel())
+            value = value.to(like.dtype)
+            if like.dim() == 5 and name not in self.weights:
+                value = channels_last(value)
             return value.requires_grad_(like.requires_grad).expand(like.shape)
 
         return {
-            name: tree_map(lambda leaf, name=name: fill(name, leaf), value)
-            for name, value in self.arguments.items()
+            name: tree_map(partial(fill, name), value) for name, value in self.arguments.items()
         }
-
-
-_WEIGHTS = ("weight", "temporal_weight", "spatial_weight")
 
 
 def storage_shape(like: Tensor) -> torch.Size:
     """The shape without what is only repeated (strides of 0)."""
     pairs = zip(like.shape, like.stride(), strict=True)
     return torch.Size(1 if stride == 0 else size for size, stride in pairs)
+
+
+def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same arguments as leaves of another dtype, sharing nothing, strides of 0 kept."""
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        base = leaf.detach().as_strided(storage_shape(leaf), leaf.stride())
+        copy = base.to(dtype, copy=True).requires_grad_(leaf.requires_grad)
+        return copy.expand(leaf.shape)
+
+    return {name: tree_map(cast, value) for name, value in arguments.items()}
 
 
 def kinetics(*, reduced: bool) -> Config:
@@ -154,36 +158,43 @@ def network_calls(
     x changes in time, count as one: that with the most arguments stands for them. 1x1 convolutions
     are left out.
     """
+
+    def rank(call: Call) -> tuple[int, bool]:
+        num_tensors = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(call.arguments))
+        return num_tensors, not call.constant_input
+
     found: dict[tuple[Any, ...], Call] = {}
-    for call in _all_calls(config, stage_number, network):
+    for call in _recorded(json.dumps(config.to_tree()), stage_number, network):
         shapes = tuple(tuple(weight.shape) for weight in call.weights.values())
         if call.operator != operator or any(shape[1:-1] == (1, 1) for shape in shapes):
             continue
         key = tuple(call.x.shape), shapes, call.has_shortcut
-        if key not in found or _rank(call) > _rank(found[key]):
-            found[key] = call
+        found[key] = max(found.get(key, call), call, key=rank)
     return list(found.values())
-
-
-def _rank(call: Call) -> tuple[int, bool]:
-    num_tensors = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(call.arguments))
-    return num_tensors, not call.constant_input
 
 
 @cache
 def _recorded(tree: str, stage_number: int, network: Network) -> tuple[Call, ...]:
     config = config_from_tree(json.loads(tree), "recorded configuration")
+    run = _run_generator if network == "generator" else _run_discriminators
+    calls: list[Call] = []
+
+    def recording(name: str) -> Callable[..., Any]:
+        original = getattr(kernels, name)
+        signature = inspect.signature(original)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            calls.append(Call(RECORDED[name], _on_videos(name, arguments)))
+            return original(*args, **kwargs)
+
+        return call
+
+    replaced: dict[str, Any] = {name: recording(name) for name in RECORDED}
     # Operators fold weights themselves in these benchmarks: none comes folded already.
-    with _recording() as calls, divided_one_by_one(), torch.device("meta"):
-        if network == "generator":
-            _run_generator(config, stage_number)
-        else:
-            _run_discriminators(config, stage_number)
+    with mock.patch.multiple(kernels, **replaced), divided_one_by_one(), torch.device("meta"):
+        run(config, stage_number)
     return tuple(calls)
-
-
-def _all_calls(config: Config, stage_number: int, network: Network) -> tuple[Call, ...]:
-    return _recorded(json.dumps(config.to_tree()), stage_number, network)
 
 
 def _run_generator(config: Config, stage_number: int) -> None:
@@ -205,32 +216,6 @@ def _run_discriminators(config: Config, stage_number: int) -> None:
     discriminators(video, labels, low if isinstance(low, Tensor) else None, frames.to(video.device))
 
 
-@contextmanager
-def _recording() -> Iterator[list[Call]]:
-    """Within this context, models' calls of `RECORDED` are listed."""
-    calls: list[Call] = []
-    originals = {name: getattr(kernels, name) for name in RECORDED}
-
-    def recorded(name: str) -> Callable[..., Any]:
-        signature = inspect.signature(originals[name])
-
-        @wraps(originals[name], updated=())
-        def call(*args: Any, **kwargs: Any) -> Any:
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            calls.append(Call(RECORDED[name], _on_videos(name, arguments)))
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    try:
-        for name in RECORDED:
-            setattr(kernels, name, recorded(name))
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(kernels, name, original)
-
-
 def _on_videos(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments as the operator takes them: a norm its video, a convolution the norm's."""
     if name == "Normalized":
@@ -240,16 +225,3 @@ def _on_videos(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         for key, value in arguments.items()
         if key != "only_graph"  # of passes that are made again
     }
-
-
-def in_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same arguments as leaves of another dtype, sharing nothing, strides of 0 kept."""
-
-    def cast(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        base = leaf.detach().as_strided(storage_shape(leaf), leaf.stride())
-        copy = base.to(dtype, copy=True).requires_grad_(leaf.requires_grad)
-        return copy.expand(leaf.shape)
-
-    return {name: tree_map(cast, value) for name, value in arguments.items()}

@@ -44,7 +44,7 @@ import torch
 
 import kernels
 from benchmarks import report, results
-from benchmarks.calls import Call, kinetics, network_calls
+from benchmarks.calls import Call
 from benchmarks.first_hour.outcomes import forget_the_last_error
 from benchmarks.session import Session
 from benchmarks.trainers import one_rank
@@ -89,7 +89,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the session, and refuse what would fail only at its end."""
-    config.addinivalue_line("markers", "calls(operator, stage_number, network): of these")
     if not config.getoption("run_benchmarks"):
         return
     if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
@@ -101,45 +100,28 @@ def pytest_configure(config: pytest.Config) -> None:
     # "fp32" shall mean it, as in training.
     torch.backends.cudnn.allow_tf32 = False
     choose_convolutions(benchmark=True)  # on both sides, as training has it
-    quick = config.getoption("quick")
-    config.stash[SESSION] = Session(
+    quick, compile_asked = config.getoption("quick"), config.getoption("compile_references")
+    session = config.stash[SESSION] = Session(
         device=torch.device("cuda", 0) if CUDA else torch.device("cpu"),
         quick=quick,
-        compiled=(CUDA and not quick) or config.getoption("compile_references"),
-        compile_asked=config.getoption("compile_references"),
+        compiled=(CUDA and not quick) or compile_asked,
+        compile_asked=compile_asked,
         budget_seconds=config.getoption("budget"),
         seconds_per_case=0.3 if quick or CUDA else 1.0,
         least_rounds=3 if quick else 5,
     )
     if config.getoption("add_to") is not None:
         try:
-            results.added(
-                results.read(config.getoption("add_to")), config.stash[SESSION].document()
-            )
+            results.added(results.read(config.getoption("add_to")), session.document())
         except UserError as error:
             raise pytest.UsageError(str(error)) from None
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`call`: the recorded calls that the test's mark `calls` names; `direction`: both."""
-    quick = metafunc.config.getoption("quick")
-    if "call" in metafunc.fixturenames:
-        mark = metafunc.definition.get_closest_marker("calls")
-        assert mark is not None
-        calls = network_calls(kinetics(reduced=not CUDA), **mark.kwargs)
-        calls = [calls[(len(calls) - 1) // 2]] if quick else calls
-        metafunc.parametrize("call", calls, ids=[call.name for call in calls])
-    if "direction" in metafunc.fixturenames:
-        directions = ["forward_backward"] if quick else ["forward", "forward_backward"]
-        metafunc.parametrize("direction", directions)
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """pytest-benchmark reads our stopwatch instead of wall time."""
-    session = config.stash.get(SESSION, None)
-    if session is not None:
-        for item in (item for item in items if FOLDER in item.path.parents):
-            item.add_marker(pytest.mark.benchmark(timer=session.stopwatch))
+    for item in items:
+        if SESSION in config.stash and FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=config.stash[SESSION].stopwatch))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -165,13 +147,14 @@ def pytest_runtest_makereport(
     session = item.config.stash.get(SESSION, None)
     if session is not None and FOLDER in item.path.parents:
         if outcome.skipped and call.excinfo is not None:
-            session.skip(_case_of(item), str(call.excinfo.value))
+            skip = results.Skip(case=_case_of(item), reason=str(call.excinfo.value))
+            session.results.skipped.append(skip)
         elif outcome.failed:
-            session.failed.append(_case_of(item))
+            session.results.failed.append(_case_of(item))
         elif call.when == "call":
             session.passed.append(_case_of(item))
         if call.when == "teardown" and item.config.getoption("add_to") is None:
-            _write(item.config, session)
+            _write(item.config, session.document())
     return outcome
 
 
@@ -180,14 +163,11 @@ def pytest_runtest_logfinish() -> None:
     forget_the_last_error()
 
 
-def _write(config: pytest.Config, session: Session) -> None:
+def _write(config: pytest.Config, document: results.Document) -> None:
     """A new file, or what it holds by now."""
-    if not (session.rows or session.counts or session.steps or session.feeds):
-        return
-    document = session.document()
     if WRITTEN in config.stash:
         results.save(document, config.stash[WRITTEN])
-    else:
+    elif document.holds_results:
         config.stash[WRITTEN] = results.write(document, config.getoption("results"))
 
 
@@ -204,20 +184,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Write the file and show its tables."""
     config = terminalreporter.config
     session = config.stash.get(SESSION, None)
-    if session is None or not (session.rows or session.counts or session.steps or session.feeds):
+    if session is None or not session.results.holds_results:
         return
-    document = session.document()
-    path = config.getoption("add_to")
+    document, path = session.document(), config.getoption("add_to")
     if path is None:
-        _write(config, session)  # with cases that were left out after the last one
+        _write(config, document)  # with cases that were left out after the last one
         path = config.stash[WRITTEN]
     else:  # checked at the start; should the file have changed since, nothing is lost
         try:
             document = results.added(results.read(path), document, session.passed)
+            results.save(document, path)
         except UserError as error:
             terminalreporter.write_line(f"error: {error}")
             path = results.write(document, config.getoption("results"))
-        results.save(document, path)
     terminalreporter.section("SSW-GAN benchmarks")
     terminalreporter.write_line(report.render_document(document))
     terminalreporter.write_line(f"\nwritten to {path}")

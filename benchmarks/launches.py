@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from engine.configuration import Config
-from engine.models.spectral import SpectralWeight, spectral_weights
+from engine.models.spectral import spectral_weights
 from engine.planning.counters import ChannelsLastConvolutions
 from engine.planning.meta_step import MetaStep
 
@@ -55,17 +55,14 @@ class LaunchCounter(TorchDispatchMode):
     @property
     def operators(self) -> int:
         """Calls that launch something, each counted once, whatever it launches."""
-        return sum(
-            count
-            for name, count in self.calls.items()
-            if name.partition("::")[2] not in _WITHOUT_LAUNCH
-        )
+        launching = {name for name in self.calls if name.partition("::")[2] not in _WITHOUT_LAUNCH}
+        return sum(self.calls[name] for name in launching)
 
 
 def count_step_operators(config: Config, stage_number: int) -> int:
     """Operators that launch something in an iteration of one micro-batch per update.
 
-    The forms that a GPU runs, DeepSpeed and the optimizers left out.
+    What a GPU runs, DeepSpeed and the optimizers left out.
     """
     with kernels.meta_as("cuda"):
         step = MetaStep(config, stage_number)
@@ -96,18 +93,19 @@ class SpectralLaunches(NamedTuple):
     """dW of every weight."""
 
 
-def count_spectral_launches(network: nn.Module, impl: str) -> SpectralLaunches:
-    """Of a network on the meta device, in bf16. `impl` as the operators' own: "triton", ..."""
+def count_spectral_launches(network: nn.Module, implementation: str) -> SpectralLaunches:
+    """Of a network on the meta device, in bf16. `implementation`: the operators' "triton", ..."""
     layers = spectral_weights(network)
+    weights = [layer.weight for layer in layers]
+    lists = weights, [layer.u for layer in layers], [layer.v for layer in layers]
+    dtypes, folds = [torch.bfloat16 for _ in layers], [layer.fold for layer in layers]
     with LaunchCounter() as iteration:
-        kernels.power_iteration_(*_lists(layers), impl=impl)
+        kernels.power_iteration_(*lists, impl=implementation)
     with LaunchCounter() as forward:
-        dtypes = [torch.bfloat16 for _ in layers]
-        folds = [layer.fold for layer in layers]
-        normalized = kernels.spectral_normalize_all(*_lists(layers), dtypes, folds, impl=impl)
+        normalized = kernels.spectral_normalize_all(*lists, dtypes, folds, impl=implementation)
     upstream = [torch.empty_like(weight) for weight in normalized]
     with LaunchCounter() as backward:
-        torch.autograd.grad(normalized, [layer.weight for layer in layers], upstream)
+        torch.autograd.grad(normalized, weights, upstream)
     return SpectralLaunches(iteration.launches, forward.launches, backward.launches)
 
 
@@ -135,11 +133,3 @@ def parametrized_weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _lists(layers: list[SpectralWeight]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return (
-        [layer.weight for layer in layers],
-        [layer.u for layer in layers],
-        [layer.v for layer in layers],
-    )

@@ -12,10 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -24,75 +23,68 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from engine.configuration import Config
-from engine.trainer.networks import CLIPS, StageBuilder
+from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
 from engine.video.dataset import describe
 from engine.video.decoder_choice import open_stream
 from engine.video.index import VideoIndex
 from engine.video.indexing import build_index
+from engine.video.loader import ClipLoader
 from engine.video.procedural import FPS, render_clip
-from engine.video.sampler import ClipRequest, ClipSampler
+from engine.video.sampler import ClipRequest
 from engine.video.streams import PREFETCHED_BATCHES, Decoder, IndexedFiles, StreamSettings
 
 Pull = Callable[[], object]
 BATCHES_PER_ROUND = 2
 
 
-class Pace(NamedTuple):
-    """How fast batches come when nothing else is done with them."""
-
-    seconds: list[float]
-    """Wall time per clip, of every round."""
-    cpu_seconds: float
-    """This process's CPU time per clip, all threads, of all rounds together."""
-
-
-@dataclass(frozen=True)
 class Source:
     """What is loaded, and how: the clips that training would get, in the same order."""
 
-    config: Config
-    stage_number: int
-    index: VideoIndex
-    decoder: Decoder
-    num_threads: int
-    device: torch.device
-
-    @property
-    def batch_size(self) -> int:
-        """Clips per batch."""
-        return self.config.stages[self.stage_number].training.samples_per_pass
-
-    @property
-    def builder(self) -> StageBuilder:
-        """As engine/train.py has it, for one rank."""
-        data = self.config.data.model_copy(
-            update={"decoder": self.decoder, "num_threads": self.num_threads}
+    def __init__(
+        self,
+        config: Config,
+        stage_number: int,
+        index: VideoIndex,
+        decoder: Decoder,
+        num_threads: int,
+        device: torch.device,
+    ) -> None:
+        self.index, self.decoder, self.device = index, decoder, device
+        self.stage = config.stages[stage_number]
+        self.batch_size = self.stage.training.samples_per_pass
+        data = config.data.model_copy(update={"decoder": decoder, "num_threads": num_threads})
+        config = config.model_copy(update={"data": data})
+        ranks = Ranks(rank=0, world_size=1, local_rank=0, device=device)
+        self._builder = StageBuilder(config, stage_number, ranks, describe(index, data))
+        self.settings = StreamSettings(
+            batch_size=self.batch_size,
+            num_frames=self.stage.num_frames,
+            frame_stride=self.stage.frame_stride,
+            resolution=config.resolution,
+            device=device,
+            num_threads=num_threads,
         )
-        config = self.config.model_copy(update={"data": data})
-        ranks = Ranks(rank=0, world_size=1, local_rank=0, device=self.device)
-        return StageBuilder(config, self.stage_number, ranks, describe(self.index, data))
+
+    def loader(self) -> ClipLoader:
+        """As engine/train.py has it, for one rank."""
+        return self._builder.loader(self.index)
 
     def requests(self) -> Iterator[list[ClipRequest]]:
         """What a rank asks for, batch by batch, without end."""
-        stage, data = self.config.stages[self.stage_number], self.config.data
-        sampler = ClipSampler(
-            [entry.num_frames for entry in self.index.entries],
-            num_frames=stage.num_frames,
-            frame_stride=stage.frame_stride,
-            seed=self.builder.seed(CLIPS),
-            random_crop=data.random_crop,
-            horizontal_flip=data.horizontal_flip,
-        )
+        sampler = self.loader().sampler
         for first in itertools.count(0, self.batch_size):
             yield [sampler.request(first + k) for k in range(self.batch_size)]
 
 
-def pace(pull: Pull, batch_size: int, seconds: float, least_rounds: int) -> Pace:
+def pace(
+    pull: Pull, batch_size: int, seconds: float, least_rounds: int
+) -> tuple[list[float], float]:
     """Pull as fast as batches come, for about `seconds` and at least so many rounds.
 
-    What was made ahead is pulled before the clock starts: from then on batches come as fast as
-    they are made.
+    Returns the wall time per clip of every round, and this process's CPU time per clip, all threads
+    and rounds together. What was made ahead is pulled before the clock starts: from then on batches
+    come as fast as they are made.
     """
     for _ in range(2 * PREFETCHED_BATCHES):
         pull()
@@ -105,38 +97,43 @@ def pace(pull: Pull, batch_size: int, seconds: float, least_rounds: int) -> Pace
         rounds.append(time.perf_counter() - start)
     clips = BATCHES_PER_ROUND * batch_size
     cpu_seconds = (time.process_time() - cpu_start) / (len(rounds) * clips)
-    return Pace([taken / clips for taken in rounds], cpu_seconds)
+    return [taken / clips for taken in rounds], cpu_seconds
 
 
 @contextmanager
 def decode(source: Source) -> Iterator[Pull]:
     """Decoding alone."""
-    stage, requests = source.config.stages[source.stage_number], source.requests()
-    if source.decoder == "pyav":
-        with ThreadPoolExecutor(source.num_threads) as pool:
-            files = IndexedFiles(source.index)
-
-            def window(request: ClipRequest) -> NDArray[np.uint8]:
-                return files.window(
-                    request.video,
-                    start_frame=request.start_frame,
-                    num_frames=stage.num_frames,
-                    frame_stride=stage.frame_stride,
-                )
-
-            in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
-
-            def windows() -> list[NDArray[np.uint8]]:
-                while len(in_flight) < 2:  # so that no thread waits for a batch
-                    in_flight.append([pool.submit(window, each) for each in next(requests)])
-                return [future.result() for future in in_flight.popleft()]
-
-            yield windows
+    if source.decoder != "pyav":
+        yield _finished(_dali_decoding(source), source.device)
         return
+    stage, requests = source.stage, source.requests()
+    files = IndexedFiles(source.index)
 
+    def window(request: ClipRequest) -> NDArray[np.uint8]:
+        return files.window(
+            request.video,
+            start_frame=request.start_frame,
+            num_frames=stage.num_frames,
+            frame_stride=stage.frame_stride,
+        )
+
+    in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(source.settings.num_threads) as pool:
+
+        def windows() -> list[NDArray[np.uint8]]:
+            while len(in_flight) < 2:  # so that no thread waits for a batch
+                in_flight.append([pool.submit(window, each) for each in next(requests)])
+            return [future.result() for future in in_flight.popleft()]
+
+        yield windows
+
+
+def _dali_decoding(source: Source) -> Pull:
     from nvidia.dali import fn, pipeline_def
 
     from engine.video.dali_stream import decoded
+
+    stage, requests = source.stage, source.requests()
 
     def paths_and_frames() -> tuple[list[Any], list[Any]]:
         batch = next(requests)
@@ -146,8 +143,6 @@ def decode(source: Source) -> Iterator[Pull]:
             [np.int32(request.start_frame) for request in batch],
         )
 
-    on_gpu = source.decoder == "dali-gpu"
-
     @pipeline_def
     def decode_pipeline() -> Any:
         video = fn.external_source(paths_and_frames, num_outputs=2, batch=True)
@@ -155,28 +150,19 @@ def decode(source: Source) -> Iterator[Pull]:
 
     decoding = decode_pipeline(
         batch_size=source.batch_size,
-        num_threads=source.num_threads,
-        device_id=(source.device.index or 0) if on_gpu else None,
+        num_threads=source.settings.num_threads,
+        device_id=(source.device.index or 0) if source.decoder == "dali-gpu" else None,
         prefetch_queue_depth=PREFETCHED_BATCHES,
     )
     decoding.build()
-
-    yield _finished(decoding.run, source.device)
+    pull: Pull = decoding.run
+    return pull
 
 
 @contextmanager
 def pipeline(source: Source) -> Iterator[Pull]:
     """The whole pipeline, uint8 clips at the configuration's resolution."""
-    stage = source.config.stages[source.stage_number]
-    settings = StreamSettings(
-        batch_size=source.batch_size,
-        num_frames=stage.num_frames,
-        frame_stride=stage.frame_stride,
-        resolution=source.config.resolution,
-        device=source.device,
-        num_threads=source.num_threads,
-    )
-    stream = open_stream(source.index, source.requests(), source.decoder, settings)
+    stream = open_stream(source.index, source.requests(), source.decoder, source.settings)
     with closing(stream):
         yield _finished(partial(next, stream), source.device)
 
@@ -184,15 +170,15 @@ def pipeline(source: Source) -> Iterator[Pull]:
 @contextmanager
 def loader(source: Source) -> Iterator[Pull]:
     """What engine/train.py reads from."""
-    with closing(source.builder.loader(source.index)) as clips:
+    with closing(source.loader()) as clips:
         yield _finished(partial(next, clips), source.device)
 
 
 @contextmanager
 def transfer(source: Source) -> Iterator[Pull]:
     """A batch of decoded frames from pinned memory to the GPU."""
-    stage, entry = source.config.stages[source.stage_number], source.index.entries[0]
-    shape = source.batch_size, stage.num_frames, entry.height, entry.width, 3
+    entry = source.index.entries[0]
+    shape = source.batch_size, source.stage.num_frames, entry.height, entry.width, 3
     frames = torch.zeros(shape, dtype=torch.uint8).pin_memory()
     yield _finished(partial(frames.to, source.device, non_blocking=True), source.device)
 

@@ -1,14 +1,10 @@
 """Tables in Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 
-def line(cells: Sequence[str]) -> str:
-    """A line of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def table(lines: Iterator[Sequence[str]]) -> str:
+def table(lines: Iterable[Sequence[str]]) -> str:
     """The first line is the header."""
-    header = next(lines)
-    return "\n".join([line(header), "|" + "---|" * len(header), *(line(row) for row in lines)])
+    header, *rows = lines
+    texts = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([texts[0], "|" + "---|" * len(header), *texts[1:]])

@@ -1,17 +1,16 @@
 """The operators as one writes them with PyTorch alone, and networks that run on them.
 
-What the whole engine is measured against: an ordinary PyTorch build of the same networks, with the
-same weights. "Ordinary" is our reading of what a careful author of 2020 would write:
+What the whole engine is measured against: the same networks with the same weights in an ordinary
+PyTorch build, which is our reading of what a careful author of 2020 would write:
 
-- convolutions are `F.conv2d` and `F.conv3d`, a separable one two of them, resampling is apart
-  (`F.interpolate`, `F.avg_pool2d`), nothing is folded;
-- the norm takes `var_mean` and is then one multiply-add per value, which is what BigGAN's code
-  does where it cannot use PyTorch's batch norm (here: statistics of every frame by themselves).
-  Autograd keeps the input and the ReLU's output, and nothing else of it;
+- convolutions are `F.conv2d` and `F.conv3d`, a separable one two of them, resampling is apart,
+  nothing is folded;
+- the norm takes `var_mean` and is then one multiply-add per value, as BigGAN's code where it cannot
+  use PyTorch's batch norm (here: statistics of every frame by themselves);
 - the ConvGRU runs frame by frame, r and u in one convolution over [h; x], c in one over [x; r*h];
 - every layer divides its own weight, after a power iteration in every pass that trains it, as
   `torch.nn.utils.parametrizations.spectral_norm` does;
-- autograd keeps what it keeps.
+- autograd keeps what it keeps: of the norm, its input and the ReLU's output.
 
 In fp32 that is contiguous (NCHW), in bf16 channels last, the faster layout for cuDNN there. Weights
 are fp32 in both.
@@ -21,8 +20,9 @@ their input channels last.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,6 +32,29 @@ import kernels
 from engine.models import discriminators, generator
 from kernels.common.layout import channels_last
 from kernels.frame_norm import EPSILON
+
+Residual = Tensor | kernels.UpsampledShortcut | None
+
+
+class PlainNormalized(NamedTuple):
+    """What a norm hands to a convolution: its result."""
+
+    video: Tensor
+
+    def value(self) -> Tensor:
+        """The video."""
+        return self.video
+
+
+def _behind_norms(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, which may also be given what a norm hands on; it measures no moments."""
+
+    def run(x: Any, *arguments: Any, **named: Any) -> Any:
+        if isinstance(x, PlainNormalized):
+            return kernels.Measured(operator(x.video, *arguments, **named), None)
+        return operator(x, *arguments, **named)
+
+    return run
 
 
 class PlainOperators:
@@ -53,20 +76,17 @@ class PlainOperators:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Within this context models run on these; initialise networks outside it."""
-        replaced: list[tuple[Any, str, Any]] = [
-            *((kernels, name, _behind_norms(getattr(self, name))) for name in INSTALLED),
+        with ExitStack() as stack:
+            mine: dict[str, Any] = {name: _behind_norms(getattr(self, name)) for name in INSTALLED}
+            stack.enter_context(mock.patch.multiple(kernels, **mine))
             # No network divides all its weights at once, and windows are cut out of whole clips.
-            *((module, "normalized_weights", _nothing) for module in (generator, discriminators)),
-            (generator.ClipGenerator, "can_leave_frames_out", False),
-        ]
-        originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-        try:
-            for module, name, replacement in replaced:
-                setattr(module, name, replacement)
+            for module, name, value in (
+                (generator, "normalized_weights", _nothing),
+                (discriminators, "normalized_weights", _nothing),
+                (generator.ClipGenerator, "can_leave_frames_out", False),
+            ):
+                stack.enter_context(mock.patch.object(module, name, value))
             yield
-        finally:
-            for module, name, original in originals:
-                setattr(module, name, original)
 
     # ---------------------------------------------------------------------- convolutions
 
@@ -76,7 +96,7 @@ class PlainOperators:
         weight_OhwI: Tensor,
         bias_O: Tensor | None = None,
         *,
-        residual_BTOHW: Tensor | kernels.UpsampledShortcut | None = None,
+        residual_BTOHW: Residual = None,
         skip: kernels.LowSkip | None = None,
         relu: bool = False,
         only_graph: bool = False,
@@ -85,6 +105,22 @@ class PlainOperators:
         weight, bias = self._parameters(x_BTIHW, weight_OhwI, bias_O)
         y = F.conv2d(self._video(x_BTIHW).flatten(0, 1), weight, bias, padding="same")
         y = self._plus(y.unflatten(0, x_BTIHW.shape[:2]), residual_BTOHW, skip)
+        return F.relu(y) if relu else y
+
+    def conv3d(
+        self,
+        x_BTIHW: Tensor,
+        weight_OthwI: Tensor,
+        bias_O: Tensor | None = None,
+        *,
+        residual_BTOHW: Residual = None,
+        relu: bool = False,
+        only_graph: bool = False,
+    ) -> Tensor:
+        """In time and space at once."""
+        weight, bias = self._parameters(x_BTIHW, weight_OthwI, bias_O)
+        y = F.conv3d(self._volume(x_BTIHW), weight, bias, padding="same").transpose(1, 2)
+        y = self._plus(y, residual_BTOHW)
         return F.relu(y) if relu else y
 
     def upsample_conv(
@@ -99,29 +135,12 @@ class PlainOperators:
         weight_OhwI: Tensor,
         bias_O: Tensor | None = None,
         *,
-        residual_BTOHW: Tensor | None = None,
+        residual_BTOHW: Residual = None,
         only_graph: bool = False,
     ) -> Tensor:
         """Convolve, then pool."""
         y = self.average_pool(self.conv2d(x_BTIHW, weight_OhwI, bias_O))
-        return self._plus(y, residual_BTOHW, None)
-
-    def conv3d(
-        self,
-        x_BTIHW: Tensor,
-        weight_OthwI: Tensor,
-        bias_O: Tensor | None = None,
-        *,
-        residual_BTOHW: Tensor | None = None,
-        relu: bool = False,
-        only_graph: bool = False,
-    ) -> Tensor:
-        """In time and space at once."""
-        weight, bias = self._parameters(x_BTIHW, weight_OthwI, bias_O)
-        x_BITHW = self._volume(x_BTIHW)
-        y = F.conv3d(x_BITHW, weight, bias, padding="same").transpose(1, 2)
-        y = self._plus(y, residual_BTOHW, None)
-        return F.relu(y) if relu else y
+        return self._plus(y, residual_BTOHW)
 
     def conv_pool3d(
         self,
@@ -129,13 +148,13 @@ class PlainOperators:
         weight_OthwI: Tensor,
         bias_O: Tensor | None = None,
         *,
-        residual_BTOHW: Tensor | None = None,
+        residual_BTOHW: Residual = None,
         pooling: kernels.Pooling = (1, 2, 2),
         only_graph: bool = False,
     ) -> Tensor:
         """Convolve, then pool."""
         y = self.average_pool(self.conv3d(x_BTIHW, weight_OthwI, bias_O), pooling)
-        return self._plus(y, residual_BTOHW, None)
+        return self._plus(y, residual_BTOHW)
 
     def average_pool(self, x_BTCHW: Tensor, pooling: kernels.Pooling = (1, 2, 2)) -> Tensor:
         """Frame by frame where time is kept."""
@@ -150,16 +169,11 @@ class PlainOperators:
         temporal_weight_OtI: Tensor,
         spatial_weight_OhwO: Tensor,
         bias_O: Tensor | None = None,
-        *,
-        residual_BTOHW: Tensor | None = None,
-        skip: kernels.LowSkip | None = None,
-        only_graph: bool = False,
+        **added: Any,
     ) -> Tensor:
         """A convolution over time, then one over space."""
         mixed = self.conv3d(x_BTIHW, temporal_weight_OtI[:, :, None, None])
-        return self.conv2d(
-            mixed, spatial_weight_OhwO, bias_O, residual_BTOHW=residual_BTOHW, skip=skip
-        )
+        return self.conv2d(mixed, spatial_weight_OhwO, bias_O, **added)
 
     def conv_gru(
         self,
@@ -193,7 +207,7 @@ class PlainOperators:
         statistics: tuple[Tensor, Tensor] | None = None,
         *_: Any,
         **__: Any,
-    ) -> "PlainNormalized":
+    ) -> PlainNormalized:
         """The norm and its ReLU, computed here and now."""
         if statistics is None:
             var_TC, mean_TC = torch.var_mean(video, dim=(0, 3, 4), correction=0)
@@ -252,38 +266,12 @@ class PlainOperators:
         up = F.interpolate(self._video(x_BTCHW).flatten(0, 1), scale_factor=2.0, mode="nearest")
         return up.unflatten(0, x_BTCHW.shape[:2])
 
-    def _plus(
-        self,
-        y: Tensor,
-        residual: Tensor | kernels.UpsampledShortcut | None,
-        skip: kernels.LowSkip | None,
-    ) -> Tensor:
+    def _plus(self, y: Tensor, residual: Residual, skip: kernels.LowSkip | None = None) -> Tensor:
         if isinstance(residual, kernels.UpsampledShortcut):
             video, weight, bias = residual
             residual = self.conv2d(self._upsampled(video), weight, bias)
         y = y if residual is None else y + residual
         return y if skip is None else self.add_low_skip(y, skip)
-
-
-class PlainNormalized(NamedTuple):
-    """What a norm hands to a convolution: computed."""
-
-    video: Tensor
-
-    def value(self) -> Tensor:
-        """The video."""
-        return self.video
-
-
-def _behind_norms(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, which may also be given what a norm hands on; moments it has none."""
-
-    def run(x: Any, *arguments: Any, **named: Any) -> Any:
-        if isinstance(x, PlainNormalized):
-            return kernels.Measured(operator(x.video, *arguments, **named), None)
-        return operator(x, *arguments, **named)
-
-    return run
 
 
 def _nothing(*_: Any) -> nullcontext[None]:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,8 +10,8 @@ if __name__ == "__main__":  # run as a file, its folder is on the path and the r
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import results, step_report
-from benchmarks.markdown import line
-from benchmarks.results import Count, Device, Document, Feed, Row
+from benchmarks.markdown import table
+from benchmarks.results import Device, Document, Feed, Row
 from engine.command_line import ArgumentParser, run
 from engine.errors import UserError
 
@@ -26,17 +27,10 @@ examples:
 SIDES = ("reference", "compiled", "plain", "parametrizations")
 # What a GPU file would hold; listed as not run while there is none.
 MEASURED_ON_A_GPU = (
-    "frame_norm",
-    "conv_gru",
-    "separable_conv3d",
-    "upsample_conv",
-    "conv2d",
-    "conv_pool2d",
-    "conv_pool3d",
-    "spectral_norm",
-    "training_step",
-    "loader",
+    *("frame_norm", "conv_gru", "separable_conv3d", "upsample_conv", "conv2d", "conv_pool2d"),
+    *("conv_pool3d", "spectral_norm", "training_step", "loader"),
 )
+Table = Iterator[Sequence[str]]
 
 
 def main(arguments: list[str]) -> None:
@@ -67,17 +61,14 @@ def main(arguments: list[str]) -> None:
 
 def documents(files: Sequence[Path], folder: Path) -> dict[str, Document]:
     """By kind of device. Raises UserError for none, for unreadable ones and for two of a kind."""
-    if not files:
-        found = results.newest(folder)
-        if not found:
-            raise UserError(f"no results in {folder}; make some: pytest benchmarks/ --benchmark")
-        return found
-    found = {}
+    found = {} if files else results.newest(folder)
     for path in files:
         document = results.read(path)
         if document.device.kind in found:
             raise UserError(f"{path} is a second file of a {document.device.kind} run")
         found[document.device.kind] = document
+    if not found:
+        raise UserError(f"no results in {folder}; make some: pytest benchmarks/ --benchmark")
     return found
 
 
@@ -104,36 +95,31 @@ def write_between_markers(path: Path, text: str) -> None:
 
 def render(found: dict[str, Document]) -> str:
     """Markdown: the GPU's tables, or that it was not run, the CPU's, then whole iterations."""
-    parts = [_of_document(found["cuda"]) if "cuda" in found else _not_run()]
-    if "cpu" in found:
-        parts.append(_of_document(found["cpu"]))
-    return "\n\n".join(part for part in (*parts, step_report.render(found)) if part)
+    not_run = [("operator", "result"), *((name, "not run") for name in MEASURED_ON_A_GPU)]
+    parts = [] if "cuda" in found else ["**GPU:** not run.", table(not_run)]
+    for kind in ("cuda", "cpu"):
+        parts += _parts(found[kind]) if kind in found else []
+    return "\n\n".join([*parts, *step_report.parts(found)])
 
 
 def render_document(document: Document) -> str:
     """Markdown of one file."""
-    parts = _of_document(document), step_report.render({document.device.kind: document})
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(_parts(document) + step_report.parts({document.device.kind: document}))
 
 
-def _of_document(document: Document) -> str:
+def _parts(document: Document) -> list[str]:
     parts = [_heading(document)]
     if any(row.operator != step_report.OPERATOR for row in document.rows):
-        parts.append("\n".join(_measured(document)))
+        parts.append(table(_measured(document)))
     if document.counts:
-        parts.append("\n".join(_counted(document.counts)))
+        parts.append(table(_counted(document)))
     if document.feeds:
-        parts.append("\n".join(_fed(document.feeds)))
+        parts.append(table(_fed(document)))
     if document.failed:
         parts.append("**Refused or broken:** " + "; ".join(sorted(document.failed)) + ".")
     if document.skipped:
-        parts.append("\n".join(_skipped(document)))
-    return "\n\n".join(parts)
-
-
-def _not_run() -> str:
-    lines = ["**GPU:** not run.", "", "| operator | result |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | not run |" for name in MEASURED_ON_A_GPU)])
+        parts += ["Not measured:", "\n".join(_skipped(document))]
+    return parts
 
 
 def _heading(document: Document) -> str:
@@ -155,89 +141,81 @@ def _heading(document: Document) -> str:
 def _device(device: Device) -> str:
     if device.kind == "cuda":
         return f"{device.name}, driver {device.driver or 'unknown'}"
-    threads = "1 thread" if device.num_threads == 1 else f"{device.num_threads} threads"
-    return f"{device.name}, {threads}"
+    return f"{device.name}, {device.num_threads} thread{'s' * (device.num_threads != 1)}"
 
 
-def _measured(document: Document) -> Iterator[str]:
+def _measured(document: Document) -> Table:
     """A line per case: our time, what it comes to, and the other sides' times over ours."""
-    cases: dict[tuple[str, str, str], dict[str, Row]] = {}
+    cases: defaultdict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in document.rows:
         if row.operator != step_report.OPERATOR:
-            cases.setdefault(row.key[:3], {})[row.side] = row
+            cases[row.key[:3]][row.side] = row
     sides = [side for side in SIDES if any(side in rows for rows in cases.values())]
-    clock = "ms" if document.device.kind == "cuda" else "CPU ms"
     on_gpu = document.device.kind == "cuda"
-    memory = ["peak MB (reference)"] if on_gpu else []
-    header = ["operator", "size, direction", f"{clock} (p20 to p80)", "GB/s, of copy"]
-    header += ["TFLOP/s, of matmul", *memory, *(f"{side} / ours" for side in sides)]
-    yield line(header)
-    yield "|" + "---|" * len(header)
+    yield [
+        *("operator", "size, direction", f"{'ms' if on_gpu else 'CPU ms'} (p20 to p80)"),
+        *("GB/s, of copy", "TFLOP/s, of matmul", *["peak MB (reference)"] * on_gpu),
+        *(f"{side} / ours" for side in sides),
+    ]
     for (operator, shape, direction), rows in cases.items():
-        ours = rows.get("ours")
-        if ours is None:
+        if "ours" not in rows:
             continue
-        cells = [operator, f"{shape}, {direction.replace('_', ' + ')}", _milliseconds(ours)]
-        cells += [_rate(ours.gb_per_s, ours.share_of_copy)]
-        cells += [_rate(ours.tflop_per_s, ours.share_of_matmul)]
-        if on_gpu:
-            cells.append(f"{_megabytes(ours)} ({_megabytes(rows.get('reference'))})")
-        yield line([*cells, *(_ratio(rows.get(side)) for side in sides)])
+        ours = rows["ours"]
+        memory = f"{_megabytes(ours)} ({_megabytes(rows.get('reference'))})"
+        yield [
+            *(operator, f"{shape}, {direction.replace('_', ' + ')}"),
+            ours.seconds.text(scale=1e3),
+            _rate(ours.gb_per_s, ours.share_of_copy),
+            _rate(ours.tflop_per_s, ours.share_of_matmul),
+            *[memory] * on_gpu,
+            *(step_report.ratio(rows.get(side)) for side in sides),
+        ]
 
 
-def _counted(counts: Sequence[Count]) -> Iterator[str]:
-    yield line(["counted on the meta device", "of", "plain PyTorch", "ours", "unit"])
-    yield "|---|---|---|---|---|"
-    for count in counts:
+def _counted(document: Document) -> Table:
+    yield ["counted on the meta device", "of", "plain PyTorch", "ours", "unit"]
+    for count in document.counts:
         plain = "" if count.plain is None else _number(count.plain)
-        yield line([count.what, count.of, plain, _number(count.ours), count.unit])
+        yield [count.what, count.of, plain, _number(count.ours), count.unit]
 
 
-def _fed(feeds: Sequence[Feed]) -> Iterator[str]:
+def _fed(document: Document) -> Table:
     """A line per data set, decoder and number of threads, from all parts of the loader."""
-    loaded: dict[tuple[str, str, int], dict[str, Feed]] = {}
-    for feed in feeds:
+    loaded: defaultdict[tuple[str, str], dict[str, Feed]] = defaultdict(dict)
+    for feed in document.feeds:
         length = re.fullmatch(r"loader_length\[(\d+)\]", feed.case)
         clips = feed.clips + (f", from a video of {int(length[1])} frames" if length else "")
-        loaded.setdefault((clips, feed.decoder, feed.num_threads), {})[feed.part] = feed
-    header = ["loader: clips", "decoder, threads", "clips/s (p20 to p80)", "decoding alone"]
-    header += ["needed", "times that", "CPU ms per clip: decode, to crop, all"]
-    header += ["cores to feed one GPU (for 2x)"]
+        loaded[clips, f"{feed.decoder}, {feed.num_threads}"][feed.part] = feed
     on_gpu = any("transfer" in parts for parts in loaded.values())
-    header += ["transfer alone"] if on_gpu else []
-    yield line(header)
-    yield "|" + "---|" * len(header)
-    for (clips, decoder, num_threads), parts in loaded.items():
+    yield [
+        *("loader: clips", "decoder, threads", "clips/s (p20 to p80)", "decoding alone", "needed"),
+        *("times that", "CPU ms per clip: decode, to crop, all"),
+        *("cores to feed one GPU (for 2x)", *["transfer alone"] * on_gpu),
+    ]
+    for (clips, decoder), parts in loaded.items():
         decode, pipeline, whole = (parts[name] for name in ("decode", "pipeline", "loader"))
         median, low, high = (1 / whole.seconds[place] for place in (0, 2, 1))
-        cells = [clips, f"{decoder}, {num_threads}", f"{median:.0f} ({low:.0f} to {high:.0f})"]
-        cells += [f"{1 / decode.seconds.median:.0f}", f"{whole.needed_per_s:.3g}"]
-        cells += [f"{median / whole.needed_per_s:.2g}"]
-        cells += [", ".join(f"{1e3 * part.cpu_seconds:.2f}" for part in (decode, pipeline, whole))]
+        transfer = parts.get("transfer")
         # With NVDEC the process's CPU time is mostly waiting for the GPU.
-        cores = whole.needed_per_s * whole.cpu_seconds
-        cells += ["" if decoder == "dali-gpu" else f"{cores:.2g} ({2 * cores:.2g})"]
-        if on_gpu:
-            transfer = parts.get("transfer")
-            cells += [f"{1 / transfer.seconds.median:.0f}" if transfer else ""]
-        yield line(cells)
+        cores = None if whole.decoder == "dali-gpu" else whole.needed_per_s * whole.cpu_seconds
+        yield [
+            *(clips, decoder, f"{median:.0f} ({low:.0f} to {high:.0f})"),
+            *(f"{1 / decode.seconds.median:.0f}", f"{whole.needed_per_s:.3g}"),
+            f"{median / whole.needed_per_s:.2g}",
+            ", ".join(f"{1e3 * part.cpu_seconds:.2f}" for part in (decode, pipeline, whole)),
+            "" if cores is None else f"{cores:.2g} ({2 * cores:.2g})",
+            *[f"{1 / transfer.seconds.median:.0f}" if transfer else ""] * on_gpu,
+        ]
 
 
 def _skipped(document: Document) -> Iterator[str]:
     """One line per reason, because cases of one operator share theirs."""
-    reasons: dict[str, list[str]] = {}
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
     for skip in document.skipped:
-        reasons.setdefault(skip.reason, []).append(skip.case)
-    yield "Not measured:"
-    yield ""
+        reasons[skip.reason].append(skip.case)
     for reason, cases in reasons.items():
         some = cases[0] if len(cases) == 1 else f"{len(cases)} cases ({cases[0]}, ...)"
         yield f"- {some}: {reason}"
-
-
-def _milliseconds(row: Row) -> str:
-    median, low, high = (1e3 * seconds for seconds in row.seconds)
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
 
 
 def _rate(rate: float | None, share: float | None) -> str:
@@ -246,12 +224,6 @@ def _rate(rate: float | None, share: float | None) -> str:
 
 def _megabytes(row: Row | None) -> str:
     return "" if row is None or row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-
-
-def _ratio(row: Row | None) -> str:
-    if row is None or row.of_ours is None:
-        return ""
-    return f"{row.of_ours.median:.2f} ({row.of_ours.p20:.2f} to {row.of_ours.p80:.2f})"
 
 
 def _number(value: float) -> str:

@@ -5,18 +5,20 @@ GB/s (1e9 bytes) and TFLOP/s, memory bytes.
 """
 
 import json
+import math
 import platform
 import re
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from benchmarks.setups import BUILDS, USABLE_BYTES
 from benchmarks.timing import Spread
 from engine.errors import UserError
 
@@ -24,9 +26,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 REPOSITORY = FOLDER.parents[1]
 PRETENDED = "pretended"
 """What the name of a device begins with whose times are nobody's: benchmarks/pretended_gpu."""
-FORMAT: Final = 1
 
 Positive = Annotated[float, Field(gt=0)]
+Amount = Annotated[int, Field(gt=0)]
 
 
 class Record(BaseModel):
@@ -54,7 +56,7 @@ class Row(Record):
     """forward, forward_backward, ..."""
     side: str
     dtype: str
-    rounds: Annotated[int, Field(gt=0)]
+    rounds: Amount
     seconds: Spread
     of_ours: Spread | None = None
     """This side's time over ours, within rounds; None for our own row."""
@@ -68,9 +70,14 @@ class Row(Record):
     """Allocated at most beyond what was there before; None where the device does not tell."""
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
+    def key(self) -> tuple[str, ...]:
         """What there is one row of in a file."""
         return self.operator, self.shape, self.direction, self.side
+
+    @property
+    def case(self) -> str:
+        """How its case is named where it is skipped or fails."""
+        return case_name(*self.key[:3])
 
 
 class Count(Record):
@@ -83,15 +90,25 @@ class Count(Record):
     ours: float
     unit: str
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What there is one count of in a file."""
+        return self.what, self.of
+
 
 class Attempt(Record):
     """A training iteration at one micro-batch."""
 
-    samples: Annotated[int, Field(gt=0)]
+    samples: Amount
     seconds: Spread | None
     """Of two D updates and one G update of so many samples each; None where it was not run."""
     peak_bytes: Annotated[int, Field(ge=0)] | None
     """Allocated at most in all, weights and optimizer included."""
+
+    @property
+    def seconds_per_sample(self) -> float | None:
+        """The median's; None where it was not run."""
+        return None if self.seconds is None else self.seconds.median / self.samples
 
 
 class WholeStep(Record):
@@ -113,7 +130,7 @@ class WholeStep(Record):
     """Measured in the same call."""
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> tuple[str, ...]:
         """What there is one of in a file."""
         return self.setup, self.build, self.how
 
@@ -131,17 +148,22 @@ class Feed(Record):
     clips: str
     """Which, of which videos."""
     decoder: str
-    num_threads: Annotated[int, Field(gt=0)]
+    num_threads: Amount
     part: str
     """decode, pipeline, loader or transfer; see benchmarks/loading.py."""
-    batch_size: Annotated[int, Field(gt=0)]
-    rounds: Annotated[int, Field(gt=0)]
+    batch_size: Amount
+    rounds: Amount
     seconds: Spread
     """Wall time per clip."""
     cpu_seconds: Annotated[float, Field(ge=0)]
     """The process's CPU time per clip, all threads."""
     needed_per_s: Positive
     """Clips per second that a step on one device consumes."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """All parts of a case are replaced together."""
+        return (self.case,)
 
 
 class Skip(Record):
@@ -162,10 +184,9 @@ class Device(Record):
     """Of a GPU."""
 
 
-class Document(Record):
-    """A result file."""
+class Made(Record):
+    """When, where and of which code a file was made."""
 
-    format: Literal[1]
     date: datetime
     device: Device
     versions: dict[str, str | None]
@@ -174,6 +195,12 @@ class Document(Record):
     """None where the tree is no git checkout."""
     dirty: bool | None
     """Whether tracked files differed from the commit."""
+
+
+class Document(Made):
+    """A result file."""
+
+    format: Literal[1]
     quick: bool
     seconds: float
     """How long the run took, all calls of it together."""
@@ -187,40 +214,84 @@ class Document(Record):
     failed: list[str]
     """Cases that were refused or broke."""
 
+    @classmethod
+    def empty(cls, made: dict[str, Any], *, quick: bool) -> "Document":
+        """Nothing measured yet. `made`: the fields of `Made`."""
+        empty: dict[str, Any] = {"rates": [], "rows": [], "counts": [], "skipped": [], "failed": []}
+        return cls(**made, format=1, quick=quick, seconds=0, **empty)
+
+    @property
+    def holds_results(self) -> bool:
+        """Whether anything was measured or counted."""
+        return bool(self.rows or self.counts or self.steps or self.feeds)
+
+
+# ---------------------------------------------------------------------------- where it was made
+
+
+def made_here() -> dict[str, Any]:
+    """The fields of `Made`: now, on this machine, of this commit."""
+    git = "git", "-C", str(REPOSITORY)
+    commit = _output(*git, "rev-parse", "HEAD") or None
+    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.now(UTC).replace(microsecond=0),
+        "device": this_device(),
+        "versions": these_versions(),
+        "commit": commit,
+        "dirty": None if commit is None else bool(changes),
+    }
+
 
 def this_device() -> Device:
     """The GPU, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        driver = drivers.splitlines()[0] if drivers else None
-        name = torch.cuda.get_device_name()
-        return Device(kind="cuda", name=name, num_threads=None, driver=driver)
-    return Device(kind="cpu", name=_cpu_name(), num_threads=torch.get_num_threads(), driver=None)
+    if not torch.cuda.is_available():
+        threads = torch.get_num_threads()
+        return Device(kind="cpu", name=_cpu_name(), num_threads=threads, driver=None)
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = drivers.splitlines()[0] if drivers else None
+    name = torch.cuda.get_device_name()
+    return Device(kind="cuda", name=name, num_threads=None, driver=driver)
 
 
 def these_versions() -> dict[str, str | None]:
     """Versions of what the measurement depends on."""
-    try:
-        triton: str | None = version("triton")
-    except PackageNotFoundError:
-        triton = None
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": version_of("triton"),
         "cuda": torch.version.cuda,
         "cudnn": None if cudnn is None else str(cudnn),
     }
 
 
-def this_commit() -> tuple[str | None, bool | None]:
-    """(commit, whether tracked files differ from it); (None, None) outside git."""
-    commit = _output("git", "-C", str(REPOSITORY), "rev-parse", "HEAD")
-    if not commit:
-        return None, None
-    status = _output("git", "-C", str(REPOSITORY), "status", "--porcelain", "--untracked-files=no")
-    return commit, bool(status)
+def version_of(package: str) -> str | None:
+    """None for what is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+# ------------------------------------------------------------------------------------- files
 
 
 def write(document: Document, folder: Path) -> Path:
@@ -228,19 +299,19 @@ def write(document: Document, folder: Path) -> Path:
 
     Raises UserError for a pretended device's in `FOLDER`.
     """
-    if folder.resolve() == FOLDER and document.device.name.startswith(PRETENDED):
-        raise UserError(f"{document.device.name} is no device: nothing it measured is a result")
+    name = document.device.name
+    if folder.resolve() == FOLDER and name.startswith(PRETENDED):
+        raise UserError(f"{name} is no device: nothing it measured is a result")
     folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", document.device.name.lower()).strip("-")
-    stem = f"{document.date:%Y-%m-%dT%H%M%S}-{document.device.kind}-{device}"
-    path = folder / f"{stem}.json"
+    device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = folder / f"{document.date:%Y-%m-%dT%H%M%S}-{document.device.kind}-{device}.json"
     if path.exists():
         raise UserError(f"{path} is there already")
     save(document, path)
     return path
 
 
-def save(document: Document, path: Path) -> None:
+def save(document: Record, path: Path) -> None:
     """Write the file at this path."""
     path.write_text(json.dumps(document.model_dump(mode="json"), indent=1) + "\n")
 
@@ -261,13 +332,8 @@ def read(path: Path) -> Document:
 
 def newest(folder: Path) -> dict[str, Document]:
     """The newest file of each kind of device, by the date in it. Raises UserError as `read`."""
-    found: dict[str, Document] = {}
-    for path in sorted(folder.glob("*.json")):
-        document = read(path)
-        kind = document.device.kind
-        if kind not in found or document.date > found[kind].date:
-            found[kind] = document
-    return found
+    found = sorted(map(read, sorted(folder.glob("*.json"))), key=lambda document: document.date)
+    return {document.device.kind: document for document in found}
 
 
 def added(before: Document, more: Document, passed: Collection[str] = ()) -> Document:
@@ -280,24 +346,18 @@ def added(before: Document, more: Document, passed: Collection[str] = ()) -> Doc
         was, now = getattr(before, name), getattr(more, name)
         if was != now:
             raise UserError(f"cannot add to a run with another {name}: {was} there, {now} here")
-    again = {row.key for row in more.rows}
-    counted = {(count.what, count.of) for count in more.counts}
-    stepped = {step.key for step in more.steps}
-    fed = {feed.case for feed in more.feeds}
-    done = {case_name(*key[:3]) for key in again} | fed | set(passed)
-    return before.model_copy(
-        update={
-            "dirty": _either(before.dirty, more.dirty),
-            "seconds": before.seconds + more.seconds,
-            "rates": before.rates + more.rates,
-            "rows": [row for row in before.rows if row.key not in again] + more.rows,
-            "counts": [c for c in before.counts if (c.what, c.of) not in counted] + more.counts,
-            "steps": [step for step in before.steps if step.key not in stepped] + more.steps,
-            "feeds": [feed for feed in before.feeds if feed.case not in fed] + more.feeds,
-            "skipped": [s for s in before.skipped if s.case not in done] + more.skipped,
-            "failed": [name for name in before.failed if name not in done] + more.failed,
-        }
-    )
+    both: dict[str, Any] = {}
+    for name in ("rows", "counts", "steps", "feeds"):
+        again = {record.key for record in getattr(more, name)}
+        kept = [record for record in getattr(before, name) if record.key not in again]
+        both[name] = kept + getattr(more, name)
+    done = {row.case for row in more.rows} | {feed.case for feed in more.feeds} | set(passed)
+    both["skipped"] = [s for s in before.skipped if s.case not in done] + more.skipped
+    both["failed"] = [name for name in before.failed if name not in done] + more.failed
+    both["dirty"] = more.dirty if before.dirty is None else before.dirty or bool(more.dirty)
+    both["seconds"] = before.seconds + more.seconds
+    both["rates"] = before.rates + more.rates
+    return before.model_copy(update=both)
 
 
 def case_name(operator: str, shape: str, direction: str) -> str:
@@ -305,27 +365,40 @@ def case_name(operator: str, shape: str, direction: str) -> str:
     return f"{operator} {shape} {direction}"
 
 
-def now() -> datetime:
-    """In UTC."""
-    return datetime.now(UTC).replace(microsecond=0)
+# -------------------------------------------------------------------------- whole iterations
 
 
-def _either(before: bool | None, more: bool | None) -> bool | None:
-    return more if before is None else before or bool(more)
+def step_of(
+    setup: str,
+    build: str,
+    attempts: Sequence[Attempt],
+    tflop_per_sample: float,
+    matmul_tflop_per_s: float | None,
+    limit_bytes: int | None = None,
+) -> WholeStep:
+    """The record of a setup in a build, from the sizes that were run. `limit_bytes` as below."""
+    tried = sorted(attempts, key=lambda attempt: attempt.samples)
+    best = min(tried, key=lambda attempt: attempt.seconds_per_sample or math.inf)
+    return WholeStep(
+        setup=setup,
+        build=build,
+        how="measured",
+        tflop_per_sample=tflop_per_sample,
+        usual=tried[0],
+        best=None if BUILDS[build].usual_samples_only else best,
+        fits={gpu: most_that_fits(tried, size, limit_bytes) for gpu, size in USABLE_BYTES.items()},
+        matmul_tflop_per_s=matmul_tflop_per_s,
+    )
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def most_that_fits(
+    attempts: Sequence[Attempt], usable_bytes: int, limit_bytes: int | None = None
+) -> int | None:
+    """Most samples, a power of two or 0; None where twice as many were not tried.
 
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    `limit_bytes`: the memory into which twice the largest attempt did not fit, if that was tried.
+    """
+    fitting = [a.samples for a in attempts if (a.peak_bytes or 0) <= usable_bytes]
+    most = max(fitting, default=0)
+    twice_is_too_large = 2 * most in {attempt.samples for attempt in attempts} - set(fitting)
+    return most if twice_is_too_large or (limit_bytes or 0) >= usable_bytes else None

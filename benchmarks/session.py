@@ -7,12 +7,29 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.operators import OURS, Case
-from benchmarks.results import Count, Feed, Rates, Row, Skip, WholeStep
+from benchmarks.results import Count, Document, Rates, Row, made_here
 from benchmarks.timing import Stopwatch, Turns, measure, num_rounds, paired_ratios, spread
+from kernels.common.floor import Cost
 
+OURS, REFERENCE = "ours", "reference"
 MOST_ROUNDS = 51
+
+
+@dataclass
+class Case:
+    """One thing to be measured: what is compared, at which size, after which check."""
+
+    operator: str
+    shape: str
+    direction: str
+    dtype: torch.dtype
+    cost: Cost | None
+    check: Callable[[], None]
+    """Raises `Refused`."""
+    sides: Callable[[], dict[str, Callable[[], object]]]
+    """Makes the sides, each to be called again and again; called after the check."""
+    patience: float = 1.0
+    """Times what the session gives a case. More for what few rounds do not settle."""
 
 
 @dataclass
@@ -32,35 +49,29 @@ class Session:
     least_rounds: int = 5
     """Of a case, however long they take."""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
-    rows: list[Row] = field(default_factory=list)
-    counts: list[Count] = field(default_factory=list)
-    steps: list[WholeStep] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
-    feeds: list[Feed] = field(default_factory=list)
-    skipped: list[Skip] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    commit: tuple[str | None, bool | None] = field(default_factory=results.this_commit)
-    """Of the code that was loaded, not of what the tree holds when the run ends."""
-    _device: results.Device = field(default_factory=results.this_device)
-    started: float = field(default_factory=time.monotonic)
-    _rates: Rates | None = None
+    results: Document = field(init=False)
+    """Begun with the run, so its commit is that of the code that was loaded."""
+
+    def __post_init__(self) -> None:
+        self.results = Document.empty(made_here(), quick=self.quick)
+        self._started = time.monotonic()
 
     @property
     def rates(self) -> Rates:
         """Measured when first asked for."""
-        if self._rates is None:
-            self._rates = measure_rates(self.device)
-        return self._rates
-
-    @property
-    def seconds(self) -> float:
-        """Since the session began, wall time."""
-        return time.monotonic() - self.started
+        if not self.results.rates:
+            self.results.rates.append(measure_rates(self.device))
+        return self.results.rates[0]
 
     @property
     def over_budget(self) -> bool:
         """Whether no further case is to be started."""
-        return self.budget_seconds is not None and self.seconds > self.budget_seconds
+        return self.budget_seconds is not None and self._seconds > self.budget_seconds
+
+    def document(self) -> Document:
+        """The result file's contents by now."""
+        return self.results.model_copy(update={"seconds": round(self._seconds, 1)})
 
     def run(self, case: Case, benchmark: Any) -> None:
         """Check a case, then measure it through pytest-benchmark's fixture. Raises Refused.
@@ -76,59 +87,40 @@ class Session:
         allowed = case.patience * self.seconds_per_case
         rounds = num_rounds(per_round, allowed, self.least_rounds, MOST_ROUNDS)
         turns = Turns(sides, OURS, self.device, self.stopwatch)
-        benchmark.pedantic(turns.main, setup=turns.before, teardown=turns.after, rounds=rounds)
+        benchmark.pedantic(turns.main, setup=turns.others, teardown=turns.others, rounds=rounds)
         # Where pytest-benchmark is switched off it calls once and does not tear down.
         taken = {name: len(seconds) for name, seconds in turns.seconds.items()}
         if set(taken.values()) != {rounds}:
             raise RuntimeError(f"{rounds} rounds were asked for; pytest-benchmark ran {taken}")
         for name, seconds in turns.seconds.items():
             peak = peak_bytes(sides[name], self.device)
-            self.rows.append(make_row(case, name, seconds, turns.seconds[OURS], self.rates, peak))
-
-    def skip(self, case: str, reason: str) -> None:
-        """Remember why a case is not measured."""
-        self.skipped.append(Skip(case=case, reason=reason))
+            row = make_row(case, name, seconds, turns.seconds[OURS], self.rates, peak)
+            self.results.rows.append(row)
 
     def count(self, what: str, of: str, *, plain: float | None, ours: float, unit: str) -> None:
         """Remember something counted."""
-        self.counts.append(Count(what=what, of=of, plain=plain, ours=ours, unit=unit))
+        self.results.counts.append(Count(what=what, of=of, plain=plain, ours=ours, unit=unit))
 
-    def document(self) -> results.Document:
-        """The result file's contents."""
-        commit, dirty = self.commit
-        return results.Document(
-            format=results.FORMAT,
-            date=results.now(),
-            device=self._device,
-            versions=results.these_versions(),
-            commit=commit,
-            dirty=dirty,
-            quick=self.quick,
-            seconds=round(self.seconds, 1),
-            rates=[] if self._rates is None else [self._rates],
-            rows=self.rows,
-            counts=self.counts,
-            steps=self.steps,
-            feeds=self.feeds,
-            skipped=self.skipped,
-            failed=self.failed,
-        )
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
 
 
 def make_row(
-    case: Case,
-    side: str,
-    seconds: list[float],
-    ours: list[float],
-    rates: Rates,
-    peak: int | None,
+    case: Case, side: str, seconds: list[float], ours: list[float], rates: Rates, peak: int | None
 ) -> Row:
     """A side's row: its times, and the rates at which it does what the case costs at least."""
     times = spread(seconds)
-    gb_per_s = tflop_per_s = None
+    speed: dict[str, float] = {}
     if case.cost is not None:
         gb_per_s = case.cost.num_bytes / times.median / 1e9
         tflop_per_s = case.cost.flops / times.median / 1e12
+        speed = {
+            "gb_per_s": gb_per_s,
+            "tflop_per_s": tflop_per_s,
+            "share_of_copy": gb_per_s / rates.copy_gb_per_s,
+            "share_of_matmul": tflop_per_s / rates.matmul_tflop_per_s,
+        }
     return Row(
         operator=case.operator,
         shape=case.shape,
@@ -138,11 +130,8 @@ def make_row(
         rounds=len(seconds),
         seconds=times,
         of_ours=None if side == OURS else paired_ratios(seconds, ours),
-        gb_per_s=gb_per_s,
-        tflop_per_s=tflop_per_s,
-        share_of_copy=None if gb_per_s is None else gb_per_s / rates.copy_gb_per_s,
-        share_of_matmul=None if tflop_per_s is None else tflop_per_s / rates.matmul_tflop_per_s,
         peak_bytes=peak,
+        **speed,
     )
 
 

@@ -103,6 +103,15 @@ USABLE_BYTES = {
 }
 
 
+def few_channels(num_stages: int, channels: int = 4) -> tuple[str, ...]:
+    """Overrides that make networks small and leave them as many operators as ever."""
+    return tuple(
+        f"stages.{number}.{network}.channels={channels}"
+        for number in range(1, num_stages + 1)
+        for network in ("generator", "discriminators")
+    )
+
+
 def config_of(
     setup: Setup, build: Build, micro_batch: int, overrides: tuple[str, ...] = ()
 ) -> Config:

@@ -9,8 +9,10 @@ slows both.
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 HEAD_START_CYCLES = 2_000_000  # about 1 ms of an H100
@@ -23,20 +25,17 @@ class Spread(NamedTuple):
     p20: float
     p80: float
 
+    def text(self, digits: str = ".3g", scale: float = 1) -> str:
+        """For a table: `median (p20 to p80)`."""
+        median, low, high = (f"{scale * value:{digits}}" for value in self)
+        return f"{median} ({low} to {high})"
+
 
 def spread(values: Sequence[float]) -> Spread:
     """Percentiles by linear interpolation. Raises ValueError for no values."""
     if not values:
         raise ValueError("no measurements")
-    ordered = sorted(values)
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        below = int(place)
-        above = min(below + 1, len(ordered) - 1)
-        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-    return Spread(at(0.5), at(0.2), at(0.8))
+    return Spread(*np.percentile(values, (50, 20, 80)).tolist())
 
 
 def paired_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
@@ -94,11 +93,11 @@ def measure(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+@dataclass
 class Stopwatch:
-    """The clock that pytest-benchmark reads: it stands still except while a side is measured."""
+    """The clock that pytest-benchmark reads: it stands still except while our side is measured."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    seconds: float = 0.0
 
     def __call__(self) -> float:
         """Seconds so far."""
@@ -108,8 +107,7 @@ class Stopwatch:
 class Turns:
     """Sides that take turns, `main` among them.
 
-    A round is `before`, `main`, `after`, which are pytest-benchmark's setup, target and teardown.
-    The others run before `main` in one round and after it in the next: neither is always second.
+    In a round pytest-benchmark calls `others`, `main`, and `others` again.
     """
 
     def __init__(
@@ -120,28 +118,21 @@ class Turns:
         stopwatch: Stopwatch,
     ) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in sides}
-        self._sides, self._main = dict(sides), main
+        self._sides, self._main = sides, main
         self._device, self._stopwatch = device, stopwatch
-
-    def before(self) -> None:
-        """The other sides' turn, in every second round."""
-        if len(self.seconds[self._main]) % 2 == 0:
-            self._others()
 
     def main(self) -> None:
         """The main side's turn, which alone advances the stopwatch."""
-        self._take(self._main)
-        self._stopwatch.seconds += self.seconds[self._main][-1]
+        self._stopwatch.seconds += self._take(self._main)
 
-    def after(self) -> None:
-        """The other sides' turn, in the remaining rounds."""
+    def others(self) -> None:
+        """Before `main` in one round and after it in the next: neither is always second."""
         if len(self.seconds[self._main]) % 2 == 0:
-            self._others()
+            for name in self._sides:
+                if name != self._main:
+                    self._take(name)
 
-    def _others(self) -> None:
-        for name in self._sides:
-            if name != self._main:
-                self._take(name)
-
-    def _take(self, name: str) -> None:
-        self.seconds[name].append(measure(self._sides[name], self._device))
+    def _take(self, name: str) -> float:
+        taken = measure(self._sides[name], self._device)
+        self.seconds[name].append(taken)
+        return taken

@@ -10,24 +10,28 @@ import gc
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from benchmarks.network_check import check_networks
+from benchmarks.correctness import check_networks
 from benchmarks.plain import PlainOperators
-from benchmarks.results import Attempt, WholeStep
-from benchmarks.setups import BUILDS, NODE_GPUS, SETUPS, USABLE_BYTES, Build, Setup, config_of
-from benchmarks.timing import measure, num_rounds, spread
-from benchmarks.trainers import (
-    at_micro_batch,
-    deepspeed_engines,
-    plain_engines,
-    stage_builder,
-    trainer_around,
+from benchmarks.results import Attempt, WholeStep, step_of
+from benchmarks.setups import (
+    BUILDS,
+    NODE_GPUS,
+    SETUPS,
+    USABLE_BYTES,
+    Build,
+    Setup,
+    config_of,
+    few_channels,
 )
+from benchmarks.timing import measure, num_rounds, spread
+from benchmarks.trainers import make_engines, stage_builder, trainer_around
 from engine.errors import UserError
 from engine.planning.meta_step import Step, run_step
 from engine.planning.rank_memory import VALUE_BYTES, Scaling, find_peak
@@ -44,6 +48,11 @@ def operators_of(build: Build) -> PlainOperators | None:
     return PlainOperators(channels_last=not in_fp32)
 
 
+def settling_nothing(build: Build) -> AbstractContextManager[None]:
+    """A plain build's frozen stages divide their weights in every pass, as the references do."""
+    return kernels.use("reference") if build.plain else nullcontext()
+
+
 class Iterations:
     """A build of a setup: its networks, initialised once, and iterations of any micro-batch."""
 
@@ -51,49 +60,46 @@ class Iterations:
         self, setup: Setup, build: Build, ranks: Ranks, overrides: tuple[str, ...] = ()
     ) -> None:
         self._setup, self._build, self._overrides = setup, build, overrides
-        self.config = config = config_of(setup, build, setup.samples, overrides)
+        self.config = config_of(setup, build, setup.samples, overrides)
         with settling_nothing(build):
-            self._builder = stage_builder(config, setup.number, ranks)
-        self.operators = operators_of(build)
-        make_engines = plain_engines if build.plain else deepspeed_engines
-        self.trainer = trainer_around(self._builder, *make_engines(self._builder))
+            self._builder = stage_builder(self.config, setup.number, ranks)
+        self._operators = operators_of(build)
+        engines = make_engines(self._builder, plain=build.plain)
+        self.trainer = trainer_around(self._builder, *engines)
 
     def at(self, micro_batch: int) -> Callable[[], None]:
         """One iteration of so many samples."""
         config = config_of(self._setup, self._build, micro_batch, self._overrides)
-        trainer = at_micro_batch(self._builder, config, self.trainer)
+        builder, trained = replace(self._builder, config=config), self.trainer
+        trainer = trainer_around(builder, trained.g_engine, trained.d_engine)
 
         def iteration() -> None:
-            with self.installed():
+            with nullcontext() if self._operators is None else self._operators.installed():
                 trainer.train_step()
 
         return iteration
 
-    def installed(self) -> AbstractContextManager[None]:
-        """Within this context the networks run on what the build says."""
-        return nullcontext() if self.operators is None else self.operators.installed()
-
     def close(self) -> None:
         """Let go of the networks, which DeepSpeed's hooks would keep alive for ever."""
-        if self.operators is None:
+        if not self._build.plain:
             self.trainer.g_engine.destroy()
             self.trainer.d_engine.destroy()
 
     def accelerate(self) -> None:
         """From now on passes are compiled or replayed, where the build says so."""
-        if self.operators is None:
+        if self._operators is None:
             stage = self.config.stages[self._setup.number]
             accelerate(stage, self._builder.ranks, self.trainer, self._builder.previous)
         elif self._build.compiled:
             torch._dynamo.reset()
-            self.operators.compile()
+            self._operators.compile()
             for engine in (self.trainer.g_engine, self.trainer.d_engine):
                 engine.module.compile()
 
-
-def settling_nothing(build: Build) -> AbstractContextManager[None]:
-    """A plain build's frozen stages divide their weights in every pass, as the references do."""
-    return kernels.use("reference") if build.plain else nullcontext()
+    def check(self, *, channels_last: bool = True) -> None:
+        """This engine's networks compute what the plain ones do. Raises Refused."""
+        plain = PlainOperators(channels_last=channels_last)
+        check_networks(self.trainer, self.config, plain.installed)
 
 
 # ----------------------------------------------------------------------------- on a CPU
@@ -110,14 +116,8 @@ REDUCED_SIDES = {
 
 def reduced(setup: Setup, build: Build, ranks: Ranks) -> Iterations:
     """A setup at a thirty-second of its channels, in fp32, for one sample."""
-    channels = [
-        f"stages.{number}.{network}.channels={REDUCED_CHANNELS}"
-        for number in range(1, setup.number + 1)
-        for network in ("generator", "discriminators")
-    ]
-    iterations = Iterations(
-        setup._replace(samples=1), build, ranks, (*channels, "training.precision=fp32")
-    )
+    overrides = *few_channels(setup.number, REDUCED_CHANNELS), "training.precision=fp32"
+    iterations = Iterations(setup._replace(samples=1), build, ranks, overrides)
     iterations.accelerate()
     return iterations
 
@@ -141,10 +141,8 @@ def count_iteration(
     The engine's builds share their optimizer state with `NODE_GPUS` ranks (ZeRO-1) and hold what
     DeepSpeed holds besides; the plain ones have PyTorch's Adam.
     """
-    config = config_of(setup, build, samples, overrides)
-    operators = operators_of(build)
-    installed = nullcontext() if operators is None else operators.installed()
-    with settling_nothing(build), installed:
+    config, operators = config_of(setup, build, samples, overrides), operators_of(build)
+    with settling_nothing(build), nullcontext() if operators is None else operators.installed():
         step = run_step(config, setup.number)
     training = config.stages[setup.number].training
     d_flops, g_flops = (sum(update.flops.values()) for update in step.updates.values())
@@ -160,15 +158,12 @@ def count_iteration(
 def plain_peak_bytes(step: Step) -> int:
     """With Adam's two moments of every weight; gradients are freed after each update."""
     moments = 2 * VALUE_BYTES * sum(step.generator_sizes + step.discriminator_sizes)
-    return (
-        step.parameter_bytes
-        + moments
-        + max(
-            most + gradients
-            for update in step.updates.values()
-            for (_, gradients), most in update.most.items()
-        )
+    most = max(
+        most + gradients
+        for update in step.updates.values()
+        for (_, gradients), most in update.most.items()
     )
+    return step.parameter_bytes + moments + most
 
 
 def largest_that_fits(first: Counted, second: Counted, usable_bytes: int) -> int:
@@ -207,31 +202,6 @@ def counted_step(name: str, build_name: str, *, search: bool = True) -> WholeSte
 MOST_SAMPLES = 512  # the whole batch on one GPU
 
 
-class Search(NamedTuple):
-    """What was tried, from the fewest samples up."""
-
-    attempts: list[Attempt]
-    limit_bytes: int | None
-    """Of memory, where the next size did not fit into it; None where none was too large."""
-
-    @property
-    def best(self) -> Attempt | None:
-        """The least time per sample; None where nothing fits."""
-        return min(self.attempts, key=_seconds_per_sample, default=None)
-
-    def fits(self, usable_bytes: int) -> int | None:
-        """Most samples that stay below; None where it was not tried up to there."""
-        below = [a.samples for a in self.attempts if (a.peak_bytes or 0) <= usable_bytes]
-        if len(below) < len(self.attempts) or (self.limit_bytes or 0) >= usable_bytes:
-            return max(below, default=0)
-        return None
-
-
-def _seconds_per_sample(attempt: Attempt) -> float:
-    assert attempt.seconds is not None
-    return attempt.seconds.median / attempt.samples
-
-
 def search(
     attempt: Callable[[int], Attempt | None],
     *,
@@ -239,10 +209,12 @@ def search(
     card_bytes: int,
     usable_bytes: int,
     most_samples: int = MOST_SAMPLES,
-) -> Search:
+) -> tuple[list[Attempt], int | None]:
     """Double the samples until they do not fit, into the card (None) or into `usable_bytes`.
 
-    What else stops a larger size, such as PyTorch's upsampling at 2^31 values, is a warning.
+    Returns what was tried, and the memory into which the next size did not fit, None where none was
+    too large. What else stops a larger size, such as PyTorch's upsampling at 2^31 values, is a
+    warning.
     """
     attempts: list[Attempt] = []
     samples = first
@@ -255,12 +227,12 @@ def search(
             warnings.warn(f"{samples} samples: {error}", stacklevel=2)
             break
         if tried is None:
-            return Search(attempts, min(card_bytes, usable_bytes))
+            return attempts, min(card_bytes, usable_bytes)
         if (tried.peak_bytes or 0) > usable_bytes:
-            return Search(attempts, usable_bytes)
+            return attempts, usable_bytes
         attempts.append(tried)
         samples *= 2
-    return Search(attempts, None)
+    return attempts, None
 
 
 def try_samples(
@@ -286,6 +258,13 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def executed_tflop(iteration: Callable[[], None]) -> float:
+    """Of one iteration, as PyTorch counts it."""
+    with FlopCounterMode(display=False) as counter:
+        iteration()
+    return counter.get_total_flops() / 1e12
+
+
 def measured_step(
     name: str, build_name: str, ranks: Ranks, matmul_tflop_per_s: float, *, seconds: float = 2.0
 ) -> WholeStep:
@@ -300,32 +279,21 @@ def measured_step(
         raise RuntimeError("an earlier case still holds memory: run this one in a process alone")
     with closing(Iterations(setup, build, ranks)) as iterations:
         if not build.plain:
-            plain = PlainOperators(channels_last=True)
-            check_networks(iterations.trainer, iterations.config, plain.installed)
-        with FlopCounterMode(display=False) as counter:
-            iterations.at(1)()
+            iterations.check()
+        tflop = executed_tflop(iterations.at(1))
         iterations.accelerate()
 
         def attempt(samples: int) -> Attempt | None:
             free_memory()
             return try_samples(iterations, samples, device, seconds)
 
-        found = search(
+        attempts, limit_bytes = search(
             attempt,
             first=setup.samples,
             card_bytes=torch.cuda.get_device_properties(device).total_memory,
             usable_bytes=max(USABLE_BYTES.values()),
             most_samples=setup.samples if build.usual_samples_only else MOST_SAMPLES,
         )
-    if not found.attempts:
+    if not attempts:
         raise UserError(f"{setup.samples} samples of {setup.title} do not fit, {build.title}")
-    return WholeStep(
-        setup=name,
-        build=build_name,
-        how="measured",
-        tflop_per_sample=counter.get_total_flops() / 1e12,
-        usual=found.attempts[0],
-        best=None if build.usual_samples_only else found.best,
-        fits={gpu: found.fits(size) for gpu, size in USABLE_BYTES.items()},
-        matmul_tflop_per_s=matmul_tflop_per_s,
-    )
+    return step_of(name, build_name, attempts, tflop, matmul_tflop_per_s, limit_bytes)

@@ -3,14 +3,19 @@
 A full disk, or a file that cannot be read, becomes one line for the user.
 """
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
+
+PARTIAL = ".partial"
+"""What the name of a file or folder ends in until it is whole."""
 
 # In the older format, which DeepSpeed has it write, torch.save repeats what the system said.
 _OLDER_FORMAT = re.compile(r"write\(\): fd .* failed with (.+)")
@@ -59,6 +64,15 @@ def remove_folder(folder: Path) -> None:
         pass
     except OSError as error:
         raise UserError(f"cannot remove {folder}: {error.strerror or error}") from None
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Write a file, whole or not at all, and its folder. Raises UserError when it cannot be."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + PARTIAL)
+        partial.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
+        put_in_place(partial, path)
 
 
 def put_in_place(partial: Path, path: Path) -> None:

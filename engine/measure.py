@@ -1,15 +1,14 @@
 """Measure what a checkpoint generates: motion, judder, variety, classes, beside real clips'."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from engine.command_line import ArgumentParser, run
-from engine.durable_files import make_writable_folder, put_in_place, writing
+from engine.durable_files import make_writable_folder, write_json
 from engine.errors import UserError
-from engine.trainer.checkpoints import PARTIAL, find_checkpoint
+from engine.trainer.checkpoints import find_checkpoint
 
 EPILOG = """\
 examples:
@@ -91,10 +90,7 @@ def main(arguments: list[str]) -> None:
     measured = report(checkpoint, made_of, device)
     print(f"\n{measured.table()}")
     if options.out is not None:
-        partial = options.out.with_name(options.out.name + PARTIAL)
-        with writing(options.out):
-            partial.write_text(json.dumps(measured.to_tree(), indent=1, allow_nan=False) + "\n")
-            put_in_place(partial, options.out)
+        write_json(options.out, measured.to_tree())
         print(f"wrote: {options.out}")
     if options.picture is not None:
         rows = [(name, to_uint8(video_BTCHW)) for name, video_BTCHW in measured.examples]

@@ -10,13 +10,12 @@ from torch import Tensor
 
 import kernels
 from benchmarks import bench_spectral_norm
+from benchmarks.bench_operators import OPERATORS, side_functions
 from benchmarks.bench_spectral_norm import check_weights, draw
 from benchmarks.calls import CONFIGS, kinetics, network_calls
-from benchmarks.correctness import Refused, check, check_call
+from benchmarks.correctness import Refused, check, check_call, check_networks
 from benchmarks.launches import LaunchCounter, count_spectral_launches, parametrized_weight
-from benchmarks.network_check import check_networks
-from benchmarks.operators import Case, side_functions
-from benchmarks.session import Session
+from benchmarks.session import Case, Session
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
 from engine.models.layers import Linear
@@ -43,16 +42,8 @@ def upsampling() -> Any:
 
 def test_every_side_passes() -> None:
     """The plain forms too, which a CPU run does not measure."""
-    for stage, operator, network in (
-        (2, "upsample_conv", "generator"),
-        (2, "separable_conv3d", "generator"),
-        (2, "frame_norm", "generator"),
-        (2, "conv2d", "generator"),
-        (1, "conv_gru", "generator"),
-        (2, "conv_pool2d", "discriminators"),
-        (2, "conv_pool3d", "discriminators"),
-    ):
-        call = network_calls(kinetics(reduced=True), stage, operator, network)[0]  # type: ignore[arg-type]
+    for operator, (stage, network, _) in OPERATORS.items():
+        call = network_calls(kinetics(reduced=True), stage, operator, network)[0]
         sides = side_functions(operator, compiled=False, plain=True)
         check_call(call, sides, sides["reference"], CPU)
 
@@ -195,7 +186,7 @@ def test_a_refused_case_is_not_run_at_all() -> None:
     with pytest.raises(Refused):
         session.run(case(refuse, calls), Pedantic())
     assert calls == []
-    assert session.rows == []
+    assert session.results.rows == []
 
 
 def test_a_right_case_is_measured_on_every_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +194,12 @@ def test_a_right_case_is_measured_on_every_side(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("benchmarks.timing.time.process_time", lambda: float(next(ticks)))
     session, calls = Session(CPU, least_rounds=3, seconds_per_case=0), list[str]()
     session.run(case(lambda: None, calls), Pedantic())
-    assert [(row.side, row.rounds) for row in session.rows] == [("ours", 3), ("reference", 3)]
-    assert session.rows[1].of_ours == (1, 1, 1)  # every call took one tick
-    assert session.rows[0].peak_bytes is None, "a CPU does not tell"
+    assert [(row.side, row.rounds) for row in session.results.rows] == [
+        ("ours", 3),
+        ("reference", 3),
+    ]
+    assert session.results.rows[1].of_ours == (1, 1, 1)  # every call took one tick
+    assert session.results.rows[0].peak_bytes is None, "a CPU does not tell"
 
 
 # ------------------------------------------------------------------------------- launches

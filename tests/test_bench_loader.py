@@ -30,12 +30,12 @@ def test_pace_is_of_what_comes_after_the_batches_made_ahead(
         clock["wall"] += 100 if slow else 0.5 + 0.2 * (clock["pulls"] % 2)
         clock["cpu"] += 100 if slow else 0.9
 
-    found = pace(pull, batch_size=3, seconds=0, least_rounds=2)
-    assert found.seconds == pytest.approx([0.2, 0.2])
-    assert found.cpu_seconds == pytest.approx(0.3)
+    seconds, cpu_seconds = pace(pull, batch_size=3, seconds=0, least_rounds=2)
+    assert seconds == pytest.approx([0.2, 0.2])
+    assert cpu_seconds == pytest.approx(0.3)
     assert clock["pulls"] == 4 + 2 * 2
-    found = pace(pull, batch_size=3, seconds=3, least_rounds=2)
-    assert len(found.seconds) == 3  # rounds of 1.2 s
+    seconds, _ = pace(pull, batch_size=3, seconds=3, least_rounds=2)
+    assert len(seconds) == 3  # rounds of 1.2 s
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 from result_files import CPU, document, row
 
 from benchmarks import merge, report, results, step_report, whole_step
-from benchmarks.results import Attempt, Document
-from benchmarks.setups import BUILDS, SETUPS, USABLE_BYTES, config_of
+from benchmarks.results import Attempt, Document, most_that_fits, step_of
+from benchmarks.setups import BUILDS, SETUPS, USABLE_BYTES, config_of, few_channels
 from benchmarks.timing import Spread
 from benchmarks.whole_step import (
     Counted,
@@ -37,27 +37,27 @@ def test_the_search_doubles_until_the_card_is_full() -> None:
     def tried(samples: int) -> Attempt | None:
         return attempt(samples, 3, 1 + samples / 10) if samples <= 18 else None
 
-    found = search(tried, first=4, card_bytes=56 * GIB, usable_bytes=100 * GIB)
-    assert [a.samples for a in found.attempts] == [4, 8, 16]
-    assert found.best == attempt(16, 3, 2.6)
-    assert found.fits(26 * GIB) == 8
-    assert found.fits(25 * GIB) == 4
-    assert found.fits(13 * GIB) == 0
-    assert found.fits(56 * GIB) == 16
-    assert found.fits(57 * GIB) is None, "a larger card might hold more"
+    attempts, limit = search(tried, first=4, card_bytes=56 * GIB, usable_bytes=100 * GIB)
+    assert [a.samples for a in attempts] == [4, 8, 16]
+    assert step_of("stage1", "ours", attempts, 1, 1, limit).best == attempt(16, 3, 2.6)
+    assert most_that_fits(attempts, 26 * GIB, limit) == 8
+    assert most_that_fits(attempts, 25 * GIB, limit) == 4
+    assert most_that_fits(attempts, 13 * GIB, limit) == 0
+    assert most_that_fits(attempts, 56 * GIB, limit) == 16
+    assert most_that_fits(attempts, 57 * GIB, limit) is None, "a larger card might hold more"
 
 
 def test_a_larger_card_stands_in_for_a_smaller() -> None:
-    found = search(
+    attempts, limit = search(
         lambda samples: attempt(samples, 3, 1), first=1, card_bytes=200 * GIB, usable_bytes=60 * GIB
     )
-    assert [a.samples for a in found.attempts] == [1, 2, 4, 8, 16]
-    assert found.fits(60 * GIB) == 16
-    assert search(lambda _: None, first=1, card_bytes=GIB, usable_bytes=GIB).best is None
-    small = search(
+    assert [a.samples for a in attempts] == [1, 2, 4, 8, 16]
+    assert most_that_fits(attempts, 60 * GIB, limit) == 16
+    assert search(lambda _: None, first=1, card_bytes=GIB, usable_bytes=GIB)[0] == []
+    small, limit = search(
         lambda n: attempt(n, 0.01, 1), first=4, card_bytes=GIB, usable_bytes=GIB, most_samples=8
     )
-    assert small.fits(3 * GIB) is None, "not tried any further"
+    assert most_that_fits(small, 3 * GIB, limit) is None, "not tried any further"
 
 
 def test_what_else_stops_a_size_keeps_the_sizes_before() -> None:
@@ -67,9 +67,9 @@ def test_what_else_stops_a_size_keeps_the_sizes_before() -> None:
         return attempt(samples, 1, 1)
 
     with pytest.warns(UserWarning, match="16 samples: fewer than INT_MAX"):
-        found = search(tried, first=4, card_bytes=56 * GIB, usable_bytes=100 * GIB)
-    assert [a.samples for a in found.attempts] == [4, 8]
-    assert found.fits(56 * GIB) is None, "memory was not what stopped it"
+        attempts, limit = search(tried, first=4, card_bytes=56 * GIB, usable_bytes=100 * GIB)
+    assert [a.samples for a in attempts] == [4, 8]
+    assert most_that_fits(attempts, 56 * GIB, limit) is None, "memory was not what stopped it"
     with pytest.raises(RuntimeError, match="INT_MAX"):
         search(tried, first=16, card_bytes=56 * GIB, usable_bytes=100 * GIB)
 
@@ -139,16 +139,9 @@ def test_plain_counts_are_the_design_notes() -> None:
 @pytest.mark.slow
 def test_memory_between_two_counts_lies_on_their_line() -> None:
     """So few channels that the batch is everything."""
-    setup, channels = (
-        SETUPS["stage2_6"],
-        tuple(
-            f"stages.{n}.{network}.channels=4"
-            for n in (1, 2)
-            for network in ("generator", "discriminators")
-        ),
-    )
+    setup = SETUPS["stage2_6"]
     first, between, last = (
-        count_iteration(setup, BUILDS["ours"], samples, channels).peak_bytes
+        count_iteration(setup, BUILDS["ours"], samples, few_channels(2)).peak_bytes
         for samples in (4, 16, 32)
     )
     assert between == pytest.approx(first + (last - first) * 12 / 28, rel=1e-3)
@@ -185,7 +178,7 @@ def test_measured_steps_beside_table_3() -> None:
              fits={"32 GB": 1, "80 GB": 8}),
     ]  # fmt: skip
     made = Document.model_validate(document(steps=steps, rows=[]))
-    lines = step_report.render({"cuda": made}).splitlines()
+    lines = "\n".join(step_report.parts({"cuda": made})).splitlines()
     # 300 000 · 3.45 s = 11.98 days.
     assert (
         "| stage 1 32x32/25 | the paper's | 4 |  | 27897 at 4 | 3.45 |  |  |  |  |  | 12.0 |  |"

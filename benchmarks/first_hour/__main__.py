@@ -20,11 +20,14 @@ MODULES = {
     "versions": "versions",
     "limits": "limits",
     "correctness": "correctness",
-    "steps": "steps",
-    "profile": "slowest_kernels",
-    "memory": "memory",
+    "steps": "iterations",
+    "profile": "iterations",
+    "memory": "iterations",
 }
-"""By call. Each is imported when it is asked for: where DeepSpeed is missing, versions say so."""
+"""By call, which is a function there that makes its parts.
+
+Each is imported when it is asked for: where DeepSpeed is missing, versions say so.
+"""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -52,7 +55,7 @@ def main(arguments: list[str]) -> int:
     path = options.out / f"{call}.json"
     recorder = Recorder(path, call, small=options.small, budget=options.budget)
     module = importlib.import_module(f"benchmarks.first_hour.{MODULES[options.call]}")
-    return recorder.run(module.parts(scale, tuple(options.setups)))
+    return recorder.run(getattr(module, options.call)(scale, tuple(options.setups)))
 
 
 if __name__ == "__main__":

@@ -2,26 +2,26 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from typing import get_args
 
+from benchmarks.bench_operators import nothing_to_compare, side_functions
 from benchmarks.calls import RECORDED, Call, Network, network_calls
 from benchmarks.correctness import check_call
 from benchmarks.first_hour.parts import Part
 from benchmarks.first_hour.scale import Scale
-from benchmarks.operators import OURS, REFERENCE, nothing_to_compare, side_functions
+from benchmarks.session import OURS, REFERENCE
 
 
-def parts(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
+def correctness(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
     """Values and gradients of one sample, in the dtype that is trained in."""
-    config = scale.kinetics(1)
-    seen = set()
-    for operator in sorted(set(RECORDED.values())):
-        for stage in (1, 2):
-            for network in get_args(Network):
-                for call in network_calls(config, stage, operator, network):
-                    if (operator, call.name) not in seen:
-                        seen.add((operator, call.name))
-                        yield Part(f"{operator} {call.name}", partial(check, scale, call))
+    config, found = scale.kinetics(1), dict[str, Call]()
+    for case in product(sorted(set(RECORDED.values())), (1, 2), get_args(Network)):
+        operator, stage, network = case
+        for call in network_calls(config, stage, operator, network):
+            found.setdefault(f"{operator} {call.name}", call)
+    for name, call in found.items():
+        yield Part(name, partial(check, scale, call))
 
 
 def check(scale: Scale, call: Call) -> str:

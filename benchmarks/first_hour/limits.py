@@ -10,6 +10,7 @@ Shapes: B batch, T frames, I input and O output channels, H x W pixels.
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import product
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -53,7 +54,7 @@ class Limited(NamedTuple):
         return self.last_below, self.last_below + 1, 1 << self.last_below.bit_length()
 
 
-def parts(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
+def limits(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
     """A convolution, a number of samples and a side each; both sides of the limit come first."""
     found = sorted(passing(scale), key=lambda limited: limited.last_below)
     for position in range(2 if scale.small else 3):
@@ -70,19 +71,12 @@ def passing(scale: Scale) -> list[Limited]:
 
     Found at the paper's sizes, whatever the scale.
     """
-    found = []
-    whole = scale._replace(small=False)
-    for stage in (1, 2):
-        for network in get_args(Network):
-            for operator in OPERATORS:
-                calls = network_calls(whole.kinetics(1), stage, operator, network)
-                for number, call in enumerate(calls):
-                    name = f"{operator} {call.name}"
-                    values = largest_tensor(call)
-                    limited = Limited(stage, network, operator, number, name, values)
-                    if limited.last_below < MOST_SAMPLES:
-                        found.append(limited)
-    return found
+    config, found = scale._replace(small=False).kinetics(1), []
+    for stage, network, operator in product((1, 2), get_args(Network), OPERATORS):
+        for number, call in enumerate(network_calls(config, stage, operator, network)):
+            name, values = f"{operator} {call.name}", largest_tensor(call)
+            found.append(Limited(stage, network, operator, number, name, values))
+    return [limited for limited in found if limited.last_below < MOST_SAMPLES]
 
 
 def largest_tensor(call: Call) -> int:
@@ -100,7 +94,7 @@ def time_per_sample(scale: Scale, limited: Limited, samples: int, side: str) -> 
     call = network_calls(config, limited.stage, operator, limited.network)[limited.number]
     function, arguments = call.function(), call.draw(scale.device, 0)
     if side == "torch":
-        function, arguments = plain_convolution(call), plain_arguments(call, arguments)
+        function, arguments = plain_convolution(call, arguments)
 
     @torch.no_grad()
     def forward() -> Tensor:
@@ -128,26 +122,28 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return 1e3 * spread([first, *(measure(run, device) for _ in range(ROUNDS - 1))]).median
 
 
-def plain_convolution(call: Call) -> Callable[..., Tensor]:
-    """PyTorch's convolution of `input` and `weight`, as `plain_arguments` has them."""
-    if call.operator == "upsample_conv":
-        return partial(F.conv_transpose2d, stride=2, padding=1)
-    return partial(F.conv2d, stride=2 if call.operator == "conv_pool2d" else 1, padding=1)
+def plain_convolution(
+    call: Call, arguments: dict[str, Any]
+) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """PyTorch's convolution of the call's x, and its `input` and `weight`.
 
-
-def plain_arguments(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
-    """x as channels-last frames [B*T, I, H, W], and a weight of 3x3 taps, of 4x4 if resampling.
-
-    A ConvGRU's gates are one convolution of x, I to 3 I channels.
+    x are channels-last frames [B*T, I, H, W]; a weight has 3x3 taps, 4x4 if resampling. A ConvGRU's
+    gates are one convolution of x, I to 3 I channels.
     """
     x_BTIHW: Tensor = next(iter(arguments.values())).detach()
     I = x_BTIHW.shape[2]  # noqa: E741
     O = 3 * I if call.operator == "conv_gru" else list(call.weights.values())[-1].shape[0]  # noqa: E741
-    taps = 4 if call.operator in ("upsample_conv", "conv_pool2d") else 3
-    channels = (I, O) if call.operator == "upsample_conv" else (O, I)
+    channels, taps = (O, I), 3
+    convolve = partial(F.conv2d, padding=1)
+    if call.operator == "conv_pool2d":
+        convolve, taps = partial(F.conv2d, stride=2, padding=1), 4
+    elif call.operator == "upsample_conv":
+        convolve = partial(F.conv_transpose2d, stride=2, padding=1)
+        channels, taps = (I, O), 4
     weight = torch.randn(*channels, taps, taps, device=x_BTIHW.device).to(x_BTIHW.dtype)
+    tensors = {"input": x_BTIHW.flatten(0, 1), "weight": weight}
     last = torch.channels_last
-    return {
-        "input": x_BTIHW.flatten(0, 1).contiguous(memory_format=last).requires_grad_(),
-        "weight": weight.contiguous(memory_format=last).requires_grad_(),
+    return convolve, {
+        name: tensor.contiguous(memory_format=last).requires_grad_()
+        for name, tensor in tensors.items()
     }

@@ -14,7 +14,6 @@ import pytest
 from benchmarks.first_hour.parts import START_AGAIN, Outcome, Recorder, context_is_whole
 
 LONGEST = 2000
-_RECORDER = pytest.StashKey[Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,26 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read what is recorded already."""
     path = config.getoption("outcomes")
     if path is not None:
-        recorder = Recorder(path, path.stem, small=False)
-        config.stash[_RECORDER] = recorder
-        config.pluginmanager.register(_Outcomes(recorder))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is recorded."""
-    recorder = config.stash.get(_RECORDER, None)
-    if recorder is not None:
-        recorded = [item for item in items if item.nodeid in recorder.outcomes]
-        items[:] = [item for item in items if item.nodeid not in recorder.outcomes]
-        config.hook.pytest_deselected(items=recorded)
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Nothing is left to run where everything is recorded: that is no mistake."""
-    recorder = session.config.stash.get(_RECORDER, None)
-    nothing_ran = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
-    if recorder is not None and recorder.outcomes and nothing_ran:
-        session.exitstatus = pytest.ExitCode.OK
+        config.pluginmanager.register(_Outcomes(Recorder(path, path.stem, small=False)))
 
 
 class _Outcomes:
@@ -59,6 +39,14 @@ class _Outcomes:
         if report.failed:
             error = str(report.longrepr)[-LONGEST:]
             self._recorder.record(Outcome(name=report.nodeid, status="failed", error=error))
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Leave out what is recorded."""
+        recorded = [item for item in items if item.nodeid in self._recorder.outcomes]
+        items[:] = [item for item in items if item not in recorded]
+        config.hook.pytest_deselected(items=recorded)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._reports = []
@@ -75,6 +63,11 @@ class _Outcomes:
         forget_the_last_error()
         if not context_is_whole():
             pytest.exit("the GPU's context is lost", returncode=START_AGAIN)
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Nothing is left to run where everything is recorded: that is no mistake."""
+        if self._recorder.outcomes and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            session.exitstatus = pytest.ExitCode.OK
 
 
 def forget_the_last_error() -> None:

@@ -7,19 +7,17 @@ is started again and goes on behind it. So the file says of every part what beca
 
 import gc
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
-from benchmarks import results
-from benchmarks.results import Record
+from benchmarks.results import Made, Record, made_here
+from engine.durable_files import write_json
 
 START_AGAIN = 75
 """The exit code of a process whose GPU context is lost while parts are left."""
@@ -45,17 +43,12 @@ class Outcome(Record):
     """The exception's last lines, or why it was left out."""
 
 
-class CallFile(Record):
+class CallFile(Made):
     """The file of a call."""
 
     call: str
-    date: datetime
     small: bool
     """Of a few channels and samples: to see that it runs, not to measure."""
-    device: results.Device
-    versions: dict[str, str | None]
-    commit: str | None
-    dirty: bool | None
     parts: list[Outcome]
 
 
@@ -68,17 +61,7 @@ class Recorder:
     def __init__(self, path: Path, call: str, *, small: bool, budget: float | None = None) -> None:
         self._path, self._budget = path, budget
         self._started = time.monotonic()
-        commit, dirty = results.this_commit()
-        self._file = CallFile(
-            call=call,
-            date=results.now(),
-            small=small,
-            device=results.this_device(),
-            versions=results.these_versions(),
-            commit=commit,
-            dirty=dirty,
-            parts=[],
-        )
+        self._file = CallFile(**made_here(), call=call, small=small, parts=[])
         self.outcomes: dict[str, Outcome] = {}
         """By the part's name."""
         if path.exists():
@@ -105,10 +88,7 @@ class Recorder:
         """In place of what was known of the part; written before it returns."""
         self.outcomes[outcome.name] = outcome
         file = self._file.model_copy(update={"parts": list(self.outcomes.values())})
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_name(self._path.name + ".new")
-        aside.write_text(json.dumps(file.model_dump(mode="json"), indent=1) + "\n")
-        os.replace(aside, self._path)
+        write_json(self._path, file.model_dump(mode="json"))
         if outcome.status != "begun":
             print(line(outcome), flush=True)
 
@@ -121,13 +101,12 @@ def run_part(part: Part) -> Outcome:
         value = part.run()
         json.dumps(value, allow_nan=False)
     except Exception as raised:  # whatever it is, the next part is another one
-        error = "".join(traceback.format_exception(raised)[-2:]).strip()[-2000:]
+        value, error = None, "".join(traceback.format_exception(raised)[-2:]).strip()[-2000:]
         del raised
     seconds = round(time.monotonic() - began, 3)
     gc.collect()  # tensors that the exception's frames held
-    if error is None:
-        return Outcome(name=part.name, status="done", seconds=seconds, value=value)
-    return Outcome(name=part.name, status="failed", seconds=seconds, error=error)
+    status: Literal["done", "failed"] = "done" if error is None else "failed"
+    return Outcome(name=part.name, status=status, seconds=seconds, value=value, error=error)
 
 
 def context_is_whole() -> bool:

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.setups import CONFIGS
+from benchmarks.calls import KINETICS
+from benchmarks.setups import few_channels
 from engine.configuration import Config, load_config
 
 
@@ -26,20 +27,14 @@ class Scale(NamedTuple):
 
     def overrides(self, num_stages: int) -> tuple[str, ...]:
         """Of a configuration's first stages, as with `--set`."""
-        if not self.small:
-            return ()
-        channels = [
-            f"stages.{number}.{network}.channels=4"
-            for number in range(1, num_stages + 1)
-            for network in ("generator", "discriminators")
-        ]
         precision = "bf16" if self.device.type == "cuda" else "fp32"
-        return (*channels, f"training.precision={precision}")
+        small = *few_channels(num_stages), f"training.precision={precision}"
+        return small if self.small else ()
 
     def kinetics(self, micro_batch: int) -> Config:
         """configs/kinetics600.yaml for so many samples."""
         batch = f"training.micro_batch={micro_batch}", f"training.global_batch={micro_batch}"
-        return load_config(CONFIGS / "kinetics600.yaml", (*self.overrides(2), *batch))
+        return load_config(KINETICS, (*self.overrides(2), *batch))
 
 
 def scale_here(*, small: bool) -> Scale:

@@ -1,7 +1,6 @@
 """What there is: packages, device, decoders, and which implementation every operator runs."""
 
 import ctypes
-import importlib.metadata
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 CODECS = ("h264", "vp9", "mjpeg")
 
 
-def parts(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
+def versions(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
     """Nothing is trained; a few frames are decoded."""
     yield Part("packages", packages)
     yield Part("device", partial(device, scale))
@@ -32,13 +31,7 @@ def parts(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
 
 def packages() -> dict[str, str | None]:
     """Versions; None for what is not installed."""
-    found = results.these_versions()
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return results.these_versions() | {name: results.version_of(name) for name in PACKAGES}
 
 
 def device(scale: Scale) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from benchmarks.miniature.budget import MINUTES, OVERHEAD_MINUTES
 from benchmarks.miniature.jobs import Processes, jobs_of
 from benchmarks.miniature.measured import OTHER_HALF, REAL, Measured, read_measured
 from benchmarks.miniature.models import MODELS
-from benchmarks.miniature.plan import Plan, Settings, settle, write_json
+from benchmarks.miniature.plan import Plan, Settings, settle
 from benchmarks.miniature.verdicts import CONCLUSIONS, Real, Results, judge
 from engine.command_line import ArgumentParser, run
-from engine.durable_files import make_writable_folder, remove_folder, writing
+from engine.durable_files import make_writable_folder, remove_folder, write_json, writing
 from engine.video.dataset import held_out, open_dataset
 
 OUT, QUICK_OUT = Path("runs/miniature"), Path("runs/miniature-quick")

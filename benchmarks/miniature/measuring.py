@@ -26,10 +26,10 @@ from benchmarks.miniature.measured import (
     read_measured,
 )
 from benchmarks.miniature.models import MODELS, NUM_FRAMES, PERIOD, WINDOWS, Model, folder_of
-from benchmarks.miniature.plan import Plan, read_plan, write_json
+from benchmarks.miniature.plan import Plan, read_plan
 from engine.clip_figures import LEVEL, Recogniser, compare, measure, motion_ratio
 from engine.command_line import ArgumentParser, run
-from engine.durable_files import put_in_place, writing
+from engine.durable_files import PARTIAL, put_in_place, write_json, writing
 from engine.evaluation.classifier import VIEWS, train_classifier
 from engine.evaluation.grounding import grounding
 from engine.evaluation.real_clips import (
@@ -42,7 +42,7 @@ from engine.evaluation.real_clips import (
 from engine.evaluation.spectra import frames_looked_at, spectra, spectral_distances
 from engine.models.construction import forbid_tf32
 from engine.sampling import SamplePlan, generate, run_passes
-from engine.trainer.checkpoints import PARTIAL, find_checkpoint, read_generators
+from engine.trainer.checkpoints import find_checkpoint, read_generators
 from engine.trainer.previous import load_cascade
 from engine.video.writing import to_uint8
 

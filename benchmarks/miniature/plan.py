@@ -13,9 +13,8 @@ from typing import Any
 from benchmarks.miniature.budget import STAGE_1, Budget, budget_for, count, iterations_of
 from benchmarks.miniature.models import FULL, MODELS, Model, configuration
 from engine.configuration import Config
-from engine.durable_files import put_in_place, reading, writing
+from engine.durable_files import reading, write_json
 from engine.errors import UserError
-from engine.trainer.checkpoints import PARTIAL
 
 PLAN = "plan.json"
 _FORMAT = 1
@@ -125,15 +124,6 @@ def read_plan(out: Path) -> Plan:
     if not same:
         raise _other_settings(path)
     return plan
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Whole or not at all. Raises UserError when it cannot be written."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + PARTIAL)
-        partial.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
-        put_in_place(partial, path)
 
 
 def _models() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.pretended_gpu.run import launches
-from benchmarks.setups import BUILDS, SETUPS
+from benchmarks.setups import BUILDS, SETUPS, few_channels
 from benchmarks.timing import paired_ratios, spread
 from benchmarks.trainers import one_rank
 from benchmarks.whole_step import Iterations
@@ -27,13 +27,8 @@ def main() -> None:
             seconds: dict[str, list[float]] = {}
             kernels: dict[str, list[int]] = {}
             runs: dict[str, Callable[[], None]] = {}
-            channels = [
-                f"stages.{number}.{network}.channels=4"
-                for number in range(1, setup.number + 1)
-                for network in ("generator", "discriminators")
-            ]
             for build in ("bf16", "ours", "graphs"):
-                iterations = Iterations(setup, BUILDS[build], ranks, tuple(channels))
+                iterations = Iterations(setup, BUILDS[build], ranks, few_channels(setup.number))
                 iterations.accelerate()
                 run = runs[build] = iterations.at(SAMPLES)
                 for _ in range(2):
@@ -53,8 +48,7 @@ def main() -> None:
                 print(f"{ours} kernels of PyTorch's but convolutions, {triton} of Triton's")
             for build in ("ours", "graphs"):
                 ratio = paired_ratios(seconds[build], seconds["bf16"])
-                spread_of = f"{ratio.median:.2f} ({ratio.p20:.2f} to {ratio.p80:.2f})"
-                print(f"{name} {build} / bf16: {spread_of}", flush=True)
+                print(f"{name} {build} / bf16: {ratio.text('.2f')}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = "cublas|cusolver|cusparse|nccl"
@@ -50,6 +49,13 @@ NUMBERS = {  # functions that answer a number: where among the arguments, and wh
 }
 TEXTS = ("ncclGetErrorString", "ncclGetLastError")
 COPIES = ("ncclAllGather", "ncclAllReduce", "ncclReduceScatter", "ncclReduce", "ncclBroadcast")
+
+WAITS = ("streams", "events", "devices", "copies")
+"""What the host would wait for, as cuda.c numbers it: cudaStreamSynchronize and the like, copies.
+
+A copy is from pageable memory to the device or back, or a cudaMemcpy with an end on the host. A
+copy of PyTorch's that blocks is one of these and one of a stream.
+"""
 
 
 def stand_ins(torch_library: Path) -> str:
@@ -105,32 +111,6 @@ def launches() -> tuple[int, int]:
     return process.pretended_launches(), process.pretended_triton_launches()
 
 
-class Waits(NamedTuple):
-    """How often the host would have waited for a GPU."""
-
-    streams: int
-    """cudaStreamSynchronize"""
-    events: int
-    """cudaEventSynchronize"""
-    devices: int
-    """cudaDeviceSynchronize"""
-    copies: int
-    """From pageable memory to the device or back, and every cudaMemcpy with an end on the host.
-
-    A copy of PyTorch's that blocks is one here and one of `streams`."""
-
-    def __sub__(self, other: "Waits") -> "Waits":
-        """Since then."""
-        return Waits(*(now - then for now, then in zip(self, other, strict=True)))
-
-
-def waits() -> Waits:
-    """So far in this process."""
-    process = ctypes.CDLL(None)
-    process.pretended_waits.restype = ctypes.c_long
-    return Waits(*(process.pretended_waits(kind) for kind in range(len(Waits._fields))))
-
-
 @contextmanager
 def watched_waits() -> Iterator[Counter[str]]:
     """Within this context, what kind of wait happened where: "copies module.py:12 ..." → times.
@@ -143,7 +123,7 @@ def watched_waits() -> Iterator[Counter[str]]:
     def note(kind: int) -> None:
         frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
         lines = [f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-3:])]
-        found[" ".join([Waits._fields[kind], *lines])] += 1
+        found[" ".join([WAITS[kind], *lines])] += 1
 
     process = ctypes.CDLL(None)
     process.pretended_on_wait(note)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from engine.configuration import Config, config_from_tree
-from engine.durable_files import put_in_place, put_on_disk, reading, writing
+from engine.durable_files import PARTIAL, put_in_place, put_on_disk, reading, writing
 from engine.errors import UserError
 
 FORMAT = 2  # 1 had the optimizers' values in another order, and no class counts
@@ -33,7 +33,6 @@ META = "meta.json"
 GENERATOR = "generator.pt"
 PREVIOUS = "previous.pt"
 CHECKPOINTS = "checkpoints"
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 from benchmarks.plain import INSTALLED, PlainOperators
 from benchmarks.setups import BUILDS
-from benchmarks.trainers import make_trainer, plain_engines, stage_builder, trainer_around
+from benchmarks.trainers import make_engines, make_trainer, stage_builder, trainer_around
 from benchmarks.whole_step import operators_of, settling_nothing
 from engine.configuration import load_config
 from engine.models import update_spectral_norm
@@ -111,7 +111,7 @@ def test_plain_adam_takes_the_step_that_deepspeed_takes(tiny: Any, ranks: Ranks)
     config = load_config(tiny.config_file, ["training.zero_stage=0"])
     theirs = make_trainer(config, 1, ranks)
     builder = stage_builder(config, 1, ranks)
-    engines = plain_engines(builder)
+    engines = make_engines(builder, plain=True)
     for engine, other in zip(engines, (theirs.g_engine, theirs.d_engine), strict=True):
         engine.module.load_state_dict(other.module.state_dict())
     torch.manual_seed(4)  # the clips
