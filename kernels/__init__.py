@@ -1,7 +1,7 @@
 """The operators of SSW-GAN's networks, a folder each: equation, costs, implementations.
 
-Models call `kernels.<op>(...)` and nothing beneath it, so that an operator's implementation can
-change without a change in any model. Nothing here knows what a GAN is. Every operator has a
+Models call `kernels.<op>(...)` and no function beneath it, so that an operator's implementation
+can change without a change in any model. Nothing here knows what a GAN is. Every operator has a
 reference, a composition of differentiable PyTorch operators that works in fp64 and to any order;
 `kernels.dispatch` says how it is chosen among what else there is.
 """

@@ -3,7 +3,8 @@
 Every operator names its implementations, best first, each with the reason why it cannot run on
 a given device and dtype. A choice is made in this order:
 
-1. the `impl=` argument of the operator's public function, one of the names above or "auto";
+1. the `impl=` argument of the operator's public function: an implementation's name, "reference"
+   or "auto";
 2. the process's setting, "auto" or "reference": `kernels.use(...)` or `kernels.set_default(...)`,
    at first the environment variable `KERNELS`;
 3. automatically ("auto"): the first that can run and is worth running there.
@@ -71,8 +72,8 @@ class Operator:
         Raises ImplementationError when what was asked for cannot run, ValueError when the
         environment's setting is no setting.
         """
-        # Every call of an operator comes here, and looking for a reason takes a CPU 10 µs. What a
-        # reason depends on besides the key does not change while a process runs.
+        # Every call of an operator comes here, and looking for a reason takes a CPU 10 µs. The
+        # answer depends on the key and on what does not change while a process runs.
         if torch.compiler.is_compiling():  # costs nothing there, and what is kept would be guarded
             return self._chosen(impl, device, dtype)[0]
         asked = _setting if impl is None else impl

@@ -93,7 +93,7 @@ class RecurrentBlock(Block):
     """A ConvGRU; in an upsampling generator (Appendix C) x_l is added to its hidden states.
 
     Decided: the paper injects after 3D blocks and is silent on the ConvGRU in their place. x_l is
-    added outside the recurrence, so that the block is exactly the replacement that is compared.
+    added outside the recurrence, so that only the temporal module differs in the comparison.
     """
 
     def __init__(self, channels: int, *, inject: bool) -> None:
@@ -112,7 +112,7 @@ class GeneratorUnit(nn.Module):
     """A temporal module and two 2D blocks; the second changes channels and upsamples.
 
     `resolution` is the unit's input size in pixels. With `low_resolution`, x_l is injected after
-    each of the three whose output is no larger than x_l.
+    each of these blocks whose output is no larger than x_l.
     """
 
     def __init__(

@@ -42,5 +42,5 @@ class NormalizedFeatures(NamedTuple):
         return self.normalized.video.dtype
 
     def value(self) -> Tensor:
-        """The video itself."""
+        """The normalised video."""
         return self.normalized.value()

@@ -59,8 +59,8 @@ class BlockEnd(BiasedLayer):
 
     @property
     def only_graph(self) -> bool:
-        """The operators' argument of that name. It spares this layer's work in a pass that is made
-        again, which PyTorch ends only when the last tensor has been kept."""
+        """The operators' argument of that name: in a block that is computed again nobody reads this
+        layer's result, so it is left out."""
         # A compiled block's two passes must be one program, which keeps the same tensors: it must
         # not even ask whether this is the second.
         return not torch.compiler.is_compiling() and self.recomputing
@@ -114,7 +114,7 @@ class Convolution(BlockEnd):
             "relu": relu or None,
             "only_graph": self.only_graph or None,
         }
-        # No operator takes all of them, and no block asks one for what it does not take.
+        # Each operator takes only some of these terms: it is given those that there are.
         terms = {name: term for name, term in asked.items() if term is not None}
         weight, bias = self.operands(x.dtype)
         if isinstance(x, NormalizedFeatures):

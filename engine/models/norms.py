@@ -106,7 +106,7 @@ class FrameNorm(nn.Module):
         """Whether the normalised x is kept for the backward pass, not made again there."""
 
     def forward(self, x: Features, condition_BK: Tensor) -> NormalizedFeatures:
-        """For a convolution, which computes it.
+        """Describes the norm; the next convolution computes it.
 
         Raises UserError at a length other than the fixed.
         """

@@ -88,11 +88,15 @@ def normalized_weights(
     Around one forward pass: they are those of this moment. Their gradients all come at the end of
     the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
 
-    Nothing is prepared where the weights are settled. Nothing is, and every layer divides its own,
-    where the references are to run, which find nothing folded into a weight; where weights are
-    partitioned (ZeRO-3): those are whole only inside their own module's forward and backward, also
-    if they happen to be gathered now; and inside `divided_one_by_one`. A layer that is asked for
-    another dtype than was prepared divides its own, too.
+    Nothing is prepared if the weights are settled. Nothing is prepared and every layer divides its
+    own weight
+
+    - if the references run, which fold nothing into a weight;
+    - if ZeRO-3 partitions the weights: they are whole only inside their own module's forward and
+      backward, even if they happen to be gathered now;
+    - inside `divided_one_by_one`.
+
+    A layer that is asked for another dtype than was prepared divides its own weight, too.
     """
     layers = spectral_weights(network)
     if _one_by_one or _are_settled(layers):

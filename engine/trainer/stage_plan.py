@@ -38,14 +38,14 @@ class RunOptions:
     stage_number: int
     out: Path
     repeated: str = ""
-    """The options that a command for another stage of the same run repeats."""
+    """Options to repeat in the command for another stage of the same run."""
     resume: str = "auto"
     """auto, none, or the path of a checkpoint."""
     previous: Path | None = None
     max_steps: int | None = None
     """Stop when this many generator updates are done in all."""
     profile_steps: int | None = None
-    """How many steps a profile times; None without one."""
+    """How many steps a profile times; None: no profile."""
 
     @property
     def folder(self) -> Path:
@@ -72,7 +72,7 @@ class RunPlan:
 
 
 def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> RunPlan:
-    """Check everything that can be checked without data, devices or other ranks.
+    """Check everything that can be checked before data is read and ranks connect.
 
     Raises UserError with one line.
     """
@@ -160,7 +160,7 @@ def refuse_bf16_on_older_gpus(training: Training, ranks: Ranks) -> None:
 def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]:
     """`RunPlan.resume_from` and `RunPlan.unreadable`.
 
-    Raises UserError where there is nothing to go on from, or something not to be lost.
+    Raises UserError where there is nothing to go on from, or checkpoints would be overwritten.
     """
     existing = step_folders(options.folder / CHECKPOINTS)
     if options.resume == "auto":

@@ -14,12 +14,12 @@ y = [relu of] W * x + b [+ residual] [+ projected x_l],   x a video or relu(norm
 Padding is with zeros to the same size, stride is 1. Videos are [B, T, I, H, W] by shape and
 channels last in memory, weights channels last too. Given a video, an operator returns a video.
 Given `Normalized`, it computes the norm itself and returns `Measured`: the video with the moments
-that the next norm wants, where the implementation has them for little.
+that the next norm wants, if the implementation computes them without another pass.
 
 `residual_BTOHW` is added: a video of y's size or, in `conv2d`, a shortcut that is upsampled
-(`UpsampledShortcut`). `skip` is x_l and its projection (`LowSkip`). `only_graph` builds y's
-autograd graph without computing y, whose values are undefined: for the last operator of a pass that
-is made again for its backward pass. `impl` is as in `kernels.dispatch`. All raise ValueError for
+(`UpsampledShortcut`). `skip` is x_l and its projection (`LowSkip`). With `only_graph`
+y is not computed, only its graph: for the last operator of a block that is computed again for its
+backward pass, where nobody reads y. `impl` is as in `kernels.dispatch`. All raise ValueError for
 tensors that do not fit, and ImplementationError for an implementation that cannot run.
 
 FLOPs: 2·k·I·O per pixel of y, k taps; 2·(3·I·O + 9·O²) separably; resampling as in `resampling.py`.

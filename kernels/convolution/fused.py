@@ -2,11 +2,10 @@ r"""One convolution with all that stands before and after it, and what it keeps 
 
 y = [relu of] W * a + b [+ residual] [+ projected x_l],   a = x or relu(norm(x))
 
-Every operator of `kernels.convolution` is this with different W. A norm and its ReLU in front are
-not kept: the backward pass makes `a` again from x and the statistics, elementwise, so a convolution
-behind a norm keeps x, which the norm needs anyway, where autograd would keep x and a. The residual
-is not kept at all, and y only where it is a ReLU, whose gradient reads it; what comes next keeps it
-as its own x.
+Every operator of `kernels.convolution` is this with different W. The result `a` of a norm in front
+is not kept: the backward pass computes it again from x and the statistics, elementwise, so a
+convolution behind a norm keeps x alone, which the norm needs anyway. The residual is not kept at
+all. y is kept only where it is a ReLU, whose gradient reads it; what comes next keeps it as its x.
 
 Shapes: B batch, T frames, S = H·W pixels, I input and O output channels; x is rows [B, T, S, I],
 contiguous. W is [O, a, b, I] over two axes, rows and columns of a frame or (`Layout.columns`) time
@@ -14,7 +13,7 @@ and all pixels, or [O, t, h, w, I] over all three (`Layout.volume`). Kept: 2 byt
 in bf16, shared with whatever else keeps x. Moved besides what the convolution itself reads and
 writes, bytes per value in bf16: 4 for `a`, and
 
-| implementation | b, residual (upsampled: half a byte), x_l, ReLU and the moments of y |
+| implementation | b, residual (a quarter of it if upsampled), x_l, ReLU, moments of y   |
 |----------------|----------------------------------------------------------------------|
 | triton         | 2 for the residual: all in the product's epilogue                    |
 | epilogue       | 4, and 2 for the residual: one pass over cuDNN's y                   |
@@ -72,7 +71,7 @@ OPERATOR = Operator(
     Implementation("epilogue", triton_unsupported, triton_not_preferred),
     Implementation("pytorch", everywhere),
 )
-_NOTHING = "nothing"
+_GRAPH_ONLY = "graph only"
 """In the place of an implementation: y is not computed, only its graph is built."""
 
 
@@ -159,7 +158,7 @@ def convolve(
     x_operands: tuple[Any, ...] | None = None
     if isinstance(x_BTIHW, Normalized):
         moments = x_BTIHW.wants_moments if moments is None else moments
-        # Asked for by name: the norm in front is a reference where the convolution is one.
+        # If the reference convolution was asked for, its norm is the reference too.
         norm_impl = REFERENCE if impl == REFERENCE else AUTO
         if x_BTIHW.kept:
             video = x_BTIHW.value(norm_impl)
@@ -187,11 +186,10 @@ def convolve(
 
 
 def _is_pytorchs_own(x: Tensor | Normalized, layout: Layout) -> bool:
-    """Whether PyTorch's convolution keeps what a Function of ours would, which costs a CPU some
-    50 µs of Python.
+    """Whether PyTorch's own convolution suffices, which saves a CPU the 50 µs of our Function.
 
-    Not where a norm is in front: whether its result is kept shall change no bit, and PyTorch may
-    sum a bias's gradient otherwise.
+    Not behind a norm: whether the norm's result is kept shall change no bit, but PyTorch may sum a
+    bias's gradient in another order.
     """
     if isinstance(x, Normalized):
         return False
@@ -206,7 +204,7 @@ def _compute(
         return _compose(method, operands), None
     if only_graph and torch.is_grad_enabled():
         assert not method.relu, "its gradient reads the values"
-        method = method._replace(impl=_NOTHING, moments=False)
+        method = method._replace(impl=_GRAPH_ONLY, moments=False)
         return _Convolution.apply(method, *operands), None
     if method.impl == "pytorch":
         method = method._replace(moments=False)
@@ -252,7 +250,7 @@ def _forward(method: ConvolutionMethod, *tensors: Any) -> Any:
     """y, and its mean and variance if the method says so, of operands; without derivatives."""
     layout, _, impl, relu, moments = method
     operands = ConvolutionOperands(*tensors)
-    if impl == _NOTHING:
+    if impl == _GRAPH_ONLY:
         num_frames, (height, width) = layout.out_frames(operands.x.shape[1]), layout.out_size
         num_channels = operands.weight.shape[0]
         return operands.x.new_empty(len(operands.x), num_frames, height * width, num_channels)

@@ -1,4 +1,4 @@
-"""A norm that the convolution after it computes, and what that convolution tells the next norm.
+"""A norm that the convolution after it computes, and what the convolution tells the next norm.
 
 A generator's block is norm, ReLU, convolution, norm, ReLU, convolution. A convolution that is
 given `Normalized` computes relu(norm(x)) itself, so it need not keep the result for the backward
@@ -33,7 +33,8 @@ class Normalized:
     """Whether the result is computed once and kept for the backward pass after all: more memory,
     the same bits."""
     wants_moments: bool = False
-    """Whether a norm comes next, which the moments of the convolution's result spare a pass."""
+    """Whether a norm comes next. If so the convolution also returns the moments of its result,
+    which saves that norm a pass."""
 
     def value(self, impl: str | None = None) -> Tensor:
         """The normalised video itself."""
@@ -51,7 +52,7 @@ class Measured(NamedTuple):
 
     video: Tensor
     moments: Moments | None
-    """Of the video; None where nobody wants them or where they cost a pass of their own."""
+    """Of the video; None if nobody wants them, or if they would cost a pass of their own."""
 
 
 def source_of(x: Tensor | Normalized) -> Tensor:

@@ -11,17 +11,17 @@ Shapes: B batch, T frames, I input and O output channels, H x W pixels of x. Wei
 and [O, 3, 3, 3, I] are kept in fp32: they are folded as they come, then cast to the dtype of x. A
 weight that was folded before comes as `Folded`.
 
-Both are one convolution, with a kernel in which the resampling is folded (`folding.py`): up(x)
-repeats every pixel four times, so the taps that meet the same pixel are summed first; pooling is a
-convolution with stride, so the two kernels are one of a tap more along every pooled axis. FLOPs per
-pixel of x, in units of I·O, and what is written besides y:
+Each is computed as one convolution with the resampling folded into its kernel (`folding.py`). up(x)
+repeats every pixel four times, so the taps that meet the same pixel are summed first. Pooling is a
+convolution with stride, so both kernels together are one that is a tap longer along every pooled
+axis. FLOPs per pixel of x, in units of I·O, and what is written besides y:
 
 |           | upsampling | pooling 2D | (1, 2, 2) | (2, 2, 2) | besides y                        |
 |-----------|------------|------------|-----------|-----------|----------------------------------|
 | reference | 72         | 18         | 54        | 54        | up(x), or W * x + b and its read |
 | folded    | 32         | 8          | 24        | 16        | nothing                          |
 
-Both are the same function, with derivatives of any order.
+The reference and the folded convolution are the same function, with derivatives of any order.
 """
 
 import torch

@@ -7,7 +7,7 @@ costs 2·3·C FLOPs and, unfused, one read and one write of y per element: a thi
 the convolution that makes y.
 
 `UpsampledShortcut` is the shortcut of a block that upsamples (SSW-GAN, after BigGAN):
-y + 1x1conv(up(x)), up to nearest neighbours, twice; x is the block's input and y its last
+y + 1x1conv(up(x)), where up doubles rows and columns, x is the block's input and y its last
 convolution. A 1x1 convolution commutes with up, so x is projected at its own size, a quarter of the
 FLOPs, and a pixel of the projection is added to the four of y. Unfused, up of the projection would
 be written and read again: 2.25 values moved for each of y, against 0.25.
@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from kernels.common.layout import channels_last, conv2d_weight, fold_frames, unfold_frames
 
 MOST_SUMMED = 2**31
-"""Values: on CUDA, PyTorch's gradient of nearest upsampling, channels last, refuses as many."""
+"""Values: on CUDA, PyTorch's gradient of nearest upsampling refuses channels-last tensors of so
+many."""
 
 
 class LowSkip(NamedTuple):
@@ -92,7 +93,7 @@ def _projected(y_BTOHW: Tensor, skip: LowSkip) -> tuple[Tensor, int]:
 
 
 def _steps(y_BTOHW: Tensor, video_BtIhw: Tensor) -> tuple[int, int, int]:
-    """Rows, columns and frames of x_l and y to each other."""
+    """Rows of x_l per row of y, columns per column, and frames of y per frame of x_l."""
     num_frames, _, height, width = y_BTOHW.shape[1:]
     if len(video_BtIhw) != len(y_BTOHW):
         raise ValueError(f"x_l is of {len(video_BtIhw)} samples, the features of {len(y_BTOHW)}")

@@ -25,7 +25,7 @@ MAX_ROWS = 2**31 - 128
 """Pixels, of all frames, are counted in int32; offsets of values are int64."""
 
 
-class Config(NamedTuple):
+class Tiling(NamedTuple):
     """Sizes of a tile, and the options of its kernel."""
 
     block_m: int
@@ -55,21 +55,21 @@ class Config(NamedTuple):
 # of a multiprocessor, two of an H100's where no more than a bias is added (128 registers;
 # resources.json has those of all terms). 64 columns, too, take eight warps: with four, Blackwell's
 # one row per thread spills. Stages grow as tiles shrink: as many bytes are to be under way.
-WIDE = Config(128, 128, 64, 8, 3)
+WIDE = Tiling(128, 128, 64, 8, 3)
 BY_WIDTH = {
-    64: Config(128, 64, 64, 8, 3),
-    32: Config(128, 32, 64, 4, 4),
-    16: Config(128, 16, 64, 4, 4),
+    64: Tiling(128, 64, 64, 8, 3),
+    32: Tiling(128, 32, 64, 4, 4),
+    16: Tiling(128, 16, 64, 4, 4),
 }
 # 4x4 frames of four samples are one tile of 64 rows. Half the columns, too, make twice the
 # programs: 192 of them at 1024 channels and 12 frames, which is more than there are processors.
-FEW_ROWS = Config(64, 64, 64, 4, 4)
+FEW_ROWS = Tiling(64, 64, 64, 4, 4)
 # fp32 multiplies on the ordinary cores, its factors in registers: small tiles, and short ones.
-SINGLE = {64: Config(64, 64, 16, 4, 2), 16: Config(64, 16, 16, 4, 2)}
+SINGLE = {64: Tiling(64, 64, 16, 4, 2), 16: Tiling(64, 16, 16, 4, 2)}
 INPUT_BLOCKS = (64, 32, 16)  # 16 is the least that a tensor core multiplies
 
 
-def configuration(dtype: torch.dtype, rows: int, I: int, O: int) -> Config:
+def configuration(dtype: torch.dtype, rows: int, I: int, O: int) -> Tiling:
     """The tile for `rows` pixels per time step, I input and O output channels."""
     if dtype == torch.float32:
         return SINGLE[64 if O > 16 else 16]
@@ -86,7 +86,7 @@ def _input_block(I: int) -> int:
     return next((block for block in INPUT_BLOCKS if I % block == 0), INPUT_BLOCKS[-1])
 
 
-def configurations() -> Iterator[tuple[str, Config, bool]]:
+def configurations() -> Iterator[tuple[str, Tiling, bool]]:
     """Every tile that `configuration` returns, the dtype it is for, and whether I is masked."""
     for config in (WIDE, *BY_WIDTH.values(), FEW_ROWS):
         for block_k in INPUT_BLOCKS:

@@ -88,8 +88,8 @@ def frame_norm(
 
     `gain` and `bias` are [B, C], or [B, T, C] to differ between frames. `statistics` = (mean_TC,
     var_TC) replaces the batch's own: gradients reach them if they require some, and pass through
-    them to x only if they were computed from x. With `group` the batch's own are those of all its
-    ranks together, which must hold batches of one size: an all-reduce of [2, T, C] forward, in
+    them to x only if they were computed from x. With `group` mean and variance are over the samples
+    of all its ranks, which must hold batches of one size: an all-reduce of [2, T, C] forward, in
     fp64, and one backward. `impl` as in `kernels.dispatch`.
 
     Raises ValueError for shapes that do not fit, an empty video without `statistics`, and
@@ -106,7 +106,7 @@ def frame_norm(
 
 
 def apply(operands: NormOperands, method: NormMethod, size: tuple[int, ...]) -> Tensor:
-    """y of H x W = `size`, of what `prepare` made."""
+    """y of H x W = `size`, from the operands and the method that `prepare` returns."""
     if method.impl == REFERENCE:
         y_BTSC = frame_norm_pytorch.normalize(operands)
     elif torch.is_grad_enabled():
@@ -125,8 +125,8 @@ def prepare(
     impl: str | None,
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[NormOperands, NormMethod]:
-    """What the passes take. Arguments as `frame_norm`'s; `moments`, mean and variance of x by
-    whoever made x, saves taking them."""
+    """Operands and method of a norm. Arguments as `frame_norm`'s; `moments` are mean and variance
+    of x, if whoever made x has measured them."""
     _check(x_BTCHW, gain, bias, statistics)
     if statistics is None:
         _require_values(x_BTCHW)

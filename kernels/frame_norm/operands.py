@@ -1,17 +1,17 @@
-"""What the passes of `kernels.frame_norm` take, whichever implementation runs them."""
+"""The tensors that every implementation of `kernels.frame_norm` takes, and how it is to run."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-EPSILON = 1e-4  # Decided: BigGAN's, whose networks the paper builds on; it gives none itself
+EPSILON = 1e-4  # Decided: BigGAN's value; the paper, which builds on its networks, gives none
 
 
 class NormOperands(NamedTuple):
     """A video as rows, and what it is normalised, scaled and shifted by. Contiguous."""
 
     x_BTSC: Tensor
-    """fp32, fp16, bf16 or fp64; the rest is fp32, or fp64 with x."""
+    """fp32, fp16, bf16 or fp64; the other tensors are fp32, or fp64 if x is."""
     gain_BtC: Tensor
     """t is 1 or T."""
     bias_BtC: Tensor
