@@ -11,9 +11,11 @@ import os
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import contextlib
+import ctypes
 import gc
 import json
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -106,6 +108,12 @@ def run_job(function: str, arguments: list[Any], ranks: list[dict[str, str]], co
     tell(codes)
 
 
+def end_with_parent() -> None:
+    """So that ranks that wait for each other are not left behind when the tests are killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def tell(numbers: list[int]) -> None:
     """A line on the descriptor that this process was given: DeepSpeed talks on standard output."""
     os.write(int(sys.argv[1]), f"{json.dumps(numbers)}\n".encode())
@@ -115,6 +123,7 @@ def become_rank(
     function: str, arguments: list[Any], variables: dict[str, str], console: str
 ) -> NoReturn:
     """What a fork does, to its end."""
+    end_with_parent()
     os.environ |= variables
     files = os.devnull, f"{console}.out", f"{console}.err"
     for descriptor, file in enumerate(files):
@@ -134,6 +143,7 @@ def become_rank(
 
 
 if __name__ == "__main__":
+    end_with_parent()
     gc.collect()
     gc.freeze()  # DeepSpeed collects often, which is to pass over what has been imported
     for line in sys.stdin:
