@@ -45,6 +45,12 @@ def script(path: str, *arguments: str) -> None:
     runpy.run_path(path, run_name="__main__")
 
 
+def module(name: str, *arguments: str) -> None:
+    """`python -m NAME ARGUMENTS`."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
 def train(*runs: list[str]) -> None:
     """Runs of train.py, given their command lines."""
     disconnect = Ranks.disconnect
@@ -89,7 +95,12 @@ def whole_weights(trainer: Trainer, zero_stage: int, *, keep: bool) -> dict[str,
     }
 
 
-JOBS: dict[str, Callable[..., None]] = {"script": script, "train": train, "share": share}
+JOBS: dict[str, Callable[..., None]] = {
+    "script": script,
+    "module": module,
+    "train": train,
+    "share": share,
+}
 
 
 def run_job(function: str, arguments: list[Any], ranks: list[dict[str, str]], console: str) -> None:
