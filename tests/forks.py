@@ -94,13 +94,15 @@ class Forks:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._server is None:
             self._answers, written = os.pipe()
+            # pytest-benchmark measures nothing where it believes to be a worker of pytest-xdist.
+            given = {k: v for k, v in environment().items() if not k.startswith("PYTEST_XDIST")}
             program = str(REPOSITORY / "tests/trainer/forked_jobs.py")
             self._server = subprocess.Popen(
                 [sys.executable, program, str(written)],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 pass_fds=[written],
-                env=environment(),
+                env=given,
                 start_new_session=True,  # a process group, to be killed as one
             )
             os.close(written)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from result_files import CPU, document, feed, row
-from small_runs import environment
+from small_runs import Finished
 
 from benchmarks import report, results
 from engine.errors import UserError
@@ -207,29 +208,26 @@ def test_calls_are_added_to_one_file() -> None:
             results.added(before, results.Document.model_validate(document(**change)))
 
 
-def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider"]
-    # pytest-benchmark measures nothing where it believes to be a worker of pytest-xdist.
-    given = {k: v for k, v in environment().items() if not k.startswith("PYTEST_XDIST")}
-    return subprocess.run(
-        [*command, *arguments], cwd=REPOSITORY, env=given, capture_output=True, text=True
-    )
+def benchmarks(forks: Forks, *arguments: str) -> Finished:
+    folder = str(REPOSITORY / "benchmarks")
+    return forks.job("module", ["pytest", folder, "-q", "-p", "no:cacheprovider", *arguments], [{}])
 
 
-def test_not_run_unless_asked_for() -> None:
-    done = benchmarks("-k", "frame_norm")
-    assert done.returncode == 0
-    lines = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+def test_not_run_unless_asked_for(forks: Forks) -> None:
+    done = benchmarks(forks, "-k", "frame_norm")
+    assert done.code == 0
+    lines = [line for line in done.out.splitlines() if line.startswith("SKIPPED")]
     [line] = lines
     assert line.endswith("benchmarks are run by: pytest benchmarks/ --benchmark")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu(tmp_path: Path) -> None:
+def test_without_a_gpu(forks: Forks, tmp_path: Path) -> None:
     """One size is measured on the CPU; what needs a GPU is skipped, with the reason in the file."""
     pytest.importorskip("pytest_benchmark")
     done = benchmarks(
+        forks,
         "--benchmark",
         "--quick",
         "--results",
@@ -237,7 +235,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
         "-k",
         "upsample_conv or (stage1 and fp32)",
     )
-    assert done.returncode == 0, done.stdout
+    assert done.code == 0, done.out
     [path] = tmp_path.glob("*.json")
     made = results.read(path)
     assert made.device.kind == "cpu"
@@ -246,8 +244,8 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert made.rows[1].of_ours is not None
     skipped = {skip.case: skip.reason for skip in made.skipped}
     assert skipped["whole_step[stage1-fp32]"] == "an iteration of the paper's size needs a GPU"
-    assert "SSW-GAN benchmarks" in done.stdout
-    again = benchmarks("--benchmark", "--quick", "--add-to", str(path), "--budget", "0")
-    assert again.returncode == 0, again.stdout
-    assert "the budget of 0 s is spent" in again.stdout
+    assert "SSW-GAN benchmarks" in done.out
+    again = benchmarks(forks, "--benchmark", "--quick", "--add-to", str(path), "--budget", "0")
+    assert again.code == 0, again.out
+    assert "the budget of 0 s is spent" in again.out
     assert results.read(path) == made, "nothing was measured, so nothing is added"

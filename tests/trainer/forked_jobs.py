@@ -11,9 +11,11 @@ import os
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import contextlib
+import ctypes
 import gc
 import json
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,6 +43,12 @@ def script(path: str, *arguments: str) -> None:
     """`python PATH ARGUMENTS`."""
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
+
+
+def module(name: str, *arguments: str) -> None:
+    """`python -m NAME ARGUMENTS`."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def train(*runs: list[str]) -> None:
@@ -87,7 +95,12 @@ def whole_weights(trainer: Trainer, zero_stage: int, *, keep: bool) -> dict[str,
     }
 
 
-JOBS: dict[str, Callable[..., None]] = {"script": script, "train": train, "share": share}
+JOBS: dict[str, Callable[..., None]] = {
+    "script": script,
+    "module": module,
+    "train": train,
+    "share": share,
+}
 
 
 def run_job(function: str, arguments: list[Any], ranks: list[dict[str, str]], console: str) -> None:
@@ -106,6 +119,12 @@ def run_job(function: str, arguments: list[Any], ranks: list[dict[str, str]], co
     tell(codes)
 
 
+def end_with_parent() -> None:
+    """So that ranks that wait for each other are not left behind when the tests are killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def tell(numbers: list[int]) -> None:
     """A line on the descriptor that this process was given: DeepSpeed talks on standard output."""
     os.write(int(sys.argv[1]), f"{json.dumps(numbers)}\n".encode())
@@ -115,6 +134,7 @@ def become_rank(
     function: str, arguments: list[Any], variables: dict[str, str], console: str
 ) -> NoReturn:
     """What a fork does, to its end."""
+    end_with_parent()
     os.environ |= variables
     files = os.devnull, f"{console}.out", f"{console}.err"
     for descriptor, file in enumerate(files):
@@ -134,6 +154,7 @@ def become_rank(
 
 
 if __name__ == "__main__":
+    end_with_parent()
     gc.collect()
     gc.freeze()  # DeepSpeed collects often, which is to pass over what has been imported
     for line in sys.stdin:
