@@ -385,8 +385,8 @@ void moments_op(Tensor x, Tensor mean, Tensor var) {
   }
 }
 
-void normalize_op(Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var,
-                  double eps, Tensor y) {
+void normalize_op(Tensor x, Tensor gain, Tensor bias, Tensor mean, Tensor var, double eps,
+                  Tensor y) {
   const Shape shape = shape_of(x);
   const Scaling by = scaling(gain, bias, mean, var, eps, shape);
   with_type_of(x, [&](auto like) {

@@ -1,6 +1,7 @@
 // One power iteration over a list of matrices W [R, K]: what Python hands over.
 //
-// kernels/spectral_norm/power_iteration_tables.py makes the tables and says what each of the four launches does.
+// kernels/spectral_norm/power_iteration_tables.py makes the tables and says what each of the four
+// launches does.
 
 #pragma once
 

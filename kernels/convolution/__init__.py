@@ -12,15 +12,16 @@ y = [relu of] W * x + b [+ residual] [+ projected x_l],   x a video or relu(norm
 | `conv_pool3d`      | [O, 3, 3, 3, I]         | a discriminator's block: 3x3x3, then pooling |
 
 Padding is with zeros to the same size, stride is 1. Videos are [B, T, I, H, W] by shape and
-channels last in memory, weights channels last too. Given a video, an operator returns a video.
-Given `Normalized`, it computes the norm itself and returns `Measured`: the video with the moments
-that the next norm wants, if the implementation computes them without another pass.
+channels last in memory, weights channels last too. `conv2d`, `separable_conv3d` and `upsample_conv`
+also take `Normalized`: then they compute the norm themselves and return `Measured`, the video with
+the moments that the next norm wants, if the implementation computes them without another pass.
 
 `residual_BTOHW` is added: a video of y's size or, in `conv2d`, a shortcut that is upsampled
-(`UpsampledShortcut`). `skip` is x_l and its projection (`LowSkip`). With `only_graph`
-y is not computed, only its graph: for the last operator of a block that is computed again for its
-backward pass, where nobody reads y. `impl` is as in `kernels.dispatch`. All raise ValueError for
-tensors that do not fit, and ImplementationError for an implementation that cannot run.
+(`UpsampledShortcut`). `skip` is x_l and its projection (`LowSkip`). `only_graph` is for the last
+operator of a block that is computed again for its backward pass, where nobody reads y: y has its
+gradient, but its values may be anything, because our own Functions do not compute them. `impl` is
+as in `kernels.dispatch`. All raise ValueError for a residual or an x_l that does not fit, and
+ImplementationError for an implementation that cannot run.
 
 FLOPs: 2·k·I·O per pixel of y, k taps; 2·(3·I·O + 9·O²) separably; resampling as in `resampling.py`.
 Bytes: x, y and the residual once each, and separably the intermediate twice. `fused.py` has the
@@ -279,6 +280,7 @@ def conv_pool2d(
         weight_OhwI,
         bias_O,
         (1, 2, 2),
+        volume=False,
         residual=residual_BTOHW,
         only_graph=only_graph,
         impl=impl,
@@ -308,6 +310,7 @@ def conv_pool3d(
         weight_OthwI,
         bias_O,
         pooling,
+        volume=True,
         residual=residual_BTOHW,
         only_graph=only_graph,
         impl=impl,

@@ -142,10 +142,10 @@ def convolve(
     """Returns y, [B, T', O, H', W'] in the dtype of x, channels last in memory, and its moments.
 
     With `relu` y is the ReLU of the sum. Moments are None unless they are asked for, by `moments`
-    or else by `Normalized`, and the implementation has them for little. `only_graph` builds y's
-    autograd graph without computing y, whose values are undefined: for a pass that is made again
-    for its backward pass, of which this is the last operator; not together with `relu`, whose
-    gradient reads y.
+    or else by `Normalized`, and the implementation has them for little. With
+    `only_graph` y has its gradient, but its values may be anything, because `_Convolution` does not
+    compute them: for the last operator of a pass that is made again for its backward pass. Not
+    together with `relu`, whose gradient reads y.
 
     Raises ValueError for an x_l that does not fit, ImplementationError for an implementation that
     cannot run.

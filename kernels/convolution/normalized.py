@@ -64,8 +64,3 @@ def size_of(x: Tensor | Normalized) -> tuple[int, int]:
     """H, W."""
     height, width = source_of(x).shape[-2:]
     return height, width
-
-
-def value_of(x: Tensor | Normalized) -> Tensor:
-    """x as a tensor."""
-    return x.value() if isinstance(x, Normalized) else x

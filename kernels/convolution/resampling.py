@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from kernels.common.layout import conv2d_weight, fold_frames, unfold_frames
 from kernels.convolution.folding import Folded, folded
 from kernels.convolution.fused import convolve
-from kernels.convolution.normalized import Moments, Normalized, size_of, source_of, value_of
+from kernels.convolution.normalized import Moments, Normalized, size_of, source_of
 from kernels.convolution.pytorch import Layout
 from kernels.dispatch import REFERENCE, Implementation, Operator, everywhere
 
@@ -50,12 +50,17 @@ def upsampled(
     impl: str | None,
 ) -> tuple[Tensor, Moments | None]:
     """`upsample_conv`, and the moments of the result where `Normalized` wants them."""
-    if not isinstance(weight_OhwI, Folded) and weight_OhwI.shape[1:3] != (3, 3):
-        raise ValueError(f"the weight must be 3x3, not {tuple(weight_OhwI.shape[1:3])}")
+    kernel_OabI = weight_OhwI.kernel if isinstance(weight_OhwI, Folded) else weight_OhwI
+    taps = (4, 4) if isinstance(weight_OhwI, Folded) else (3, 3)
+    if kernel_OabI.ndim != 4 or kernel_OabI.shape[1:3] != taps:
+        raise ValueError(
+            f"the weight must be [O, 3, 3, I], folded [O, 4, 4, I], not {[*kernel_OabI.shape]}"
+        )
     video = source_of(x_BTIHW)
     impl = UPSAMPLE.choose(impl, video.device, video.dtype)
     if impl == REFERENCE and not isinstance(weight_OhwI, Folded):
-        return upsample_conv_reference(value_of(x_BTIHW), weight_OhwI, bias_O), None
+        x = x_BTIHW.value(REFERENCE) if isinstance(x_BTIHW, Normalized) else x_BTIHW
+        return upsample_conv_reference(x, weight_OhwI, bias_O), None
     kernel, bias = _cast(folded(weight_OhwI, "upsampling"), bias_O, video.dtype)
     layout = Layout(size_of(x_BTIHW), upsample=True)
     return convolve(x_BTIHW, kernel, bias, layout, impl=_of_convolution(impl))
@@ -77,14 +82,17 @@ def pooled(
     bias_O: Tensor | None,
     pooling: Pooling,
     *,
+    volume: bool,
     residual: Tensor | None,
     only_graph: bool,
     impl: str | None,
 ) -> Tensor:
-    """`conv_pool2d` and `conv_pool3d`, which the weight's axes tell apart."""
+    """`conv_pool2d` and, of a `volume`, `conv_pool3d`."""
     _check_pooling(x_BTIHW, pooling)
-    kernel = weight_OkI.kernel if isinstance(weight_OkI, Folded) else weight_OkI
-    volume = kernel.ndim == 5
+    shape = (weight_OkI.kernel if isinstance(weight_OkI, Folded) else weight_OkI).shape
+    if len(shape) != (5 if volume else 4):
+        axes = "[O, kt, kh, kw, I]" if volume else "[O, kh, kw, I]"
+        raise ValueError(f"the weight must be {axes}, not {[*shape]}")
     operator = POOL3D if volume else POOL2D
     impl = operator.choose(impl, x_BTIHW.device, x_BTIHW.dtype)
     if impl == REFERENCE and not isinstance(weight_OkI, Folded):

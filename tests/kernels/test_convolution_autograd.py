@@ -223,7 +223,7 @@ def test_a_graph_alone_has_the_same_gradients_and_costs_nothing(more: list[str],
     tensors = case("conv 3x3", more, dtype=torch.float32)
 
     def function(leaves: Tensors, only_graph: bool) -> Tensor:
-        x = kernels.Normalized(leaves["x"], leaves["gain"], leaves["shift"])
+        x = kernels.Normalized(leaves["x"], leaves["gain"], leaves["shift"], wants_moments=True)
         residual: Any = leaves.get("residual")
         if "shortcut" in leaves:
             residual = kernels.UpsampledShortcut(*(leaves[k] for k in SHORTCUT))

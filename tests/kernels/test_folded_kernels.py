@@ -50,14 +50,29 @@ def test_the_same_as_of_the_weight(
 
 @pytest.mark.parametrize(
     ("how", "asked"),
-    [((1, 2, 2), (2, 2, 2)), ((2, 2, 2), (1, 2, 2)), ("upsampling", (1, 2, 2))],
+    [((1, 2, 2), (2, 2, 2)), ((2, 2, 2), (1, 2, 2))],
     ids=str,
 )
 def test_a_kernel_folded_for_another_resampling_is_refused(
     how: Fold, asked: kernels.Pooling
 ) -> None:
-    weight = torch.randn(7, 3, 3, 5) if how == "upsampling" else torch.randn(7, 3, 3, 3, 5)
-    with pytest.raises(ValueError, match=r"was folded into is not one of \((., )?2, 2\)"):
+    weight = torch.randn(7, 3, 3, 3, 5)
+    with pytest.raises(ValueError, match=r"was folded into is not one of \(., 2, 2\)"):
         kernels.conv_pool3d(
             torch.randn(2, 4, 5, 4, 6), Folded(fold(weight, how), how), pooling=asked
         )
+
+
+def test_weights_of_other_axes_or_taps_are_refused() -> None:
+    x, flat, deep = torch.randn(2, 4, 5, 4, 6), torch.randn(7, 3, 3, 5), torch.randn(7, 3, 3, 3, 5)
+    cases: list[tuple[Operator, Any, str]] = [
+        (kernels.conv_pool2d, deep, r"must be \[O, kh, kw, I\], not \[7, 3, 3, 3, 5\]"),
+        (kernels.conv_pool3d, flat, r"must be \[O, kt, kh, kw, I\], not \[7, 3, 3, 5\]"),
+        (kernels.conv_pool2d, Folded(fold(deep, (1, 2, 2)), (1, 2, 2)), "must be"),
+        (kernels.conv_pool2d, Folded(fold(flat, "upsampling"), "upsampling"), "is not one of"),
+        (kernels.upsample_conv, Folded(flat, "upsampling"), r"not \[7, 3, 3, 5\]"),
+        (kernels.upsample_conv, Folded(fold(flat, (2, 2)), (2, 2)), "is not one of upsampling"),
+    ]
+    for operator, weight, message in cases:
+        with pytest.raises(ValueError, match=message):
+            operator(x, weight, torch.zeros(7))

@@ -175,7 +175,7 @@ def test_implementations_are_chosen_by_name() -> None:
 def test_refusals() -> None:
     x, _, bias = inputs((3, 3))
     _, deep, _ = inputs((3, 3, 3))
-    with pytest.raises(ValueError, match=r"must be 3x3, not \(5, 5\)"):
+    with pytest.raises(ValueError, match=r"must be \[O, 3, 3, I\], .* not \[7, 5, 5, 5\]"):
         kernels.upsample_conv(x, torch.zeros(7, 5, 5, 5), bias)
     for impl in ("reference", "folded"):
         with pytest.raises(ValueError, match=r"pooling must be .* not \(2, 1, 1\)"):
