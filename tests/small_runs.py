@@ -201,8 +201,10 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    """For a process of its own: as this one's, but with no rank."""
-    kept = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    """For a process of its own: as this one's, but with no rank, and with the device that DeepSpeed
+    finds, whatever a script that ran in this process has set."""
+    left_out = {*LAUNCHER_VARIABLES, "DS_ACCELERATOR"}
+    kept = {k: v for k, v in os.environ.items() if k not in left_out}
     return kept | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests", "OMP_NUM_THREADS": "1"}
 
 

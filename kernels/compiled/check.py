@@ -37,15 +37,17 @@ def measure(variant: Variant, arch: str) -> Resources:
         binary.write_bytes(compiled.asm["cubin"])
         program.write_text(ptx)
         usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary)
-        [named] = re.findall(r"\.target (\w+)", ptx)  # with its suffix: sm_90a
-        log = _output(
-            assembler.path, "-v", f"--gpu-name={named}", program, "-o", Path(folder, "out")
-        )
+        stack_bytes, spilled_bytes = _number(r"STACK:(\d+)", usage), 0
+        if stack_bytes:  # where spilled registers lie; else there are none to ask for
+            [named] = re.findall(r"\.target (\w+)", ptx)  # with its suffix: sm_90a
+            output = "-o", Path(folder, "out")
+            log = _output(assembler.path, "-v", f"--gpu-name={named}", program, *output)
+            for kind in ("stores", "loads"):
+                spilled_bytes += _number(rf"(\d+) bytes spill {kind}", log)
     return {
         "registers": _number(r"REG:(\d+)", usage),
-        "stack_bytes": _number(r"STACK:(\d+)", usage),
-        "spilled_bytes": _number(r"(\d+) bytes spill stores", log)
-        + _number(r"(\d+) bytes spill loads", log),
+        "stack_bytes": stack_bytes,
+        "spilled_bytes": spilled_bytes,
         "shared_bytes": compiled.metadata.shared,
         "matrix_instructions": len(
             re.findall(r"^\s*(?:@\S+ )?(?:mma|wgmma\.mma_async|tcgen05\.mma)\b", ptx, re.MULTILINE)
