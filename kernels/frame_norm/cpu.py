@@ -14,9 +14,19 @@ from kernels.common import csrc_libraries
 from kernels.frame_norm.operands import EPSILON, NormOperands
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Looked for at once: a compiler that traces an operator's choice could not follow.
-_UNAVAILABLE = csrc_libraries.unavailable(csrc_libraries.CPU)
 _OPERATORS: Any = torch.ops.sswgan_cpu
+_TAKEN = ("x", "gain", "bias", "mean", "var", "eps", "y")
+"""By `normalize`, of which older libraries took more."""
+
+
+def _outdated() -> str | None:
+    """Why a library that is there cannot be called; None where it can."""
+    taken = tuple(argument.name for argument in _OPERATORS.normalize.default._schema.arguments)
+    return None if taken == _TAKEN else "csrc/ was built from other sources: run make"
+
+
+# Looked for at once: a compiler that traces an operator's choice could not follow.
+_UNAVAILABLE = csrc_libraries.unavailable(csrc_libraries.CPU) or _outdated()
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

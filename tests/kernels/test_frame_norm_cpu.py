@@ -133,6 +133,13 @@ def test_it_runs_by_itself_where_it_can() -> None:
     assert chosen("meta", torch.float32) == "pytorch"
 
 
+def test_an_older_library_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert frame_norm_cpu._outdated() is None
+    older = (*frame_norm_cpu._TAKEN[:5], "residual", *frame_norm_cpu._TAKEN[5:])
+    monkeypatch.setattr(frame_norm_cpu, "_TAKEN", older)
+    assert frame_norm_cpu._outdated() == "csrc/ was built from other sources: run make"
+
+
 def test_what_is_planned_for_a_cpu_runs_it_on_meta_tensors() -> None:
     """Forward and backward, and results are as on a CPU."""
     _, x, gain, bias, *_ = arguments((2, 3, 20, 8), torch.bfloat16)
