@@ -20,16 +20,16 @@ their input channels last.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from engine.models import discriminators, generator
+from engine.models.operators import hand_operators
 from kernels.common.layout import channels_last
 from kernels.frame_norm import EPSILON
 
@@ -46,19 +46,20 @@ class PlainNormalized(NamedTuple):
         return self.video
 
 
-def _behind_norms(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, which may also be given what a norm hands on; it measures no moments."""
+def _behind_norms(operator: Callable[..., Tensor]) -> Callable[..., Any]:
+    """An operator that also takes what a norm hands on, and then measures no moments."""
 
-    def run(x: Any, *arguments: Any, **named: Any) -> Any:
-        if isinstance(x, PlainNormalized):
-            return kernels.Measured(operator(x.video, *arguments, **named), None)
-        return operator(x, *arguments, **named)
+    @wraps(operator)
+    def run(operators: "PlainOperators", x_BTIHW: Any, *arguments: Any, **named: Any) -> Any:
+        if isinstance(x_BTIHW, PlainNormalized):
+            return kernels.Measured(operator(operators, x_BTIHW.video, *arguments, **named), None)
+        return operator(operators, x_BTIHW, *arguments, **named)
 
     return run
 
 
 class PlainOperators:
-    """Every operator that models call, under the same name."""
+    """Every operator that models call, under the same name: networks are handed one of these."""
 
     def __init__(self, *, channels_last: bool) -> None:
         self.channels_last = channels_last
@@ -74,22 +75,19 @@ class PlainOperators:
         setattr(self, "conv_gru", disabled)  # noqa: B010 - mypy refuses a method's assignment
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Within this context models run on these; initialise networks outside it."""
-        with ExitStack() as stack:
-            mine: dict[str, Any] = {name: _behind_norms(getattr(self, name)) for name in INSTALLED}
-            stack.enter_context(mock.patch.multiple(kernels, **mine))
-            # No network divides all its weights at once, and windows are cut out of whole clips.
-            for module, name, value in (
-                (generator, "normalized_weights", _nothing),
-                (discriminators, "normalized_weights", _nothing),
-                (generator.ClipGenerator, "can_leave_frames_out", False),
-            ):
-                stack.enter_context(mock.patch.object(module, name, value))
+    def handed_to(self, *networks: nn.Module) -> Iterator[None]:
+        """Within this context the networks run on these, and after it on `kernels` again."""
+        for network in networks:
+            hand_operators(network, self)
+        try:
             yield
+        finally:
+            for network in networks:
+                hand_operators(network, kernels)
 
     # ---------------------------------------------------------------------- convolutions
 
+    @_behind_norms
     def conv2d(
         self,
         x_BTIHW: Tensor,
@@ -123,6 +121,7 @@ class PlainOperators:
         y = self._plus(y, residual_BTOHW)
         return F.relu(y) if relu else y
 
+    @_behind_norms
     def upsample_conv(
         self, x_BTIHW: Tensor, weight_OhwI: Tensor, bias_O: Tensor | None = None
     ) -> Tensor:
@@ -163,6 +162,7 @@ class PlainOperators:
             return y.unflatten(0, x_BTCHW.shape[:2])
         return F.avg_pool3d(self._volume(x_BTCHW), pooling).transpose(1, 2)
 
+    @_behind_norms
     def separable_conv3d(
         self,
         x_BTIHW: Tensor,
@@ -269,13 +269,10 @@ class PlainOperators:
     def _plus(self, y: Tensor, residual: Residual, skip: kernels.LowSkip | None = None) -> Tensor:
         if isinstance(residual, kernels.UpsampledShortcut):
             video, weight, bias = residual
-            residual = self.conv2d(self._upsampled(video), weight, bias)
+            shortcut: Tensor = self.conv2d(self._upsampled(video), weight, bias)
+            residual = shortcut
         y = y if residual is None else y + residual
         return y if skip is None else self.add_low_skip(y, skip)
-
-
-def _nothing(*_: Any) -> nullcontext[None]:
-    return nullcontext()
 
 
 def _gru_cell(
@@ -290,10 +287,3 @@ def _gru_cell(
     r, u = torch.sigmoid(gates).chunk(2, dim=1)
     candidate = F.conv2d(torch.cat([x_BCHW, r * h_BCHW], dim=1), weight_c, bias_c, padding=1)
     return u * h_BCHW + (1 - u) * F.relu(candidate)
-
-
-INSTALLED = tuple(
-    name
-    for name in vars(PlainOperators)
-    if not name.startswith("_") and name not in ("installed", "compile")
-)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+import kernels
 from engine.configuration import Config
 from engine.models import build_discriminators, build_generator
+from engine.models.operators import hand_operators
 from engine.planning.counters import Phases
 from engine.planning.forward_pass import frozen_stages
 from engine.planning.meta_step import EmptyClips, EngineWithoutOptimizer, UnfilledClips
@@ -69,10 +71,13 @@ def one_rank(device: torch.device) -> Iterator[Ranks]:
         environ.update(before)
 
 
-def stage_builder(config: Config, number: int, ranks: Ranks) -> StageBuilder:
+def stage_builder(
+    config: Config, number: int, ranks: Ranks, operators: Any = kernels
+) -> StageBuilder:
     """As engine/train.py makes it, with untrained earlier stages and without a data set.
 
-    The earlier stages' fixed statistics are mean 0 and variance 1, which cost the same as others.
+    The earlier stages run on `operators`. Their fixed statistics are mean 0 and variance 1, which
+    cost the same as others.
     """
     num_classes = config.data.num_classes or 1
     facts = DataFacts(
@@ -83,7 +88,8 @@ def stage_builder(config: Config, number: int, ranks: Ranks) -> StageBuilder:
     builder = StageBuilder(config, number, ranks, facts)
     if number > 1 and config.stages[number].training.condition_on == "generated":
         with ranks.device:
-            builder = replace(builder, previous=PreviousStages(frozen_stages(config, number), ""))
+            frozen = frozen_stages(config, number, operators)
+        builder = replace(builder, previous=PreviousStages(frozen, ""))
     return builder
 
 
@@ -93,8 +99,11 @@ def make_trainer(config: Config, number: int, ranks: Ranks) -> Trainer:
     return builder.trainer(SameClips(config, number, ranks.device))
 
 
-def make_engines(builder: StageBuilder, *, plain: bool) -> list[Any]:
-    """G's and D's, freshly initialised: for one rank as training has them, or plain PyTorch's."""
+def make_engines(builder: StageBuilder, *, plain: bool, operators: Any = kernels) -> list[Any]:
+    """G's and D's, freshly initialised: for one rank as training has them, or plain PyTorch's.
+
+    The networks are handed `operators`.
+    """
     training = builder.config.stages[builder.number].training
     torch.manual_seed(0)
     with builder.ranks.device:
@@ -102,6 +111,8 @@ def make_engines(builder: StageBuilder, *, plain: bool) -> list[Any]:
             build_generator(builder.config, builder.number): training.generator_lr,
             build_discriminators(builder.config, builder.number): training.discriminator_lr,
         }
+    for network in networks:
+        hand_operators(network, operators)
     if plain:
         return [AdamEngine(network, lr, training.adam_betas) for network, lr in networks.items()]
     one: dict[str, Any] = {"training": training, "world_size": 1, "accumulation_steps": 1}

@@ -9,9 +9,10 @@ same count. torch.compile compiles for the first micro-batch, then anew for any 
 import gc
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,17 +41,12 @@ from engine.trainer.ranks import Ranks
 from engine.trainer.recorded_passes import recorded_bytes
 
 
-def operators_of(build: Build) -> PlainOperators | None:
-    """What the networks run on in place of `kernels`; None for the engine's own."""
+def operators_of(build: Build) -> Any:
+    """What the networks run on: `kernels`, or in a plain build PyTorch alone."""
     if not build.plain:
-        return None
+        return kernels
     in_fp32 = "training.precision=fp32" in build.overrides
     return PlainOperators(channels_last=not in_fp32)
-
-
-def settling_nothing(build: Build) -> AbstractContextManager[None]:
-    """A plain build's frozen stages divide their weights in every pass, as the references do."""
-    return kernels.use("reference") if build.plain else nullcontext()
 
 
 class Iterations:
@@ -61,23 +57,16 @@ class Iterations:
     ) -> None:
         self._setup, self._build, self._overrides = setup, build, overrides
         self.config = config_of(setup, build, setup.samples, overrides)
-        with settling_nothing(build):
-            self._builder = stage_builder(self.config, setup.number, ranks)
         self._operators = operators_of(build)
-        engines = make_engines(self._builder, plain=build.plain)
+        self._builder = stage_builder(self.config, setup.number, ranks, self._operators)
+        engines = make_engines(self._builder, plain=build.plain, operators=self._operators)
         self.trainer = trainer_around(self._builder, *engines)
 
-    def at(self, micro_batch: int) -> Callable[[], None]:
+    def at(self, micro_batch: int) -> Callable[[], Any]:
         """One iteration of so many samples."""
         config = config_of(self._setup, self._build, micro_batch, self._overrides)
         builder, trained = replace(self._builder, config=config), self.trainer
-        trainer = trainer_around(builder, trained.g_engine, trained.d_engine)
-
-        def iteration() -> None:
-            with nullcontext() if self._operators is None else self._operators.installed():
-                trainer.train_step()
-
-        return iteration
+        return trainer_around(builder, trained.g_engine, trained.d_engine).train_step
 
     def close(self) -> None:
         """Let go of the networks, which DeepSpeed's hooks would keep alive for ever."""
@@ -87,7 +76,7 @@ class Iterations:
 
     def accelerate(self) -> None:
         """From now on passes are compiled or replayed, where the build says so."""
-        if self._operators is None:
+        if not self._build.plain:
             stage = self.config.stages[self._setup.number]
             accelerate(stage, self._builder.ranks, self.trainer, self._builder.previous)
         elif self._build.compiled:
@@ -99,7 +88,8 @@ class Iterations:
     def check(self, *, channels_last: bool = True) -> None:
         """This engine's networks compute what the plain ones do. Raises Refused."""
         plain = PlainOperators(channels_last=channels_last)
-        check_networks(self.trainer, self.config, plain.installed)
+        networks = self.trainer.g_engine.module, self.trainer.d_engine.module
+        check_networks(self.trainer, self.config, partial(plain.handed_to, *networks))
 
 
 # ----------------------------------------------------------------------------- on a CPU
@@ -142,8 +132,7 @@ def count_iteration(
     DeepSpeed holds besides; the plain ones have PyTorch's Adam.
     """
     config, operators = config_of(setup, build, samples, overrides), operators_of(build)
-    with settling_nothing(build), nullcontext() if operators is None else operators.installed():
-        step = run_step(config, setup.number)
+    step = run_step(config, setup.number, operators=operators)
     training = config.stages[setup.number].training
     d_flops, g_flops = (sum(update.flops.values()) for update in step.updates.values())
     flops = training.discriminator_steps * d_flops + g_flops

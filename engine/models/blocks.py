@@ -22,6 +22,7 @@ from engine.models.layers import (
     Shortcut,
 )
 from engine.models.norms import FrameNorm
+from engine.models.operators import OperatorLayer
 
 Temporal = Literal["conv_gru", "separable_conv"]
 
@@ -89,7 +90,7 @@ class GeneratorBlock3D(Block):
         return self.conv2
 
 
-class RecurrentBlock(Block):
+class RecurrentBlock(OperatorLayer, Block):
     """A ConvGRU; in an upsampling generator (Appendix C) x_l is added to its hidden states.
 
     Decided: the paper injects after 3D blocks and is silent on the ConvGRU in their place. x_l is
@@ -105,7 +106,7 @@ class RecurrentBlock(Block):
         """Returns the shape of x; the condition is not used."""
         h: Tensor = self.gru(x.video)
         skip = self.injection(low, h)
-        return Features(h if skip is None else kernels.add_low_skip(h, skip))
+        return Features(h if skip is None else self.operators.add_low_skip(h, skip))
 
 
 class GeneratorUnit(nn.Module):

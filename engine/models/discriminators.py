@@ -17,6 +17,7 @@ import kernels
 from engine.models.activation_checkpointing import Block, run_block
 from engine.models.blocks import DiscriminatorBlock
 from engine.models.layers import Embedding, Linear
+from engine.models.operators import OperatorLayer
 from engine.models.spectral import normalized_weights
 from engine.views import nearest_view
 
@@ -183,7 +184,7 @@ class SpatialDiscriminator(nn.Module):
         return scores_BK
 
 
-class TemporalDiscriminator(nn.Module):
+class TemporalDiscriminator(OperatorLayer):
     """Judges motion: the whole clip at half its resolution, first two blocks 3x3x3."""
 
     def __init__(
@@ -212,7 +213,9 @@ class TemporalDiscriminator(nn.Module):
 
     def forward(self, video_BTCHW: Tensor, labels_B: Tensor | None, num_batches: int = 1) -> Tensor:
         """Scores of every time step, [B, T]."""
-        scores_BT: Tensor = self.tower(kernels.average_pool(video_BTCHW), labels_B, num_batches)
+        scores_BT: Tensor = self.tower(
+            self.operators.average_pool(video_BTCHW), labels_B, num_batches
+        )
         return scores_BT
 
 

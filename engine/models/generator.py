@@ -9,10 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import kernels
 from engine.models.blocks import GeneratorUnit, RecurrentBlock, Temporal
 from engine.models.features import Features
 from engine.models.layers import Convolution, Embedding, Linear
 from engine.models.norms import FrameNorm, frame_norms, modulated_norms
+from engine.models.operators import operators_of
 from engine.models.spectral import normalized_weights
 
 BASE_RESOLUTION = 4
@@ -151,8 +153,10 @@ class ClipGenerator(GeneratorTrunk):
         """Whether no frame depends on another behind the last unit's temporal module.
 
         Those of a batch do where norms take its statistics, or where 3D convolutions stand there.
+        Operators other than `kernels` are not asked for what each frame's own statistics take.
         """
         last = self.units[-1]
         norms = (*frame_norms(last).values(), self.norm)
         recurrent = isinstance(last.temporal, RecurrentBlock)
-        return recurrent and all(norm.mean is not None for norm in norms)
+        fixed = all(norm.mean is not None for norm in norms)
+        return recurrent and fixed and operators_of(self) is kernels

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import kernels
 from engine.models.biases import BiasedLayer
 from engine.models.features import Features, NormalizedFeatures
+from engine.models.operators import OperatorLayer
 from engine.models.spectral import SpectralWeight
 
 LOW_CHANNELS = 3  # x_l is RGB
@@ -51,7 +52,7 @@ Resampling = Literal["up"] | kernels.Pooling | None
 and columns after it, or neither."""
 
 
-class BlockEnd(BiasedLayer):
+class BlockEnd(OperatorLayer, BiasedLayer):
     """A convolution that may be the last layer of a block."""
 
     recomputing = False
@@ -125,14 +126,14 @@ class Convolution(BlockEnd):
 
     @property
     def operator(self) -> Callable[..., Any]:
-        """The one of `kernels` that convolves and resamples so."""
+        """The one that convolves and resamples so."""
         if self.resample == "up":
-            return kernels.upsample_conv
+            return self.operators.upsample_conv
         if self.resample is None:
-            return kernels.conv3d if self.volumetric else kernels.conv2d
+            return self.operators.conv3d if self.volumetric else self.operators.conv2d
         if self.volumetric:
-            return partial(kernels.conv_pool3d, pooling=self.resample)
-        return kernels.conv_pool2d
+            return partial(self.operators.conv_pool3d, pooling=self.resample)
+        return self.operators.conv_pool2d
 
 
 def _fold(resample: Resampling, kernel_size: Sequence[int]) -> kernels.Fold:
@@ -165,7 +166,7 @@ class SeparableConvolution(BlockEnd):
         skip: kernels.LowSkip | None = None,
     ) -> Features:
         """As `Convolution` behind a norm."""
-        y = kernels.separable_conv3d(
+        y = self.operators.separable_conv3d(
             x.normalized,
             *self.operands(x.dtype),
             residual_BTOHW=residual,
@@ -175,7 +176,7 @@ class SeparableConvolution(BlockEnd):
         return Features(y.video, y.moments, x.frames_BT)
 
 
-class Shortcut(BiasedLayer):
+class Shortcut(OperatorLayer, BiasedLayer):
     """A block's 1x1 convolution from its input to its output, resampled as the block is.
 
     It commutes with upsampling and pooling, so it works on the fewer pixels.
@@ -192,8 +193,9 @@ class Shortcut(BiasedLayer):
         if self.resample == "up":
             return kernels.UpsampledShortcut(x_BTCHW, weight, bias)
         if self.resample is not None:
-            x_BTCHW = kernels.average_pool(x_BTCHW, self.resample)
-        return kernels.conv2d(x_BTCHW, weight, bias)
+            x_BTCHW = self.operators.average_pool(x_BTCHW, self.resample)
+        y_BTCHW: Tensor = self.operators.conv2d(x_BTCHW, weight, bias)
+        return y_BTCHW
 
 
 class Injection(nn.Module):
@@ -217,7 +219,7 @@ class NoInjection(nn.Module):
         """Nothing to add."""
 
 
-class ConvGRU(nn.Module):
+class ConvGRU(OperatorLayer):
     """Convolutional GRU whose hidden state has the input's channels (3x3, ReLU candidate)."""
 
     def __init__(self, channels: int) -> None:
@@ -230,4 +232,5 @@ class ConvGRU(nn.Module):
         """Every hidden state, [B, T, C, H, W]."""
         gates = [gate.operands(x_BTCHW.dtype) for gate in (self.reset, self.update, self.candidate)]
         weights, biases = zip(*gates, strict=True)
-        return kernels.conv_gru(x_BTCHW, *weights, *biases)
+        h_BTCHW: Tensor = self.operators.conv_gru(x_BTCHW, *weights, *biases)
+        return h_BTCHW

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kernels
 from engine.errors import UserError
 from engine.models.features import Features, NormalizedFeatures
+from engine.models.operators import OperatorLayer
 from engine.models.prepared import Prepared, PreparedLayer, layers_of
 from engine.models.spectral import SpectralWeight
 from kernels.frame_norm import EPSILON
@@ -81,7 +81,7 @@ class _Products(torch.autograd.Function):
         return dcondition, dweights
 
 
-class FrameNorm(nn.Module):
+class FrameNorm(OperatorLayer):
     """relu(gain · normalised x + bias), gain = 1 + W_g·cond and bias = W_b·cond per sample.
 
     Statistics are of every (time step, channel) over batch and space (SSW-GAN). `is_last` says that
@@ -119,10 +119,10 @@ class FrameNorm(nn.Module):
             self.check_length(x_BTCHW.shape[1])
             statistics = self.mean, self.var
         elif self._accumulated is not None:
-            statistics = kernels.frame_statistics(x_BTCHW)
+            statistics = self.operators.frame_statistics(x_BTCHW)
             self._accumulated.add(*statistics)
         of_batch = statistics is None
-        normalized = kernels.Normalized(
+        normalized = self.operators.Normalized(
             x_BTCHW,
             gain,
             bias,

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-_Layer = TypeVar("_Layer", bound="PreparedLayer")
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class PreparedLayer(nn.Module):

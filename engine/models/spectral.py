@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import kernels
 from engine.models.biases import rounded_biases
+from engine.models.operators import OperatorLayer, operators_of
 from engine.models.prepared import Prepared, PreparedLayer, layers_of
 
 _one_by_one = False
 _INITIAL_ITERATIONS = 3  # an orthogonal matrix has σ = 1 for any u, so few are plenty
 
 
-class SpectralWeight(PreparedLayer):
+class SpectralWeight(OperatorLayer, PreparedLayer):
     """A weight [O, ...] divided by its largest singular value.
 
     It is a module of its own so that hooks which gather partitioned parameters around a module's
@@ -70,7 +71,8 @@ class SpectralWeight(PreparedLayer):
             assert prepared is not None
             assert dtype in (None, prepared.dtype), "it is kept in one dtype only"
         elif prepared is None or not self._is_asked_for(dtype, prepared):
-            return kernels.spectral_normalize(self.weight, self.u, self.v, dtype)
+            own: Tensor = self.operators.spectral_normalize(self.weight, self.u, self.v, dtype)
+            return own
         return prepared if self.fold is None else kernels.Folded(prepared, self.fold)
 
     def _is_asked_for(self, dtype: torch.dtype | None, prepared: Tensor) -> bool:
@@ -92,6 +94,7 @@ def normalized_weights(
     own weight
 
     - if the references run, which fold nothing into a weight;
+    - if the network was handed operators other than `kernels`;
     - if ZeRO-3 partitions the weights: they are whole only inside their own module's forward and
       backward, even if they happen to be gathered now;
     - inside `divided_one_by_one`.
@@ -101,7 +104,7 @@ def normalized_weights(
     layers = spectral_weights(network)
     if _one_by_one or _are_settled(layers):
         return Prepared({})
-    if impl is None and _run_references(layers):
+    if not _runs_kernels(network) or (impl is None and _run_references(layers)):
         return Prepared({})
     if any(_is_partitioned(_weight(layer)) for layer in layers):
         return Prepared({})
@@ -120,7 +123,7 @@ def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
     or where it has been done.
     """
     layers = spectral_weights(network)
-    if _are_settled(layers) or _run_references(layers):
+    if _are_settled(layers) or not _runs_kernels(network) or _run_references(layers):
         return
     for layer, kernel in zip(layers, _divided(layers, dtype, None), strict=True):
         layer.prepare(kernel)
@@ -128,6 +131,10 @@ def settle_weights(network: nn.Module, dtype: torch.dtype) -> None:
         layer.is_settled = True
     for biased, bias in rounded_biases(network, dtype).items():
         biased.prepare(bias)
+
+
+def _runs_kernels(network: nn.Module) -> bool:
+    return operators_of(network) is kernels
 
 
 def _are_settled(layers: Sequence[SpectralWeight]) -> bool:
@@ -185,7 +192,7 @@ def update_spectral_norm(module: nn.Module, num_iterations: int = 1) -> None:
     Not between a forward and its backward: backward needs the u and v that forward used.
     """
     layers = spectral_weights(module)
-    kernels.power_iteration_(
+    operators_of(module).power_iteration_(
         [layer.weight for layer in layers],
         [layer.u for layer in layers],
         [layer.v for layer in layers],

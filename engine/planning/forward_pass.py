@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels.flop_formulas  # noqa: F401 — our own operators, for the counter
+import kernels
+import kernels.flop_formulas  # our own operators, for the counter
 from engine.batches import num_generations
 from engine.configuration import Config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.cascade import Cascade
 from engine.models.norms import frame_norms
+from engine.models.operators import hand_operators
 
 
 class Forward(NamedTuple):
@@ -78,7 +80,7 @@ def count_frozen(config: Config, stage_number: int) -> float:
     return bank.num_videos / bank.refresh_every / training.global_batch * teraflops
 
 
-def frozen_stages(config: Config, stage_number: int) -> Cascade:
+def frozen_stages(config: Config, stage_number: int, operators: Any = kernels) -> Cascade:
     """The stages before this one as its training has them, with arbitrary norm statistics fixed."""
     generators = [build_generator(config, n) for n in range(1, stage_number)]
     for n, generator in enumerate(generators, start=1):
@@ -86,6 +88,7 @@ def frozen_stages(config: Config, stage_number: int) -> Cascade:
         for norm in frame_norms(generator).values():
             channels = norm.gain.normalized.u.numel()
             norm.fix((torch.zeros(num_frames, channels), torch.ones(num_frames, channels)))
+        hand_operators(generator, operators)
     return Cascade(generators, config).freeze()
 
 

@@ -23,6 +23,7 @@ from engine.models.construction import (
     build_generator,
     build_joint_generator,
 )
+from engine.models.operators import hand_operators
 from engine.planning.counters import (
     BACKWARD,
     CUDA_BLOCK_BYTES,
@@ -160,7 +161,13 @@ class WindowsOfWholeVideos(GeneratedWindows):
 class MetaStep:
     """One stage's networks, and the step over them."""
 
-    def __init__(self, config: Config, number: int, device: torch.device | str = "meta") -> None:
+    def __init__(
+        self,
+        config: Config,
+        number: int,
+        device: torch.device | str = "meta",
+        operators: Any = kernels,
+    ) -> None:
         self._config, self._number, self._device = config, number, torch.device(device)
         stage = config.stages[number]
         self._phases = Phases()
@@ -168,7 +175,9 @@ class MetaStep:
             build = build_joint_generator if stage.joint else build_generator
             generator: nn.Module = build(config, number)
             discriminators = build_discriminators(config, number)
-            frozen = self._frozen()
+            frozen = self._frozen(operators)
+        for network in (generator, discriminators):
+            hand_operators(network, operators)
         counts = (1,) * (config.data.num_classes or 1)
         latents = LatentSource(config, counts, seed=0, device=self._device)
         reals = Reals(EmptyClips(config, number, self._device), config, number)
@@ -229,12 +238,12 @@ class MetaStep:
         sizes = [[p.numel() for p in network.parameters()] for network in self._networks]
         return Step(self._training.samples_per_pass, *updates, parameter_bytes, *sizes)
 
-    def _frozen(self) -> Cascade | None:
+    def _frozen(self, operators: Any) -> Cascade | None:
         """The stages before, on fixed statistics, where they make this one's windows."""
         stage = self._config.stages[self._number]
         if self._number == 1 or stage.joint or stage.training.condition_on != "generated":
             return None
-        return frozen_stages(self._config, self._number)
+        return frozen_stages(self._config, self._number, operators)
 
 
 def run_step(
@@ -244,10 +253,12 @@ def run_step(
     implementations: str = "cuda",
     device: str = "meta",
     block_bytes: int = CUDA_BLOCK_BYTES,
+    operators: Any = kernels,
 ) -> Step:
     """One micro-batch of stage `number`.
 
-    Operators run as their implementations for "cuda" or "cpu" would.
+    Operators run as their implementations for "cuda" or "cpu" would; the networks may be handed
+    others than `kernels` has.
     """
     with kernels.meta_as(implementations):
-        return MetaStep(config, number, device).run(block_bytes=block_bytes)
+        return MetaStep(config, number, device, operators).run(block_bytes=block_bytes)

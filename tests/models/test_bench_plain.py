@@ -1,7 +1,6 @@
 """The plain PyTorch build that the engine is measured against is of the same networks."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,12 +9,13 @@ from small_networks import clip_generator, discriminators, upsampling_generator
 from torch import Tensor, nn
 
 import kernels
-from benchmarks.plain import INSTALLED, PlainOperators
+from benchmarks.plain import PlainOperators
 from benchmarks.setups import BUILDS
 from benchmarks.trainers import make_engines, make_trainer, stage_builder, trainer_around
-from benchmarks.whole_step import operators_of, settling_nothing
+from benchmarks.whole_step import operators_of as operators_of_build
 from engine.configuration import load_config
 from engine.models import update_spectral_norm
+from engine.models.operators import hand_operators, operators_of
 from engine.models.spectral import SpectralWeight, spectral_weights
 from engine.trainer.ranks import Ranks
 
@@ -64,7 +64,7 @@ def outcome(made: nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
 def test_plain_networks_are_the_same_networks(name: str, channels_last: bool) -> None:
     made, run = network(name)
     expected = outcome(made, run)
-    with PlainOperators(channels_last=channels_last).installed():
+    with PlainOperators(channels_last=channels_last).handed_to(made):
         got = outcome(made, run)
     # Some 30 layers of sums of up to 600 terms, each off by √600 roundings of fp32.
     rounding = 600**0.5 * torch.finfo(torch.float32).eps
@@ -74,11 +74,20 @@ def test_plain_networks_are_the_same_networks(name: str, channels_last: bool) ->
         assert (a - b).norm() <= 30 * rounding * b.norm() + cancelled
 
 
-def test_installed_only_within_the_context() -> None:
-    before = {name: getattr(kernels, name) for name in INSTALLED}
-    with PlainOperators(channels_last=True).installed():
-        assert all(getattr(kernels, name) != before[name] for name in INSTALLED)
-    assert {name: getattr(kernels, name) for name in INSTALLED} == before
+def test_handed_to_one_network_and_within_the_context_only() -> None:
+    (made, _), (other, _) = network("D"), network("D")
+    plain = PlainOperators(channels_last=True)
+    with plain.handed_to(made):
+        assert operators_of(made) is plain
+        assert operators_of(other) is kernels
+    assert operators_of(made) is kernels
+
+
+def test_a_missing_operator_is_told() -> None:
+    made, run = network("clip")
+    hand_operators(made, object())
+    with pytest.raises(AttributeError, match="no attribute 'spectral_normalize'"):
+        run()
 
 
 def test_time_is_pooled_too_where_asked() -> None:
@@ -93,7 +102,7 @@ def test_every_training_pass_iterates_and_no_other() -> None:
     weight = SpectralWeight(12, 3, 3, 8)
     nn.init.normal_(weight.weight)
     nn.init.normal_(weight.u)
-    with PlainOperators(channels_last=True).installed():
+    with PlainOperators(channels_last=True).handed_to(weight):
         weight.requires_grad_(False)
         u = weight.u.clone()
         weight()
@@ -135,15 +144,13 @@ def test_frozen_stages_are_plain_too(tiny: Any, ranks: Ranks) -> None:
     windows = []
     for name in ("ours", "fp32"):
         torch.manual_seed(5)
-        with settling_nothing(BUILDS[name]):
-            previous = stage_builder(config, 2, ranks).previous
+        operators = operators_of_build(BUILDS[name])
+        previous = stage_builder(config, 2, ranks, operators).previous
         assert previous is not None
-        operators = operators_of(BUILDS[name])
         random = torch.Generator().manual_seed(6)
         zs = [torch.randn(4, config.stages[1].generator.latent_size, generator=random)]
         labels = torch.tensor([0, 1, 0, 1])
-        with nullcontext() if operators is None else operators.installed():
-            windows.append(previous.cascade.sample_window(2, zs, labels, random))
+        windows.append(previous.cascade.sample_window(2, zs, labels, random))
     assert windows[0].std() > 0.01
     torch.testing.assert_close(windows[1], windows[0], rtol=1e-4, atol=1e-5)
 
@@ -157,7 +164,7 @@ def weights_of(network: nn.Module) -> Tensor:
 def test_compiled_in_one_graph() -> None:
     """A graph that breaks would leave the network eager, and the comparison a pretence."""
     made, run = network("upsampling")
-    with PlainOperators(channels_last=True).installed():
+    with PlainOperators(channels_last=True).handed_to(made):
         expected = run()
         made.compile(fullgraph=True, backend="eager")
         torch.testing.assert_close(run(), expected)
