@@ -28,7 +28,7 @@ from benchmarks.miniature.budget import (
     iterations_of,
 )
 from benchmarks.miniature.jobs import Job, jobs_of
-from benchmarks.miniature.measured import Measured
+from benchmarks.miniature.measured import ClipFigures
 from benchmarks.miniature.measuring import fading
 from benchmarks.miniature.models import (
     FULL,
@@ -38,7 +38,7 @@ from benchmarks.miniature.models import (
     folder_of,
     own_options,
 )
-from benchmarks.miniature.plan import Plan, Settings, settle
+from benchmarks.miniature.plan import MiniaturePlan, Settings, settle
 from benchmarks.miniature.verdicts import (
     AFTER_12,
     BY_MOTION,
@@ -176,7 +176,7 @@ def test_models_cost_as_their_changes_say(flops: dict[str, float]) -> None:
 
 # The verdicts' rules.
 
-PLAIN = Measured(
+PLAIN = ClipFigures(
     num_clips=100,
     motion=1.0,
     ends=[1.0, 1.0],
@@ -194,11 +194,11 @@ PLAIN = Measured(
 REAL = Real(PLAIN, PLAIN)
 
 
-def measured(**values: Any) -> Measured:
+def measured(**values: Any) -> ClipFigures:
     return dataclasses.replace(PLAIN, **values)
 
 
-def outcome(figure: Figure, better: Measured, worse: Measured) -> Outcome:
+def outcome(figure: Figure, better: ClipFigures, worse: ClipFigures) -> Outcome:
     found = compare(figure, better, worse, REAL).outcome
     mirrored = {"for": "against", "against": "for"}
     assert compare(figure, worse, better, REAL).outcome == mirrored.get(found, found)
@@ -215,7 +215,7 @@ def test_grounding_is_clearly_better_by_a_tenth() -> None:
 
 
 def test_spectra_as_near_as_real_ones_are_alike() -> None:
-    def at(distance: float) -> Measured:
+    def at(distance: float) -> ClipFigures:
         return measured(spectral_distances=[distance] * 4)
 
     assert outcome(SPECTRAL, at(0.2), at(0.3)) == "for"
@@ -228,7 +228,7 @@ def test_spectra_as_near_as_real_ones_are_alike() -> None:
 def test_shares_differ_by_a_standard_error() -> None:
     """Of 100 clips, 0.5 and 0.6 have deviations of 0.05 and 0.049: 0.07 for the difference."""
 
-    def known(share: float) -> Measured:
+    def known(share: float) -> ClipFigures:
         return measured(recognised={"motion": share})
 
     assert outcome(BY_MOTION, known(0.6), known(0.5)) == "for"
@@ -238,7 +238,7 @@ def test_shares_differ_by_a_standard_error() -> None:
 
 
 def test_fading_is_measured_from_what_real_clips_do() -> None:
-    def fades(to: float, moves: float = 1.0) -> Measured:
+    def fades(to: float, moves: float = 1.0) -> ClipFigures:
         return measured(fading=[0.5, to], moves_within=[0.0, moves])
 
     assert outcome(AFTER_12, fades(0.8), fades(0.4)) == "for"
@@ -382,8 +382,8 @@ def test_one_that_fails_stops_the_others(tmp_path: Path, monkeypatch: pytest.Mon
     assert not not_reached.exists()
 
 
-def tiny_plan(out: Path) -> Plan:
-    return Plan(out, Settings.of(40.0, quick=True), {}, {}, Budget(1, 1))
+def tiny_plan(out: Path) -> MiniaturePlan:
+    return MiniaturePlan(out, Settings.of(40.0, quick=True), {}, {}, Budget(1, 1))
 
 
 def trained_once(train: Callable[..., Classifier]) -> Callable[..., Classifier]:
@@ -406,7 +406,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Titles of the jobs that are started: here, in this process, which spares their start-up."""
     titles: list[str] = []
 
-    def carry_out(plan: Plan, seeds: list[int], clock: miniature.Clock) -> None:
+    def carry_out(plan: MiniaturePlan, seeds: list[int], clock: miniature.Clock) -> None:
         for seed in seeds:
             for job in jobs_of(plan, seed):
                 titles.append(job.title)

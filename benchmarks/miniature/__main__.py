@@ -11,9 +11,9 @@ from typing import NoReturn
 
 from benchmarks.miniature.budget import MINUTES, OVERHEAD_MINUTES
 from benchmarks.miniature.jobs import Processes, jobs_of
-from benchmarks.miniature.measured import OTHER_HALF, REAL, Measured, read_measured
+from benchmarks.miniature.measured import OTHER_HALF, REAL, ClipFigures, read_measured
 from benchmarks.miniature.models import MODELS
-from benchmarks.miniature.plan import Plan, Settings, settle
+from benchmarks.miniature.plan import MiniaturePlan, Settings, settle
 from benchmarks.miniature.verdicts import CONCLUSIONS, Real, Results, judge
 from engine.command_line import ArgumentParser, run
 from engine.durable_files import make_writable_folder, remove_folder, write_json, writing
@@ -110,7 +110,7 @@ class Clock:
         print(f"[{minutes:3}:{seconds:02}] {line}", flush=True)
 
 
-def make_data(plan: Plan) -> None:
+def make_data(plan: MiniaturePlan) -> None:
     """Make the sample set and its held-out clips, which seeds would make at the same time."""
     data = plan.data_config.data
     for made in (data, held_out(data)):
@@ -118,7 +118,7 @@ def make_data(plan: Plan) -> None:
             open_dataset(made, make=True, say=print)
 
 
-def carry_out(plan: Plan, seeds: list[int], clock: Clock) -> None:
+def carry_out(plan: MiniaturePlan, seeds: list[int], clock: Clock) -> None:
     """All jobs of all seeds, as many seeds at a time as there are cores.
 
     Raises UserError when one fails. Then, and when it is interrupted, it stops all of them first.
@@ -155,10 +155,10 @@ def carry_out(plan: Plan, seeds: list[int], clock: Clock) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def read_results(plan: Plan, seeds: list[int]) -> tuple[Results, dict[int, Real]]:
+def read_results(plan: MiniaturePlan, seeds: list[int]) -> tuple[Results, dict[int, Real]]:
     """What was measured, by seed."""
 
-    def read(seed: int, name: str) -> Measured:
+    def read(seed: int, name: str) -> ClipFigures:
         measured = read_measured(plan.out, seed, name)
         assert measured is not None, (seed, name)
         return measured

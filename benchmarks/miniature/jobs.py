@@ -19,7 +19,7 @@ import yaml
 from benchmarks.miniature.budget import STAGE_1
 from benchmarks.miniature.measured import OTHER_HALF, REAL, read_measured
 from benchmarks.miniature.models import FULL, MODELS, Model, folder_of
-from benchmarks.miniature.plan import Plan
+from benchmarks.miniature.plan import MiniaturePlan
 from engine.command_line import REPOSITORY
 from engine.durable_files import writing
 from engine.errors import UserError
@@ -48,7 +48,7 @@ class Job:
         return f"{self.title}, step {_last_step(self.steps_log)} of {self.num_steps}"
 
 
-def jobs_of(plan: Plan, seed: int) -> list[Job]:
+def jobs_of(plan: MiniaturePlan, seed: int) -> list[Job]:
     """Everything that is still to do for a seed, in order."""
     out = plan.out
     unmeasured = [model for model in MODELS if read_measured(out, seed, model.name) is None]
@@ -67,7 +67,7 @@ def jobs_of(plan: Plan, seed: int) -> list[Job]:
     return jobs
 
 
-def _training(plan: Plan, seed: int, model: Model, number: int) -> Job:
+def _training(plan: MiniaturePlan, seed: int, model: Model, number: int) -> Job:
     """The job that trains a model, or with `number` 1 of a two-stage one the shared stage 1."""
     is_shared = number < model.stage_number
     name, key = (SHARED, STAGE_1) if is_shared else (model.name, model.name)
@@ -89,7 +89,7 @@ def _training(plan: Plan, seed: int, model: Model, number: int) -> Job:
     )
 
 
-def _is_trained(plan: Plan, seed: int, model: Model) -> bool:
+def _is_trained(plan: MiniaturePlan, seed: int, model: Model) -> bool:
     folder = folder_of(plan.out, seed, model.name)
     return _is_reached(folder, model.stage_number, plan.iterations[model.name])
 

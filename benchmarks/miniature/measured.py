@@ -14,7 +14,7 @@ FRAMES = frames_looked_at(NUM_FRAMES)
 
 
 @dataclass(frozen=True)
-class Measured:
+class ClipFigures:
     """What was found of one set of clips; engine/evaluation defines all of it."""
 
     num_clips: int
@@ -41,7 +41,7 @@ class Measured:
     """From the real clips', by frame of FRAMES."""
 
 
-def read_measured(out: Path, seed: int, name: str) -> Measured | None:
+def read_measured(out: Path, seed: int, name: str) -> ClipFigures | None:
     """What was measured of a model, or of real clips; None where it is not yet."""
     path = folder_of(out, seed, name) / FIGURES
-    return Measured(**json.loads(path.read_text())) if path.exists() else None
+    return ClipFigures(**json.loads(path.read_text())) if path.exists() else None

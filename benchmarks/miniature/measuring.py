@@ -22,11 +22,11 @@ from benchmarks.miniature.measured import (
     OTHER_HALF,
     REAL,
     STRIP,
-    Measured,
+    ClipFigures,
     read_measured,
 )
 from benchmarks.miniature.models import MODELS, NUM_FRAMES, PERIOD, WINDOWS, Model, folder_of
-from benchmarks.miniature.plan import Plan, read_plan
+from benchmarks.miniature.plan import MiniaturePlan, read_plan
 from engine.clip_figures import LEVEL, Recogniser, compare, measure, motion_ratio
 from engine.command_line import ArgumentParser, run
 from engine.durable_files import PARTIAL, put_in_place, write_json, writing
@@ -65,7 +65,7 @@ class Clips(NamedTuple):
 class Judge:
     """Real clips and the classifiers trained on others."""
 
-    def __init__(self, plan: Plan, names: list[str]) -> None:
+    def __init__(self, plan: MiniaturePlan, names: list[str]) -> None:
         config, per_class = plan.data_config, plan.settings.clips_per_class
         stage = config.stages[2]
         shape = ClipShape(NUM_FRAMES, stage.frame_stride, stage.resolution)
@@ -88,13 +88,13 @@ class Judge:
         self._figures = measure(*self.real, period=PERIOD, recognisers=self._recognisers)
         self._spectra = spectra(self.real.video_BTCHW, FRAMES)
 
-    def measure(self, clips: LabelledClips) -> Measured:
+    def measure(self, clips: LabelledClips) -> ClipFigures:
         """All but grounding."""
         video_BTCHW, real_BTCHW = clips.video_BTCHW, self.real.video_BTCHW
         figures = measure(*clips, period=PERIOD, recognisers=self._recognisers)
         ratios = compare(figures, self._figures)
         spectra_KR = spectra(video_BTCHW, FRAMES)
-        return Measured(
+        return ClipFigures(
             num_clips=len(video_BTCHW),
             motion=ratios.motion,
             ends=figures.ends and list(figures.ends),
@@ -171,7 +171,7 @@ def _as_floats(video_BTCHW: Tensor) -> Tensor:
     return video_BTCHW.float().div_(127.5).sub_(1)
 
 
-def measure_model(judge: Judge, plan: Plan, seed: int, model: Model) -> None:
+def measure_model(judge: Judge, plan: MiniaturePlan, seed: int, model: Model) -> None:
     """Write a model's figures, and a strip of its first clip."""
     folder, settings = folder_of(plan.out, seed, model.name), plan.settings
     made = make_clips(folder, judge.classes, settings.clips_per_class, settings.passes)
@@ -185,7 +185,7 @@ def measure_model(judge: Judge, plan: Plan, seed: int, model: Model) -> None:
     write_json(folder / FIGURES, tree)  # last: it says that all is there
 
 
-def measure_real(judge: Judge, plan: Plan, seed: int) -> None:
+def measure_real(judge: Judge, plan: MiniaturePlan, seed: int) -> None:
     """Write what the figures are of real clips: of those compared with, and of others."""
     for name, clips in ((OTHER_HALF, judge.other_half), (REAL, judge.real)):
         folder = folder_of(plan.out, seed, name)

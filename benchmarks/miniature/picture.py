@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
-from benchmarks.miniature.measured import FRAMES, REAL, STRIP, Measured
+from benchmarks.miniature.measured import FRAMES, REAL, STRIP, ClipFigures
 from benchmarks.miniature.models import MODELS, folder_of
 from benchmarks.miniature.verdicts import Real, Results
 from engine.durable_files import writing
@@ -57,7 +57,7 @@ def _draw_spectra(part: SubFigure, results: Results, reals: Mapping[int, Real]) 
     plots[0].legend(fontsize=7, frameon=False)
 
 
-def _curves(measured: Sequence[Measured], place: int) -> np.ndarray:
+def _curves(measured: Sequence[ClipFigures], place: int) -> np.ndarray:
     """PSD by seed and radius from 1; nothing at all is drawn as very little."""
     curves_SR = np.array([one.spectra[place][1:] for one in measured])
     return np.maximum(curves_SR, 1e-9)

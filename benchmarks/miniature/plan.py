@@ -54,7 +54,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MiniaturePlan:
     """Settings, and what was counted and chosen by them."""
 
     out: Path
@@ -82,7 +82,7 @@ class Plan:
         return self.config(FULL, seed=0)
 
 
-def settle(out: Path, settings: Settings, say: Callable[[str], None] = print) -> Plan:
+def settle(out: Path, settings: Settings, say: Callable[[str], None] = print) -> MiniaturePlan:
     """The plan in `out`, which is made where there is none.
 
     Raises UserError when the one that is there was made with other settings.
@@ -96,7 +96,7 @@ def settle(out: Path, settings: Settings, say: Callable[[str], None] = print) ->
     say("counting the FLOPs of an iteration of every model")
     flops = count()
     budget = _QUICK_BUDGET if settings.quick else budget_for(settings.minutes)
-    plan = Plan(out, settings, flops, iterations_of(flops, budget), budget)
+    plan = MiniaturePlan(out, settings, flops, iterations_of(flops, budget), budget)
     tree = {
         "format": _FORMAT,
         "settings": asdict(settings),
@@ -109,7 +109,7 @@ def settle(out: Path, settings: Settings, say: Callable[[str], None] = print) ->
     return plan
 
 
-def read_plan(out: Path) -> Plan:
+def read_plan(out: Path) -> MiniaturePlan:
     """What `settle` has written. Raises UserError when the models are others by now."""
     path = out / PLAN
     with reading(path):
@@ -118,7 +118,7 @@ def read_plan(out: Path) -> Plan:
         tree = json.loads(text)
         same = tree["format"] == _FORMAT and tree["models"] == _models()
         settings, budget = Settings(**tree["settings"]), Budget(**tree["budget"])
-        plan = Plan(out, settings, tree["flops_per_iteration"], tree["iterations"], budget)
+        plan = MiniaturePlan(out, settings, tree["flops_per_iteration"], tree["iterations"], budget)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: remove {out}, or use another --out") from None
     if not same:

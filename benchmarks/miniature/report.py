@@ -6,9 +6,9 @@ from typing import Any
 
 from benchmarks.markdown import table
 from benchmarks.miniature.budget import STAGE_1, SUSTAINED_GFLOPS
-from benchmarks.miniature.measured import FRAMES, Measured
+from benchmarks.miniature.measured import FRAMES, ClipFigures
 from benchmarks.miniature.models import MODELS, NUM_FRAMES, PAPERS_LOW_FRAMES, WINDOWS, own_options
-from benchmarks.miniature.plan import Plan
+from benchmarks.miniature.plan import MiniaturePlan
 from benchmarks.miniature.verdicts import Compared, Judgement, Real, Results
 
 _NONE = "-"
@@ -17,7 +17,10 @@ _TITLES = {STAGE_1: "stage 1, shared", **{model.name: model.title for model in M
 
 
 def report(
-    plan: Plan, results: Results, reals: Mapping[int, Real], judgements: Sequence[Judgement]
+    plan: MiniaturePlan,
+    results: Results,
+    reals: Mapping[int, Real],
+    judgements: Sequence[Judgement],
 ) -> str:
     """The whole of table.md."""
     parts = [
@@ -37,7 +40,10 @@ def report(
 
 
 def tree(
-    plan: Plan, results: Results, reals: Mapping[int, Real], judgements: Sequence[Judgement]
+    plan: MiniaturePlan,
+    results: Results,
+    reals: Mapping[int, Real],
+    judgements: Sequence[Judgement],
 ) -> dict[str, Any]:
     """The whole of figures.json."""
     return {
@@ -74,7 +80,7 @@ def tree(
     }
 
 
-def cost_lines(plan: Plan) -> list[str]:
+def cost_lines(plan: MiniaturePlan) -> list[str]:
     """The counts and the iterations, for a terminal."""
     lines = []
     for name, flops in plan.flops.items():
@@ -86,7 +92,7 @@ def cost_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _introduction(plan: Plan, seeds: list[int]) -> str:
+def _introduction(plan: MiniaturePlan, seeds: list[int]) -> str:
     settings = plan.settings
     clips = 8 * settings.clips_per_class
     text = (
@@ -117,7 +123,7 @@ def _figures(results: Results, reals: Mapping[int, Real]) -> Iterator[Sequence[s
     yield _row("real", [first.itself])
 
 
-def _row(title: str, measured: Sequence[Measured]) -> Sequence[str]:
+def _row(title: str, measured: Sequence[ClipFigures]) -> Sequence[str]:
     def cell(values: Sequence[float | None], decimals: int = 2) -> str:
         return " / ".join(_number(value, decimals) for value in values)
 
@@ -198,7 +204,7 @@ def _rules() -> str:
     )
 
 
-def _costs(plan: Plan) -> Iterator[Sequence[str]]:
+def _costs(plan: MiniaturePlan) -> Iterator[Sequence[str]]:
     yield "model", "paper", "GFLOP per iteration", "iterations", "TFLOP in all", "budget"
     places = {model.name: model.place for model in MODELS}
     for name, flops in plan.flops.items():
@@ -213,7 +219,7 @@ def _costs(plan: Plan) -> Iterator[Sequence[str]]:
         )
 
 
-def _deviations(plan: Plan) -> str:
+def _deviations(plan: MiniaturePlan) -> str:
     budget = "The budget is a quick run's"
     if not plan.settings.quick:
         budget = (

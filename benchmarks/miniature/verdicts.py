@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.miniature.measured import Measured
+from benchmarks.miniature.measured import ClipFigures
 from benchmarks.miniature.models import WINDOWS
 
 Outcome = Literal["for", "alike", "against", "no answer"]
@@ -39,8 +39,8 @@ LEAST_GROUNDING = 0.5
 class Real:
     """What the figures are of real clips: of those compared with, and of others beside them."""
 
-    itself: Measured
-    other_half: Measured
+    itself: ClipFigures
+    other_half: ClipFigures
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,31 @@ class Figure:
     """A figure of a model, shown, and its cost."""
 
     title: str
-    value: Callable[[Measured], float | None]
-    cost: Callable[[Measured, Real], float | None]
+    value: Callable[[ClipFigures], float | None]
+    cost: Callable[[ClipFigures, Real], float | None]
     """Less is better; None where it says nothing."""
     is_share: bool = False
     """Of clips: clearly less is then more than one standard error of the difference."""
 
 
-def spectral(measured: Measured) -> float:
+def spectral(measured: ClipFigures) -> float:
     """The mean over frames of the distance from the real clips' PSD."""
     return math.fsum(measured.spectral_distances) / len(measured.spectral_distances)
 
 
-def _spectral_cost(measured: Measured, real: Real) -> float:
+def _spectral_cost(measured: ClipFigures, real: Real) -> float:
     return max(spectral(measured), spectral(real.other_half))
 
 
-def _at_the_end(measured: Measured) -> float:
+def _at_the_end(measured: ClipFigures) -> float:
     return measured.spectral_distances[-1]
 
 
-def _end_cost(measured: Measured, real: Real) -> float:
+def _end_cost(measured: ClipFigures, real: Real) -> float:
     return max(_at_the_end(measured), _at_the_end(real.other_half))
 
 
-def _grounding_cost(measured: Measured, real: Real) -> float | None:
+def _grounding_cost(measured: ClipFigures, real: Real) -> float | None:
     return None if measured.grounding is None else max(measured.grounding, LEAST_GROUNDING)
 
 
@@ -85,15 +85,15 @@ def _recognised(kind: str) -> Figure:
     )
 
 
-def _judder_cost(measured: Measured, real: Real) -> float:
+def _judder_cost(measured: ClipFigures, real: Real) -> float:
     return abs(math.log(measured.judder / real.itself.judder))
 
 
-def _motion_cost(measured: Measured, real: Real) -> float:
+def _motion_cost(measured: ClipFigures, real: Real) -> float:
     return abs(math.log(max(measured.motion, LEAST_MOTION)))
 
 
-def _variety_cost(measured: Measured, real: Real) -> float | None:
+def _variety_cost(measured: ClipFigures, real: Real) -> float | None:
     return None if measured.variety is None else abs(1 - measured.variety)
 
 
@@ -101,7 +101,7 @@ def _fading(window: int) -> Figure:
     """How far motion after a window is from what it is in real clips, in either direction."""
     place = WINDOWS.index(window)
 
-    def cost(measured: Measured, real: Real) -> float | None:
+    def cost(measured: ClipFigures, real: Real) -> float | None:
         if measured.moves_within[place] < STILL:
             return None
         distance = abs(math.log(measured.fading[place] / real.itself.fading[place]))
@@ -189,7 +189,7 @@ class Compared:
     outcome: Outcome
 
 
-def compare(figure: Figure, better: Measured, worse: Measured, real: Real) -> Compared:
+def compare(figure: Figure, better: ClipFigures, worse: ClipFigures, real: Real) -> Compared:
     """Which of two models the figure takes for the better one."""
     costs = figure.cost(better, real), figure.cost(worse, real)
     outcome: Outcome = "no answer"
@@ -236,7 +236,7 @@ class Judgement:
     verdict: Verdict
 
 
-Results = Mapping[int, Mapping[str, Measured]]
+Results = Mapping[int, Mapping[str, ClipFigures]]
 """By seed and model."""
 
 

@@ -268,7 +268,7 @@ def dx_kernel(
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-class Plan(NamedTuple):
+class FramePrograms(NamedTuple):
     """How a [B, T, S, C] tensor is cut into programs."""
 
     block_s: int
@@ -285,7 +285,7 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def plan(B: int, T: int, S: int, C: int) -> Plan:
+def plan(B: int, T: int, S: int, C: int) -> FramePrograms:
     """Raises ValueError for a frame of 2^31 values or more: offsets within a frame are int32."""
     if S * C >= 2**31:
         raise ValueError(f"a frame of {S} pixels x {C} channels has 2^31 values or more")
@@ -296,7 +296,7 @@ def plan(B: int, T: int, S: int, C: int) -> Plan:
     most_splits = ceil_div(num_tiles, MIN_TILES)
     split_rows = ceil_div(num_tiles, min(wanted_splits, most_splits)) * block_s
     num_splits = ceil_div(S, split_rows)
-    return Plan(
+    return FramePrograms(
         block_s=block_s,
         block_c=block_c,
         split_rows=split_rows,
@@ -363,7 +363,7 @@ def dx(dy_BTSC: Tensor, operands: NormOperands, terms_2TC: Tensor | None) -> Ten
     return dx_BTSC
 
 
-def _launch(operands: NormOperands) -> tuple[tuple[int, ...], Plan]:
+def _launch(operands: NormOperands) -> tuple[tuple[int, ...], FramePrograms]:
     """T, S, C, splits, rows of a split, frames of gain and of bias; and the plan."""
     x_BTSC, gain_BtC, bias_BtC, _, _ = operands
     (_, T, S, C), cut = x_BTSC.shape, plan(*x_BTSC.shape)

@@ -38,7 +38,7 @@ SIZES = (
 )  # fmt: skip
 
 
-class Cut(NamedTuple):
+class NetworkTables(NamedTuple):
     """The work of each launch: rows of a list, each telling what one program does."""
 
     sizes: Tensor  # [L, 10] int64; "*_at" are rows in `sources` and a place among the partial sums
@@ -77,7 +77,7 @@ def cut(
     folds: tuple[Fold, ...],
     lows: tuple[bool, ...],
     device: torch.device,
-) -> Cut:
+) -> NetworkTables:
     """The cut of weights of these shapes; `lows` says which kernels are of 16 bits."""
     sizes: list[tuple[int, ...]] = []
     sources: list[list[int]] = []
@@ -105,7 +105,7 @@ def cut(
     def table(rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(rows, dtype=dtype, device=device)
 
-    return Cut(
+    return NetworkTables(
         table(sizes, torch.int64), table(sources), table(weight_pieces), table(kernel_pieces)
     )
 

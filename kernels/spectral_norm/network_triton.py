@@ -19,7 +19,7 @@ from kernels.spectral_norm.network_tables import (
     MOST_SOURCES,
     PIECE,
     SIZES,
-    Cut,
+    NetworkTables,
     addresses,
     cut,
 )
@@ -324,7 +324,9 @@ def gradients(
     return dws
 
 
-def _cut(weights: Sequence[Tensor], dtypes: Sequence[torch.dtype], folds: Sequence[Fold]) -> Cut:
+def _cut(
+    weights: Sequence[Tensor], dtypes: Sequence[torch.dtype], folds: Sequence[Fold]
+) -> NetworkTables:
     shapes = tuple(tuple(weight.shape) for weight in weights)
     lows = tuple(dtype != torch.float32 for dtype in dtypes)
     return cut(shapes, tuple(folds), lows, weights[0].device)

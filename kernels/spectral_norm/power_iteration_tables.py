@@ -31,7 +31,7 @@ ADDRESSES = ("W", "u", "v", "aligned")
 SIZES = ("R", "K", "row_splits", "column_splits", "columns_at", "squares_at", "rows_at")
 
 
-class Cut(NamedTuple):
+class IterationTables(NamedTuple):
     """The work of each launch: rows of a list, each telling what one program does."""
 
     sizes: Tensor  # [L, 7] int64; "*_at" are offsets in the workspace, in values
@@ -42,7 +42,7 @@ class Cut(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def cut(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Cut:
+def cut(shapes: tuple[tuple[int, int], ...], device: torch.device) -> IterationTables:
     """The cut of matrices [R, K] of these shapes."""
     sizes: list[tuple[int, ...]] = []
     column_sums: list[tuple[int, ...]] = []
@@ -63,7 +63,7 @@ def cut(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Cut:
     def table(rows: list[tuple[int, ...]], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(rows, dtype=dtype, device=device)
 
-    return Cut(
+    return IterationTables(
         table(sizes, torch.int64), table(column_sums), table(merge_columns), table(row_sums), at
     )
 

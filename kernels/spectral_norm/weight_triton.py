@@ -111,7 +111,7 @@ def dw_kernel(
         tl.store(dw_ptr + at, (dy - u[:, None] * v[None, :]) / sigma, mask=mask)
 
 
-class Plan(NamedTuple):
+class MatrixPrograms(NamedTuple):
     """How one matrix [R, K] is cut into programs."""
 
     grid: tuple[int]
@@ -124,7 +124,7 @@ class Plan(NamedTuple):
         return self.tile | {"BLOCK_P": MOST_PROGRAMS}
 
 
-def plan(R: int, K: int) -> Plan:
+def plan(R: int, K: int) -> MatrixPrograms:
     """Eight tiles per program, more where there would be more than 1024 programs otherwise.
 
     One program for each block of columns is the least; past 2^18 columns, which no weight of a
@@ -138,7 +138,7 @@ def plan(R: int, K: int) -> Plan:
     row_tiles = ceil_div(R, block_r)
     tiles_each = max(MIN_TILES, ceil_div(row_tiles, MOST_PROGRAMS // column_blocks))
     rows_each = tiles_each * block_r
-    return Plan(
+    return MatrixPrograms(
         grid=(column_blocks * ceil_div(R, rows_each),),
         arguments=(R, K, rows_each, column_blocks),
         tile={"BLOCK_R": block_r, "BLOCK_K": block_k} | OPTIONS,
