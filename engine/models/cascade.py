@@ -3,12 +3,13 @@
 Shapes: B batch, T frames, C channels, H x W pixels. `zs` holds one latent [B, Z] per stage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from engine.configuration import Config
+from engine.models.chunks import clip_chunks, cut_at, upsampled_chunks
 from engine.models.generator import ClipGenerator
 from engine.models.spectral import settle_weights
 from engine.models.upsampler import UpsamplingGenerator
@@ -82,6 +83,33 @@ class Cascade(nn.Module):
         for upsampler, z in zip(upsamplers, zs[1:], strict=True):
             video = upsampler.unroll(z, labels_B, video)
         return video[:, :num_frames]
+
+    def stream(
+        self, zs: Sequence[Tensor], labels_B: Tensor | None, ends: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """What `generate` makes of `ends[-1]` frames, a chunk up to each of `ends` at a time.
+
+        Statistics must be fixed, at any length (`chunks.statistics_rows`). No stage keeps more than
+        a chunk and what it needs beyond it.
+        """
+        self._check_latents(zs, len(self.generators))
+        first, upsamplers = _split(list(self.generators))
+        unrolling = self.config.unrolling(len(self.generators))
+        num_first = -(-ends[-1] // unrolling)
+
+        def ends_at(number: int) -> list[int]:
+            """The same in frames of an earlier stage, of whose clip all is used."""
+            made = self.config.unrolling(number)
+            reached = {-(-end * made // unrolling) for end in ends[:-1]}
+            return sorted({*reached, num_first * made})
+
+        chunks = clip_chunks(first, zs[0], labels_B, ends_at(1))
+        for number, (upsampler, z) in enumerate(zip(upsamplers, zs[1:], strict=True), start=2):
+            period = self.config.unrolling(number)
+            chunks = upsampled_chunks(
+                upsampler, z, labels_B, chunks, ends_at(number - 1), period=period
+            )
+        return cut_at(chunks, ends)
 
     @torch.no_grad()
     def sample_previous(

@@ -222,6 +222,9 @@ class NoInjection(nn.Module):
 class ConvGRU(OperatorLayer):
     """Convolutional GRU whose hidden state has the input's channels (3x3, ReLU candidate)."""
 
+    hidden_BCHW: Tensor | None = None
+    """h before the first frame, where a video goes on (engine/models/chunks.py); None is 0."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.reset = Convolution(2 * channels, channels)
@@ -232,5 +235,6 @@ class ConvGRU(OperatorLayer):
         """Every hidden state, [B, T, C, H, W]."""
         gates = [gate.operands(x_BTCHW.dtype) for gate in (self.reset, self.update, self.candidate)]
         weights, biases = zip(*gates, strict=True)
-        h_BTCHW: Tensor = self.operators.conv_gru(x_BTCHW, *weights, *biases)
+        goes_on = {} if self.hidden_BCHW is None else {"hidden_BCHW": self.hidden_BCHW}
+        h_BTCHW: Tensor = self.operators.conv_gru(x_BTCHW, *weights, *biases, **goes_on)
         return h_BTCHW

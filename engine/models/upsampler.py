@@ -62,14 +62,24 @@ class UpsamplingGenerator(GeneratorTrunk):
         self.low_resolution, self.frame_step = low_resolution, frame_step
         self.low_frames, self.edge_frames = low_frames, edge_frames
 
-    def forward(self, z_BZ: Tensor, labels_B: Tensor | None, low_BTCHW: Tensor) -> Tensor:
-        """x_l [B, t, 3, h, w] → [B, t * frame_step, 3, resolution, resolution], fp32."""
+    def forward(
+        self,
+        z_BZ: Tensor,
+        labels_B: Tensor | None,
+        low_BTCHW: Tensor,
+        *,
+        look_ahead: int = 0,
+    ) -> Tensor:
+        """x_l [B, t, 3, h, w] → [B, t * frame_step, 3, resolution, resolution], fp32.
+
+        The last `look_ahead` frames of x_l become none: the frame before is interpolated with them.
+        """
         expected = (LOW_CHANNELS, self.low_resolution, self.low_resolution)
         if low_BTCHW.ndim != 5 or low_BTCHW.shape[2:] != expected:
             raise ValueError(f"x_l must be [B, t, {expected}], not {tuple(low_BTCHW.shape)}")
-        num_frames = low_BTCHW.shape[1] * self.frame_step
+        num_frames = (low_BTCHW.shape[1] - look_ahead) * self.frame_step
         if self.low_frames == "interpolate":
-            low_BTCHW = interpolate_frames(low_BTCHW, self.frame_step)
+            low_BTCHW = interpolate_frames(low_BTCHW, self.frame_step)[:, :num_frames]
         low = low_BTCHW.to(self.compute_dtype)
         return self.synthesize(z_BZ, labels_B, num_frames, low)
 

@@ -23,9 +23,13 @@ def conv_gru_reference(
     bias_r_C: Tensor,
     bias_u_C: Tensor,
     bias_c_C: Tensor,
+    hidden_BCHW: Tensor | None = None,
 ) -> Tensor:
-    """The equations as they stand, frame by frame; returns every h, [B, T, C, H, W]."""
-    h = torch.zeros_like(x_BTCHW[:, 0])
+    """The equations as they stand, frame by frame; returns every h, [B, T, C, H, W].
+
+    Before the first frame h is 0 if it is not given.
+    """
+    h = torch.zeros_like(x_BTCHW[:, 0]) if hidden_BCHW is None else hidden_BCHW
     states = []
     for x in x_BTCHW.unbind(1):
         hx = torch.cat([h, x], dim=1)

@@ -81,9 +81,17 @@ class ConvGRUFunction(torch.autograd.Function):
 
 
 def run(
-    operands: GRUOperands, num_frames: int, impl: str, *, keep_gates: bool
+    operands: GRUOperands,
+    num_frames: int,
+    impl: str,
+    *,
+    keep_gates: bool,
+    hidden_BCHW: Tensor | None = None,
 ) -> tuple[Tensor, Gates | None]:
-    """Every h, [B, T, C, H, W] channels last in memory, and the gates if they are kept."""
+    """Every h, [B, T, C, H, W] channels last in memory, and the gates if they are kept.
+
+    Before the first frame h is 0 if it is not given; `gradients` are of that case.
+    """
     x_BtCHW, *weights = operands[:4]
     gate_passes, T = passes(impl), num_frames
     B, _, C, H, W = x_BtCHW.shape
@@ -93,6 +101,8 @@ def run(
 
     y_BTHWC = x_BtCHW.new_empty(B, T, H, W, C)
     h_BHWC, rh_BHWC = (x_BtCHW.new_empty(B, H, W, C) for _ in range(2))
+    if hidden_BCHW is not None:
+        h_BHWC.copy_(hidden_BCHW.permute(0, 2, 3, 1))
     num_kept = T if keep_gates else 1
     ru_TBHW2C = x_BtCHW.new_empty(num_kept, B, H, W, 2 * C)
     c_TBHWC = x_BtCHW.new_empty(T, B, H, W, C) if keep_gates else None
@@ -102,7 +112,7 @@ def run(
         ru_BHW2C = ru_TBHW2C[t % num_kept]
         c_BHWC = None if c_TBHWC is None else c_TBHWC[t]
         candidate_h_BHWC = None
-        if t > 0:
+        if t > 0 or hidden_BCHW is not None:
             gates_h_BHW2C = _convolve(h_BHWC, parts.ru_h)
             gate_passes.reset_update(gates_x_BHW3C, gates_h_BHW2C, h_BHWC, ru_BHW2C, rh_BHWC)
             candidate_h_BHWC = _convolve(rh_BHWC, parts.c_h)

@@ -86,6 +86,34 @@ def test_constant_input_is_convolved_once_and_gives_the_same(
         torch.testing.assert_close(ours, theirs, check_stride=False)
 
 
+@pytest.mark.parametrize("wants_gradients", [False, True])
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_sequence_in_two_calls(first: int, wants_gradients: bool) -> None:
+    """The second call goes on from the first one's last h, which gradients pass too."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, 3, 5, dtype=torch.float64, requires_grad=wants_gradients)
+    w = [v.detach().requires_grad_(wants_gradients) for v in parameters(4)]
+    expected = naive(x, w)
+    before = kernels.conv_gru(x[:, :first], *w)
+    after = kernels.conv_gru(x[:, first:], *w, hidden_BCHW=before[:, -1])
+    got = torch.cat([before, after], dim=1)
+    torch.testing.assert_close(got, expected, check_stride=False)
+    if wants_gradients:
+        upstream = torch.randn_like(expected)
+        for ours, theirs in zip(
+            torch.autograd.grad(got, [x, *w], upstream),
+            torch.autograd.grad(expected, [x, *w], upstream),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, check_stride=False)
+
+
+def test_a_hidden_state_of_another_shape_is_refused() -> None:
+    x, w = torch.randn(2, 5, 4, 3, 5, dtype=torch.float64), parameters(4)
+    with pytest.raises(ValueError, match=r"h must be \[2, 4, 3, 5\], not \(1, 4, 3, 5\)"):
+        kernels.conv_gru(x, *w, hidden_BCHW=x[:1, 0])
+
+
 def test_finite_differences() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
