@@ -8,7 +8,7 @@ import torch
 from engine.command_line import ArgumentParser, run
 from engine.models.construction import forbid_tf32
 from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, make_writable, write
-from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, generate
+from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, stream
 from engine.trainer.checkpoints import find_checkpoint, read_generators
 from engine.trainer.previous import load_cascade
 
@@ -55,6 +55,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="numbers or names (default: all trained on, in turn); as in CSV, a name with a comma "
         """stands in double quotes: --classes '3,"lifting, then dropping"'""",
     )
+    add(
+        "--statistics-frames",
+        type=int,
+        metavar="T",
+        help="length of the videos that the norms' statistics are taken of (default: --frames, at "
+        "most four times the training clip; longer videos repeat the statistics in the middle)",
+    )
     add("--num", type=int, metavar="N", help="clips (default: one per class, at most 16)")
     add(
         "--format",
@@ -64,7 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="mp4 to look at; png or npz, which lose nothing, for metrics (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    parser.check_generation(options, frames=1, num=1)
+    parser.check_generation(options, frames=1, num=1, statistics_frames=1)
     return options
 
 
@@ -82,17 +89,21 @@ def main(arguments: list[str]) -> None:
         seed=options.seed,
         num_passes=options.passes or config.stages[stage_number].training.norm_statistics_passes,
         batch_size=options.batch,
+        statistics_frames=options.statistics_frames,
     )
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
-    for note in beyond_training(config, stage_number, plan.num_frames):
+    notes = beyond_training(config, stage_number, plan.num_frames)
+    if plan.num_frames > plan.length_of_passes:
+        notes.append(f"norm statistics of {plan.length_of_passes} frames serve {plan.num_frames}")
+    for note in notes:
         print(f"note: {note}")
     make_writable(options.out, plan, options.format)
     forbid_tf32()
     cascade = load_cascade(config, read_generators(checkpoint), device).freeze()
     fix_statistics(cascade, plan, options.out)
-    write(options.out, generate(cascade, plan), plan, options.format)
+    write(options.out, stream(cascade, plan), plan, options.format)
     print(f"wrote: {len(plan.labels)} clips of {plan.num_frames} frames")
     lossless = {"png": FRAMES, "npz": ARCHIVE}
     for name in (GRID, SHEET, *(lossless[name] for name in options.format if name in lossless)):

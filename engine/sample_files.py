@@ -10,13 +10,14 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from engine.durable_files import make_writable_folder, reading, writing
 from engine.errors import UserError
 from engine.sampling import STATISTICS, SamplePlan
 from engine.video.lossless import clip_archive, write_pngs
-from engine.video.writing import contact_sheet, grid, write_mp4
+from engine.video.writing import NUM_COLUMNS, contact_sheet, evenly_spaced, grid, mp4_file
 
 FORMATS = ("mp4", "png", "npz")
 """Those that clips can be written in. All but mp4 keep every bit, at the size that is generated."""
@@ -39,7 +40,8 @@ FRAMES = "frames"
 ARCHIVE = "samples.npz"
 _ASIDE = ".writing-"
 NUM_SHOWN = 64
-"""Clips in the grid and the contact sheet, which lie in memory and are looked at."""
+"""Clips in the grid and the contact sheet, which are looked at."""
+_GRID_FRAMES = 16  # of all of them in memory at once
 
 
 def make_writable(out: Path, plan: SamplePlan, formats: Collection[str] = ("mp4",)) -> None:
@@ -61,11 +63,14 @@ def make_writable(out: Path, plan: SamplePlan, formats: Collection[str] = ("mp4"
 
 
 def write(
-    out: Path, videos: Iterable[Tensor], plan: SamplePlan, formats: Collection[str] = ("mp4",)
+    out: Path,
+    videos: Iterable[Iterable[Tensor]],
+    plan: SamplePlan,
+    formats: Collection[str] = ("mp4",),
 ) -> None:
-    """Each clip, uint8 [T, 3, H, W], in each of the formats; the first ones in one and in a sheet.
+    """Each clip in each of the formats; the NUM_SHOWN first ones in one video and in a sheet.
 
-    Each clip is let go when it is written; only the NUM_SHOWN first ones are kept for the grid.
+    A clip comes in chunks, uint8 [t, 3, H, W], and each is let go when it is written.
     Written aside and moved when all are there: until then an earlier run's files stay as they are.
     Those of its clips that this one does not write are removed. Raises UserError when something
     cannot be written.
@@ -85,7 +90,7 @@ def write(
 
 
 def _write_files(
-    folder: Path, videos: Iterable[Tensor], plan: SamplePlan, formats: Collection[str]
+    folder: Path, videos: Iterable[Iterable[Tensor]], plan: SamplePlan, formats: Collection[str]
 ) -> list[str]:
     """Everything that `write` writes, into `folder`; the names there, samples.json's last."""
     names = _clip_names(plan)
@@ -93,33 +98,50 @@ def _write_files(
     stage = plan.checkpoint.config().stages[plan.checkpoint.stage_number]
     scale = max(1, 128 // stage.resolution)
     clips: list[dict[str, str]] = []
-    shown: list[Tensor] = []
     with ExitStack() as stack:
+        num_shown = min(len(names), NUM_SHOWN)
+        shown = stack.enter_context(_ShownClips(folder, num_shown, plan.num_frames))
         if "npz" in formats:
             arrays = {"fps": np.array(fps, "<f8")}
             if None not in plan.labels:
                 arrays["labels"] = np.array(plan.labels, "<i8")
-            archive = clip_archive(folder / ARCHIVE, len(names), **arrays)
+            archive = clip_archive(folder / ARCHIVE, len(names), plan.num_frames, **arrays)
             add_to_archive = stack.enter_context(archive)
         with_names = zip(videos, names, strict=True)
-        for video_TCHW, name in tqdm(with_names, "generating", total=len(names), unit="clip"):
-            clip = {}
-            if "mp4" in formats:
-                clip["file"] = f"{name}.mp4"
-                write_mp4(folder / clip["file"], video_TCHW, fps, scale=scale)
-            if "png" in formats:
-                clip["folder"] = f"{FRAMES}/{name}"
-                write_pngs(folder / clip["folder"], video_TCHW)
-            if "npz" in formats:
-                add_to_archive(video_TCHW)
-            clip["sha256"] = hashlib.sha256(video_TCHW.numpy().tobytes()).hexdigest()
+        for number, (chunks, name) in enumerate(
+            tqdm(with_names, "generating", total=len(names), unit="clip")
+        ):
+            clip, digest, num_written = {}, hashlib.sha256(), 0
+            with ExitStack() as of_clip:
+                if "mp4" in formats:
+                    clip["file"] = f"{name}.mp4"
+                    mp4 = mp4_file(folder / clip["file"], fps, scale=scale)
+                    add_to_mp4 = of_clip.enter_context(mp4)
+                if "png" in formats:
+                    clip["folder"] = f"{FRAMES}/{name}"
+                for video_TCHW in chunks:
+                    if "mp4" in formats:
+                        add_to_mp4(video_TCHW)
+                    if "png" in formats:
+                        write_pngs(folder / clip["folder"], video_TCHW, first=num_written)
+                    if "npz" in formats:
+                        add_to_archive(video_TCHW)
+                    if number < NUM_SHOWN:
+                        shown.add(video_TCHW)
+                    digest.update(video_TCHW.contiguous().numpy().data)
+                    num_written += len(video_TCHW)
+            clip["sha256"] = digest.hexdigest()
             clips.append(clip)
-            if len(shown) < NUM_SHOWN:
-                shown.append(video_TCHW)
-    shown_BTCHW = torch.stack(shown)
-    columns = max(1, round(len(shown) ** 0.5))
-    write_mp4(folder / GRID, grid(shown_BTCHW, columns), fps, scale=scale)
-    contact_sheet(shown_BTCHW, folder / SHEET, labels=_class_names(plan)[: len(shown)])
+        columns = max(1, round(shown.num_clips**0.5))
+        with mp4_file(folder / GRID, fps, scale=scale) as add_to_grid:
+            for begin in range(0, plan.num_frames, _GRID_FRAMES):
+                end = min(begin + _GRID_FRAMES, plan.num_frames)
+                add_to_grid(grid(shown.frames(range(begin, end)), columns))
+        contact_sheet(
+            shown.frames(evenly_spaced(plan.num_frames, NUM_COLUMNS)),
+            folder / SHEET,
+            labels=_class_names(plan)[: shown.num_clips],
+        )
     asked = {
         "checkpoint": str(plan.checkpoint.path),
         "labels": plan.labels,
@@ -128,6 +150,7 @@ def _write_files(
         "seed": plan.seed,
         "passes": plan.num_passes,
         "batch": plan.batch_size,
+        "statistics_frames": plan.length_of_passes,
         "frames_per_second": fps,
         "formats": [name for name in FORMATS if name in formats],
         "clips": clips,
@@ -137,6 +160,36 @@ def _write_files(
     files += [FRAMES] if "png" in formats else []
     files += [ARCHIVE] if "npz" in formats else []
     return [*files, GRID, SHEET, SAMPLES]
+
+
+class _ShownClips:
+    """The first clips again, all at once: kept in a file, of which a few frames are read."""
+
+    def __init__(self, folder: Path, num_clips: int, num_frames: int) -> None:
+        self.num_clips, self._folder, self._num_frames = num_clips, folder, num_frames
+        self._shape: tuple[int, ...] = ()
+
+    def __enter__(self) -> "_ShownClips":
+        self._file = TemporaryFile(dir=self._folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, frames_TCHW: Tensor) -> None:
+        """The next frames of the next clip."""
+        self._shape = tuple(frames_TCHW.shape[1:])
+        self._file.write(frames_TCHW.contiguous().numpy().data)
+
+    def frames(self, numbers: Sequence[int]) -> Tensor:
+        """These frames of all clips, uint8 [B, T, 3, H, W]."""
+        size = math.prod(self._shape)
+        read_BTN = np.empty((self.num_clips, len(numbers), size), np.uint8)
+        for clip, of_clip_TN in enumerate(read_BTN):
+            for place, number in enumerate(numbers):
+                self._file.seek((clip * self._num_frames + number) * size)
+                self._file.readinto(of_clip_TN[place].data)
+        return torch.from_numpy(read_BTN).unflatten(2, self._shape)
 
 
 def _class_names(plan: SamplePlan) -> list[str]:

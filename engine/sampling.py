@@ -21,6 +21,10 @@ from engine.trainer.standing_statistics import fix_standing_statistics
 from engine.video.writing import to_uint8
 
 STATISTICS = "norm-statistics.pt"
+MOST_UNROLLED = 4
+"""The longest dummy passes, in training clips."""
+CHUNK_FRAMES = 64
+"""Frames made at once. At the paper's sizes, 128x128 pixels, they take some GB."""
 _PASSES, _CLIPS = "sampling passes", "sampled clip"  # streams of random numbers
 
 
@@ -39,6 +43,20 @@ class SamplePlan:
     """Dummy passes that fix the norm statistics; the paper runs 200."""
     batch_size: int
     """Clips per dummy pass."""
+    statistics_frames: int | None = None
+    """The length of the dummy passes' videos; None chooses it (`length_of_passes`)."""
+
+    @property
+    def length_of_passes(self) -> int:
+        """Frames of the dummy passes' videos.
+
+        They are as long as what is generated (paper), up to `MOST_UNROLLED` times the training
+        clip: a pass has all frames in memory, for a whole batch. A longer video uses their
+        statistics as `engine.models.chunks.statistics_rows` says.
+        """
+        config, number = self.checkpoint.config(), self.checkpoint.stage_number
+        trained = config.stages[1].num_frames * config.unrolling(number)
+        return self.statistics_frames or min(self.num_frames, MOST_UNROLLED * trained)
 
 
 def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -> list[int | None]:
@@ -89,7 +107,7 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
     key = {
         "generator": plan.checkpoint.meta["files"][GENERATOR][1],
         "classes": plan.checkpoint.class_counts,
-        "frames": plan.num_frames,
+        "frames": plan.length_of_passes,
         "sigma": plan.sigma,
         "passes": plan.num_passes,
         "batch": plan.batch_size,
@@ -109,14 +127,14 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
 
 
 def run_passes(cascade: Cascade, plan: SamplePlan) -> None:
-    """Fix the norms at the plan's length, by dummy passes.
+    """Fix the norms by dummy passes.
 
     Decided: the passes draw z with the σ that is sampled with, as BigGAN does for truncation;
     statistics of σ = 1 do not fit activations of σ = 0.5. Decided: they draw classes as often as
     the data has them, as training does; embeddings that were never trained shall not count.
     """
     config, stages = cascade.config, list(cascade.generators)
-    clip_frames = -(-plan.num_frames // config.unrolling(len(stages)))
+    clip_frames = -(-plan.length_of_passes // config.unrolling(len(stages)))
     latents = LatentSource(
         config,
         plan.checkpoint.class_counts,
@@ -141,10 +159,16 @@ def run_passes(cascade: Cascade, plan: SamplePlan) -> None:
 
 
 def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
-    """A uint8 video [T, 3, H, W] on the CPU for each label; UserError when it is not finite.
+    """A uint8 video [T, 3, H, W] on the CPU for each label, as `stream` makes it."""
+    for chunks in stream(cascade, plan):
+        yield torch.cat(list(chunks))
+
+
+def stream(cascade: Cascade, plan: SamplePlan) -> Iterator[Iterator[Tensor]]:
+    """For each label a uint8 video in chunks [t, 3, H, W] on the CPU; UserError if not finite.
 
     Clip by clip, each from a seed of its own: the n-th clip of a class is the same video whatever
-    else is asked for, and memory does not grow with their number.
+    else is asked for. Memory grows neither with their number nor with their length.
     """
     device = next(cascade.parameters()).device
     counts: Counter[int | None] = Counter()
@@ -155,7 +179,14 @@ def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
         latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
         labels_B = None if label is None else torch.tensor([label], device=device)
         zs = latents.latents(1, len(cascade.generators))
-        video_BTCHW = cascade.generate(zs, labels_B, plan.num_frames)
+        yield _chunks(cascade, plan, zs, labels_B)
+
+
+def _chunks(
+    cascade: Cascade, plan: SamplePlan, zs: list[Tensor], labels_B: Tensor | None
+) -> Iterator[Tensor]:
+    ends = [*range(CHUNK_FRAMES, plan.num_frames, CHUNK_FRAMES), plan.num_frames]
+    for video_BTCHW in cascade.stream(zs, labels_B, ends):
         if not video_BTCHW.isfinite().all():  # uint8 would hide it
             raise UserError(
                 f"{plan.checkpoint.path} generates values that are not finite with sigma "

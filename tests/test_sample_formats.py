@@ -81,7 +81,9 @@ def test_every_format_is_of_the_same_clips(cascade_run: Path, tmp_path: Path) ->
 def test_what_is_written_is_what_is_given(plan: SamplePlan, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     videos = torch.randint(0, 256, (3, 5, 3, 16, 16), dtype=torch.uint8, generator=random)
-    write(tmp_path, iter(videos), plan, ("png", "npz"))
+    plan = dataclasses.replace(plan, num_frames=5)
+    in_chunks = (iter(video.split([1, 3, 1])) for video in videos)
+    write(tmp_path, in_chunks, plan, ("png", "npz"))
     expected = videos.permute(0, 1, 3, 4, 2).numpy()
     folders = sorted((tmp_path / "frames").iterdir())
     assert np.array_equal([read_frames(folder) for folder in folders], expected)
@@ -93,18 +95,18 @@ def test_what_is_written_is_what_is_given(plan: SamplePlan, tmp_path: Path) -> N
 
 def test_without_classes_there_are_no_labels(plan: SamplePlan, tmp_path: Path) -> None:
     without = SamplePlan(plan.checkpoint, [None], 2, sigma=1, seed=0, num_passes=1, batch_size=1)
-    write(tmp_path, [torch.zeros(2, 3, 16, 16, dtype=torch.uint8)], without, ["npz"])
+    write(tmp_path, [[torch.zeros(2, 3, 16, 16, dtype=torch.uint8)]], without, ["npz"])
     with np.load(tmp_path / "samples.npz") as archive:
         assert sorted(archive) == ["fps", "videos"]
 
 
 def test_clips_are_written_as_they_come(plan: SamplePlan, tmp_path: Path) -> None:
-    def one_by_one() -> Iterator[torch.Tensor]:
+    def one_by_one() -> Iterator[list[torch.Tensor]]:
         for number in range(3):
             (aside,) = tmp_path.iterdir()
             assert len(list(aside.glob("frames/clip-*"))) == number
             assert (aside / "samples.npz").stat().st_size >= number * 3 * 128 * 128 * 2
-            yield torch.full((2, 3, 128, 128), number, dtype=torch.uint8)
+            yield [torch.full((2, 3, 128, 128), number, dtype=torch.uint8)]
 
     write(tmp_path, one_by_one(), plan, ("png", "npz"))
 
@@ -156,13 +158,13 @@ def test_frames_elsewhere_are_not_followed(plan: SamplePlan, tmp_path: Path) -> 
 def test_a_full_disk(plan: SamplePlan, tmp_path: Path, formats: str) -> None:
     """The earlier run's files stay, and nothing is left aside."""
     videos = torch.zeros(3, 2, 3, 16, 16, dtype=torch.uint8)
-    write(tmp_path, videos, plan, [formats])
+    write(tmp_path, [[video] for video in videos], plan, [formats])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.[np]*") if path.is_file()}
     assert len(before) == {"png": 3 * 2 + 1, "npz": 2}[formats]  # with the contact sheet
     random = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, videos.shape, dtype=torch.uint8, generator=random)
     with full_disk(500), pytest.raises(UserError, match="cannot write"):
-        write(tmp_path, noise, plan, [formats])
+        write(tmp_path, [[video] for video in noise], plan, [formats])
     assert {path: path.read_bytes() for path in before} == before
     assert not list(tmp_path.glob(".writing-*"))
 

@@ -18,31 +18,33 @@ from engine.durable_files import writing
 from engine.video.writing import as_THWC
 
 
-def write_pngs(folder: str | Path, frames: Tensor | NDArray[np.uint8]) -> None:
+def write_pngs(folder: str | Path, frames: Tensor | NDArray[np.uint8], first: int = 0) -> None:
     """Write uint8 frames, [T, C, H, W] or [T, H, W, C], as 000000.png, 000001.png, ... in `folder`.
 
+    With `first`, they go on from that number.
     Some tools sort frames by their names and some by the numbers there; both find the right order.
     Raises ValueError for other shapes or types, UserError if they cannot be written.
     """
     folder, frames_THWC = Path(folder), as_THWC(frames)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for number, frame_HWC in enumerate(frames_THWC):
+        for number, frame_HWC in enumerate(frames_THWC, start=first):
             Image.fromarray(frame_HWC).save(folder / f"{number:06d}.png", format="PNG")
 
 
 @contextmanager
 def clip_archive(
-    path: str | Path, num_clips: int, **arrays: NDArray[np.generic]
+    path: str | Path, num_clips: int, num_frames: int, **arrays: NDArray[np.generic]
 ) -> Iterator[Callable[[Tensor | NDArray[np.uint8]], None]]:
-    """An npz file to which clips are added one by one, so that memory holds one of them.
+    """An npz file of clips whose frames are added bit by bit, so that memory holds few of them.
 
-    What is yielded takes a clip, [T, C, H, W] or [T, H, W, C]. `np.load(path)["videos"]` then is
-    uint8 [N, T, H, W, C], N = `num_clips`, in the order of the calls; beside it are `arrays`.
-    Nothing is compressed. The same clips give the same file. Raises ValueError where clips differ
-    in shape or are not `num_clips`, OSError if the file cannot be written.
+    What is yielded takes the next frames, [t, C, H, W] or [t, H, W, C]; `num_frames` of them are a
+    clip. `np.load(path)["videos"]` then is uint8 [N, T, H, W, C], N = `num_clips`, in the order of
+    the calls; beside it are `arrays`. Nothing is compressed. The same clips give the same file.
+    Raises ValueError where frames differ in shape or are too few or too many, OSError if the file
+    cannot be written.
     """
-    shape_THWC: tuple[int, ...] = ()
+    shape_HWC: tuple[int, ...] = ()
     num_added = 0
     with ZipFile(path, "w") as archive:  # stored, as np.savez does it
         for name, array in arrays.items():
@@ -52,19 +54,21 @@ def clip_archive(
         with archive.open("videos.npy", "w", force_zip64=True) as file:
 
             def add(frames: Tensor | NDArray[np.uint8]) -> None:
-                nonlocal shape_THWC, num_added
+                nonlocal shape_HWC, num_added
                 frames_THWC = np.ascontiguousarray(as_THWC(frames))
                 if num_added == 0:
-                    shape_THWC = frames_THWC.shape
-                    _write_header(file, (num_clips, *shape_THWC))
-                elif frames_THWC.shape != shape_THWC:
-                    raise ValueError(f"a clip of {frames_THWC.shape} after one of {shape_THWC}")
+                    shape_HWC = frames_THWC.shape[1:]
+                    _write_header(file, (num_clips, num_frames, *shape_HWC))
+                elif frames_THWC.shape[1:] != shape_HWC:
+                    raise ValueError(f"frames of {frames_THWC.shape[1:]} after ones of {shape_HWC}")
                 file.write(frames_THWC.data)
-                num_added += 1
+                num_added += len(frames_THWC)
 
             yield add
-    if num_added != num_clips:
-        raise ValueError(f"{num_added} clips were added instead of {num_clips}")
+    if num_added != num_clips * num_frames:
+        raise ValueError(
+            f"{num_added} frames were added instead of {num_clips} clips of {num_frames}"
+        )
 
 
 def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:

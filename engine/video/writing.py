@@ -5,7 +5,8 @@
 Shapes: B clips, T frames, C = 3 channels (RGB), H x W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from engine.durable_files import writing
 _BT709 = 1
 """libav's number of BT.709 as a matrix, as primaries and as a transfer function alike."""
 _LIMITED = 1  # its number of the range 16..235, "MPEG"
+NUM_COLUMNS = 8
+"""Frames of a clip in a contact sheet."""
 _SEPARATOR = 2  # pixels between clips
 _BACKGROUND = 24  # grey level around them
 
@@ -34,18 +37,27 @@ def to_uint8(video: Tensor) -> Tensor:
 def write_mp4(
     path: str | Path, frames: Tensor | NDArray[np.uint8], fps: float, *, scale: int = 1
 ) -> None:
-    """Write uint8 frames, [T, C, H, W] or [T, H, W, C], as H.264 that every player shows.
+    """Write uint8 frames, [T, C, H, W] or [T, H, W, C], as `mp4_file` does."""
+    frames_THWC = as_THWC(frames)
+    with mp4_file(path, fps, scale=scale) as add:
+        add(frames_THWC)
 
-    `scale` enlarges each pixel to a square of so many (nearest neighbour), for small clips. Odd
-    sizes gain a repeated row or column, since 4:2:0 colour needs even ones. The same frames give
-    the same file. Raises ValueError for other shapes or types, UserError if it cannot be written.
+
+@contextmanager
+def mp4_file(
+    path: str | Path, fps: float, *, scale: int = 1
+) -> Iterator[Callable[[Tensor | NDArray[np.uint8]], None]]:
+    """H.264 that every player shows, of frames that come in chunks.
+
+    What is yielded takes uint8 frames, [T, C, H, W] or [T, H, W, C], all of one size. `scale`
+    enlarges each pixel to a square of so many (nearest neighbour), for small clips. Odd sizes gain
+    a repeated row or column, since 4:2:0 colour needs even ones. The same frames give the same
+    file. Raises ValueError for other shapes or types, UserError if it cannot be written.
 
     Colours are converted by BT.709's matrix to limited range, and the stream and the container say
     so: a decoder that heeds the tags returns flat colours within 3 levels of 255. Fine detail is
     not kept (4:2:0 colour, quantisation): `lossless.py` is for what is to be measured.
     """
-    frames_THWC = as_THWC(frames)
-    height, width = (scale * side for side in frames_THWC.shape[1:3])
     path = Path(path)
     aside = path.with_name(f".{path.name}.writing")
     with writing(path, av.error.FFmpegError):  # x264 refuses more than 16384 pixels
@@ -53,17 +65,23 @@ def write_mp4(
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         with av.open(str(aside), "w", format="mp4", options=options) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height = width + width % 2, height + height % 2
             stream.pix_fmt = "yuv420p"
             _tag_colours(stream.codec_context)
             # The same frames are to give the same bytes. x264 divides a frame's rate control among
             # threads; and its macroblock tree reads memory that nobody wrote, for some sizes.
             fixed = {"threads": "1", "x264-params": "mbtree=0"}
             stream.options = {"crf": "16", "preset": "medium", **fixed}
-            for frame_HWC in frames_THWC:
-                frame_HWC = frame_HWC.repeat(scale, axis=0).repeat(scale, axis=1)
-                frame_HWC = np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
-                container.mux(stream.encode(_to_yuv(frame_HWC)))
+
+            def add(frames: Tensor | NDArray[np.uint8]) -> None:
+                for frame_HWC in as_THWC(frames):
+                    frame_HWC = frame_HWC.repeat(scale, axis=0).repeat(scale, axis=1)
+                    height, width = frame_HWC.shape[:2]
+                    if not stream.codec_context.is_open:
+                        stream.width, stream.height = width + width % 2, height + height % 2
+                    odd = (0, height % 2), (0, width % 2), (0, 0)
+                    container.mux(stream.encode(_to_yuv(np.pad(frame_HWC, odd, "edge"))))
+
+            yield add
             container.mux(stream.encode())
         aside.replace(path)
 
@@ -113,10 +131,15 @@ def grid(videos_BTCHW: Tensor, columns: int) -> Tensor:
     return canvas_TCHW
 
 
+def evenly_spaced(num_frames: int, num_shown: int) -> list[int]:
+    """Numbers of `num_shown` frames from the first to the last, or of all if they are fewer."""
+    return [round(x) for x in np.linspace(0, num_frames - 1, min(num_shown, num_frames)).tolist()]
+
+
 def contact_sheet(
     videos_BTCHW: Tensor,
     path: str | Path,
-    num_frames_shown: int = 8,
+    num_frames_shown: int = NUM_COLUMNS,
     labels: Sequence[str] | None = None,
     min_frame_pixels: int = 96,
 ) -> None:
@@ -127,7 +150,7 @@ def contact_sheet(
     be written.
     """
     num_frames, _, height, width = videos_BTCHW.shape[1:]
-    shown = np.linspace(0, num_frames - 1, min(num_frames_shown, num_frames)).round().astype(int)
+    shown = evenly_spaced(num_frames, num_frames_shown)
     scale = max(1, -(-min_frame_pixels // min(height, width)))
     frames = videos_BTCHW[:, shown].reshape(-1, 1, *videos_BTCHW.shape[2:])
     enlarged = frames.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)

@@ -28,6 +28,7 @@ from engine.models.chunks import (
 from engine.models.layers import ConvGRU
 from engine.models.norms import frame_norms
 from engine.models.spectral import spectral_weights, update_spectral_norm
+from engine.planning.counters import Phases, Update, UpdateBytes
 
 LABELS = torch.tensor([1, 3])
 FORMS: dict[str, dict[int, dict[str, Any]]] = {
@@ -191,3 +192,21 @@ def test_cut_at_keeps_no_more_than_it_must() -> None:
     assert next(cut).flatten().tolist() == [0]
     assert next(cut).flatten().tolist() == [1, 1, 1, 2]
     assert taken == [0, 1, 2]
+
+
+def test_memory_does_not_grow_with_the_length() -> None:
+    """Counted on the meta device: every byte that is live at one time."""
+    made = cascade("interpolated, ends repeated", 12).to("meta")
+    peaks = []
+    for length in (240, 960):
+        counted, phases = Update(), Phases()
+        live = UpdateBytes(phases, block_bytes=1)
+        with live, live.counted_for(counted):
+            zs = [torch.empty(2, 16, device="meta") for _ in range(3)]
+            ends = range(24, length + 1, 24)
+            chunks = made.stream(zs, torch.ones(2, dtype=torch.long, device="meta"), ends)
+            assert sum(chunk.shape[1] for chunk in chunks) == length
+        peaks.append(max(counted.most.values()))
+    assert peaks[0] == peaks[1]
+    output_bytes = 2 * 960 * 3 * 32 * 32 * 4
+    assert peaks[0] < output_bytes

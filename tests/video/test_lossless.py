@@ -40,10 +40,11 @@ def test_an_archive_is_what_numpy_loads(tmp_path: Path) -> None:
     videos = noise(3, 4, 6, 5, 3)
     labels = np.array([2, 0, 2])
     for name in ("a.npz", "b.npz"):
-        with clip_archive(tmp_path / name, 3, labels=labels, fps=np.array(12.5)) as add:
+        with clip_archive(tmp_path / name, 3, 4, labels=labels, fps=np.array(12.5)) as add:
             for number, video in enumerate(videos):
                 # either order of the axes
-                add(torch.from_numpy(video).permute(0, 3, 1, 2) if number else video)
+                add(torch.from_numpy(video[:3]).permute(0, 3, 1, 2) if number else video[:3])
+                add(video[3:])
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
         assert sorted(archive) == ["fps", "labels", "videos"]
         assert archive["videos"].dtype == np.uint8
@@ -59,7 +60,7 @@ def test_an_archive_grows_clip_by_clip(tmp_path: Path) -> None:
     """Nothing is kept for the end, but what a file's buffer holds: 8 KB."""
     video = noise(8, 64, 64, 3)
     path = tmp_path / "clips.npz"
-    with clip_archive(path, 5) as add:
+    with clip_archive(path, 5, 8) as add:
         for number in range(1, 6):
             add(video)
             assert number * video.nbytes - 8192 <= path.stat().st_size
@@ -67,19 +68,19 @@ def test_an_archive_grows_clip_by_clip(tmp_path: Path) -> None:
 
 
 def add_all(path: Path, num_clips: int, clips: Iterable[NDArray[np.uint8]]) -> None:
-    with clip_archive(path, num_clips) as add:
+    with clip_archive(path, num_clips, 4) as add:
         for clip in clips:
             add(clip)
 
 
 def test_an_archive_refuses_what_its_header_does_not_say(tmp_path: Path) -> None:
     video = noise(4, 6, 5, 3)
-    with pytest.raises(ValueError, match="1 clips were added instead of 2"):
+    with pytest.raises(ValueError, match="4 frames were added instead of 2 clips of 4"):
         add_all(tmp_path / "few.npz", 2, [video])
-    with pytest.raises(ValueError, match="2 clips were added instead of 1"):
+    with pytest.raises(ValueError, match="8 frames were added instead of 1 clips of 4"):
         add_all(tmp_path / "many.npz", 1, [video, video])
-    with pytest.raises(ValueError, match=r"a clip of \(3, 6, 5, 3\) after one of \(4, 6, 5, 3\)"):
-        add_all(tmp_path / "other.npz", 2, [video, video[:3]])
+    with pytest.raises(ValueError, match=r"frames of \(6, 4, 3\) after ones of \(6, 5, 3\)"):
+        add_all(tmp_path / "other.npz", 2, [video, video[:, :, :4]])
     with pytest.raises(OSError, match="No such file"):
         add_all(tmp_path / "nowhere" / "x.npz", 1, [video])
 
@@ -92,7 +93,7 @@ def test_an_mp4_changes_the_spectrum_and_the_others_do_not(tmp_path: Path) -> No
     video = noise(4, 128, 128, 3)
     write_mp4(tmp_path / "clip.mp4", video, fps=25)
     write_pngs(tmp_path / "frames", video)
-    with clip_archive(tmp_path / "clips.npz", 1) as add:
+    with clip_archive(tmp_path / "clips.npz", 1, 4) as add:
         add(video)
     with np.load(tmp_path / "clips.npz") as archive:
         from_npz = archive["videos"][0]
