@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_the_length() -> None:
     """Counted on the meta device: every byte that is live at one time."""
     made = cascade("interpolated, ends repeated", 12).to("meta")
     peaks = []
-    for length in (240, 960):
+    for length in (192, 384):
         counted, phases = Update(), Phases()
         live = UpdateBytes(phases, block_bytes=1)
         with live, live.counted_for(counted):
@@ -208,5 +208,5 @@ def test_memory_does_not_grow_with_the_length() -> None:
             assert sum(chunk.shape[1] for chunk in chunks) == length
         peaks.append(max(counted.most.values()))
     assert peaks[0] == peaks[1]
-    output_bytes = 2 * 960 * 3 * 32 * 32 * 4
+    output_bytes = 2 * 384 * 3 * 32 * 32 * 4
     assert peaks[0] < output_bytes
