@@ -34,6 +34,7 @@ REQUIREMENTS = [
     "pillow>=10",
     "pydantic>=2.7",
     "PyYAML>=6",
+    "safetensors>=0.4",
     "tensorboard>=2.16",
     "torch>=2.11",
     "tqdm>=4.66",

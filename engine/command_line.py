@@ -48,7 +48,8 @@ class ArgumentParser(argparse.ArgumentParser):
             type=Path,
             required=True,
             metavar="DIR",
-            help="a run's, stage's or checkpoint's folder; the newest of the last stage is taken",
+            help="folder of a run or stage (its newest checkpoint), of a checkpoint, or one that "
+            "engine/export.py wrote",
         )
         self.add_argument(
             "--sigma", type=float, default=1.0, help="standard deviation of z; 0.5 for pictures"
@@ -61,7 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
             help="dummy passes that fix the norm statistics (default: the configuration's)",
         )
         self.add_argument(
-            "--batch", type=int, default=8, help="clips per dummy pass (default: %(default)s)"
+            "--batch", type=int, metavar="N", help="clips per dummy pass (default: 8)"
         )
         self.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"
@@ -75,7 +76,7 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, lowest in {**least, "passes": 1, "batch": 1}.items():
             value = getattr(options, name)
             if value is not None and value < lowest:
-                self.error(f"--{name} must be at least {lowest}")
+                self.error(f"--{name.replace('_', '-')} must be at least {lowest}")
         if not 0 < options.sigma < math.inf:
             self.error("--sigma must be positive and finite")
         if not 0 <= options.seed < 2**63:

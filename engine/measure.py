@@ -8,7 +8,7 @@ import torch
 from engine.command_line import ArgumentParser, run
 from engine.durable_files import make_writable_folder, write_json
 from engine.errors import UserError
-from engine.trainer.checkpoints import find_checkpoint
+from engine.exported import find_trained
 
 EPILOG = """\
 examples:
@@ -65,7 +65,7 @@ def make_writable(file: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Find, measure, print, write."""
     options = parse(arguments)
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = find_trained(options.checkpoint)
     # Imported late: it brings DALI, and mistakes should be told at once.
     from engine.evaluation.report import ReportOptions, report
     from engine.video.writing import animation, to_uint8
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
         print(f"wrote: {options.out}")
     if options.picture is not None:
         rows = [(name, to_uint8(video_BTCHW)) for name, video_BTCHW in measured.examples]
-        fps = checkpoint.meta["frames_per_second"]
+        fps = checkpoint.frames_per_second
         animation(rows, options.picture, fps, scale=max(1, 64 // rows[0][1].shape[-1]))
         print(f"wrote: {options.picture}")
 

@@ -6,17 +6,18 @@ from pathlib import Path
 import torch
 
 from engine.command_line import ArgumentParser, run
+from engine.dummy_passes import choose_passes, clip_length, load_trained
+from engine.exported import find_trained
 from engine.models.construction import forbid_tf32
 from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, make_writable, write
 from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, stream
-from engine.trainer.checkpoints import find_checkpoint, read_generators
-from engine.trainer.previous import load_cascade
 
 EPILOG = """\
 examples:
   python engine/sample.py --checkpoint runs/sample --frames 50 --out samples
   python engine/sample.py --checkpoint runs/kinetics600/stage2 --frames 50 --classes 3,7 --sigma 0.5
   python engine/sample.py --checkpoint runs/ucf101 --num 2048 --format npz --out samples
+  python engine/sample.py --checkpoint released --frames 1000 --out samples
 
 Writes the clips, grid.mp4 and contact-sheet.png with the first 64 of them, samples.json (what was
 asked for) and norm-statistics.pt. The same checkpoint, options and seed give the same videos; more
@@ -78,30 +79,37 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Load, fix the norms' statistics, generate, write."""
     options = parse(arguments)
-    checkpoint = find_checkpoint(options.checkpoint)
-    config = checkpoint.config()
-    stage_number = checkpoint.stage_number
+    trained = find_trained(options.checkpoint)
+    config = trained.config()
+    stage_number = trained.stage_number
+    num_frames = options.frames or clip_length(trained)
     plan = SamplePlan(
-        checkpoint=checkpoint,
-        labels=choose_labels(options.classes, options.num, checkpoint),
-        num_frames=options.frames or config.stages[1].num_frames * config.unrolling(stage_number),
+        checkpoint=trained,
+        labels=choose_labels(options.classes, options.num, trained),
+        num_frames=num_frames,
         sigma=options.sigma,
         seed=options.seed,
-        num_passes=options.passes or config.stages[stage_number].training.norm_statistics_passes,
-        batch_size=options.batch,
-        statistics_frames=options.statistics_frames,
+        passes=choose_passes(
+            trained,
+            num_frames=num_frames,
+            sigma=options.sigma,
+            seed=options.seed,
+            num_passes=options.passes,
+            batch_size=options.batch,
+            statistics_frames=options.statistics_frames,
+        ),
     )
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
-    print(f"checkpoint: {checkpoint.path} (stage {stage_number}, step {checkpoint.step})")
+    print(f"checkpoint: {trained.path} (stage {stage_number}, step {trained.step})")
     notes = beyond_training(config, stage_number, plan.num_frames)
-    if plan.num_frames > plan.length_of_passes:
-        notes.append(f"norm statistics of {plan.length_of_passes} frames serve {plan.num_frames}")
+    if num_frames != plan.passes.num_frames:
+        notes.append(f"norm statistics of {plan.passes.num_frames} frames serve {num_frames}")
     for note in notes:
         print(f"note: {note}")
     make_writable(options.out, plan, options.format)
     forbid_tf32()
-    cascade = load_cascade(config, read_generators(checkpoint), device).freeze()
+    cascade = load_trained(trained, device)
     fix_statistics(cascade, plan, options.out)
     write(options.out, stream(cascade, plan), plan, options.format)
     print(f"wrote: {len(plan.labels)} clips of {plan.num_frames} frames")

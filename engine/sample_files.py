@@ -94,7 +94,7 @@ def _write_files(
 ) -> list[str]:
     """Everything that `write` writes, into `folder`; the names there, samples.json's last."""
     names = _clip_names(plan)
-    fps = plan.checkpoint.meta["frames_per_second"]
+    fps = plan.checkpoint.frames_per_second
     stage = plan.checkpoint.config().stages[plan.checkpoint.stage_number]
     scale = max(1, 128 // stage.resolution)
     clips: list[dict[str, str]] = []
@@ -148,9 +148,9 @@ def _write_files(
         "frames": plan.num_frames,
         "sigma": plan.sigma,
         "seed": plan.seed,
-        "passes": plan.num_passes,
-        "batch": plan.batch_size,
-        "statistics_frames": plan.length_of_passes,
+        "passes": plan.passes.num_passes,
+        "batch": plan.passes.batch_size,
+        "statistics_frames": plan.passes.num_frames,
         "frames_per_second": fps,
         "formats": [name for name in FORMATS if name in formats],
         "clips": clips,
@@ -194,7 +194,7 @@ class _ShownClips:
 
 def _class_names(plan: SamplePlan) -> list[str]:
     """Each clip's class, by its number where the data set named none."""
-    names = dict(enumerate(plan.checkpoint.meta["classes"]))
+    names = dict(enumerate(plan.checkpoint.classes))
     return [
         "video" if label is None else names.get(label, f"class {label}") for label in plan.labels
     ]

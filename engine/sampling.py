@@ -8,58 +8,42 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from engine.configuration import Config
+from engine.dummy_passes import DummyPasses, TrainedCascade, run_passes
 from engine.errors import UserError
-from engine.models.cascade import Cascade
+from engine.exported import ExportedCascade
+from engine.models.cascade import GeneratorCascade
 from engine.models.norms import fix_norm_statistics, norm_statistics
-from engine.trainer.checkpoints import GENERATOR, Checkpoint, read_tensors, write_tensors
+from engine.trainer.checkpoints import read_tensors, write_tensors
 from engine.trainer.fakes import LatentSource
 from engine.trainer.ranks import derived_seed
-from engine.trainer.standing_statistics import fix_standing_statistics
 from engine.video.writing import to_uint8
 
 STATISTICS = "norm-statistics.pt"
-MOST_UNROLLED = 4
-"""The longest dummy passes, in training clips."""
 CHUNK_FRAMES = 64
 """Frames made at once. At the paper's sizes, 128x128 pixels, they take some GB."""
-_PASSES, _CLIPS = "sampling passes", "sampled clip"  # streams of random numbers
+_CLIPS = "sampled clip"  # a stream of random numbers
 
 
 @dataclass(frozen=True)
 class SamplePlan:
     """What is generated; two equal plans give equal videos."""
 
-    checkpoint: Checkpoint
+    checkpoint: TrainedCascade
     labels: list[int | None]
     """A class per clip; None without classes."""
     num_frames: int
     sigma: float
     """Standard deviation of z: 1 for metrics, 0.5 for pictures (paper)."""
     seed: int
-    num_passes: int
-    """Dummy passes that fix the norm statistics; the paper runs 200."""
-    batch_size: int
-    """Clips per dummy pass."""
-    statistics_frames: int | None = None
-    """The length of the dummy passes' videos; None chooses it (`length_of_passes`)."""
-
-    @property
-    def length_of_passes(self) -> int:
-        """Frames of the dummy passes' videos.
-
-        They are as long as what is generated (paper), up to `MOST_UNROLLED` times the training
-        clip: a pass has all frames in memory, for a whole batch. A longer video uses their
-        statistics as `engine.models.chunks.statistics_rows` says.
-        """
-        config, number = self.checkpoint.config(), self.checkpoint.stage_number
-        trained = config.stages[1].num_frames * config.unrolling(number)
-        return self.statistics_frames or min(self.num_frames, MOST_UNROLLED * trained)
+    passes: DummyPasses
+    """They fix the norm statistics."""
 
 
-def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -> list[int | None]:
+def choose_labels(
+    wanted: str | None, num: int | None, checkpoint: TrainedCascade
+) -> list[int | None]:
     """A label per clip: the wanted classes in turn, by default all that were trained on.
 
     `wanted` is one name, or numbers and names separated by commas; as in CSV, a name with a comma
@@ -70,7 +54,7 @@ def choose_labels(wanted: str | None, num: int | None, checkpoint: Checkpoint) -
         if wanted is not None:
             raise UserError("--classes: this checkpoint was trained without classes")
         return [None] * (num or 8)
-    names = checkpoint.meta["classes"]
+    names = checkpoint.classes
     # The data may have fewer classes than the networks.
     labels = [label for label, count in enumerate(checkpoint.class_counts) if count]
     if wanted is not None:
@@ -101,17 +85,24 @@ def beyond_training(config: Config, stage_number: int, num_frames: int) -> list[
     return notes
 
 
-def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
-    """Fix the norms as `run_passes` does and keep the statistics in `out`, for the next time."""
+def fix_statistics(cascade: GeneratorCascade, plan: SamplePlan, out: Path) -> None:
+    """Fix the norms as the plan's passes do and keep the statistics in `out`, for the next time.
+
+    An exported cascade has those of its own passes.
+    """
+    trained = plan.checkpoint
+    if isinstance(trained, ExportedCascade) and plan.passes == trained.passes:
+        trained.fix_statistics(cascade)
+        return
     path = out / STATISTICS
     key = {
-        "generator": plan.checkpoint.meta["files"][GENERATOR][1],
-        "classes": plan.checkpoint.class_counts,
-        "frames": plan.length_of_passes,
-        "sigma": plan.sigma,
-        "passes": plan.num_passes,
-        "batch": plan.batch_size,
-        "seed": plan.seed,
+        "generator": trained.digest,
+        "classes": trained.class_counts,
+        "frames": plan.passes.num_frames,
+        "sigma": plan.passes.sigma,
+        "passes": plan.passes.num_passes,
+        "batch": plan.passes.batch_size,
+        "seed": plan.passes.seed,
     }
     if path.exists():
         kept = read_tensors(path)
@@ -121,50 +112,18 @@ def fix_statistics(cascade: Cascade, plan: SamplePlan, out: Path) -> None:
             for generator, statistics in zip(cascade.generators, kept["stages"], strict=True):
                 fix_norm_statistics(generator, statistics)
             return
-    run_passes(cascade, plan)
+    run_passes(cascade, trained, plan.passes)
     statistics = [norm_statistics(generator) for generator in cascade.generators]
     write_tensors(path, {"key": key, "stages": statistics})
 
 
-def run_passes(cascade: Cascade, plan: SamplePlan) -> None:
-    """Fix the norms by dummy passes.
-
-    Decided: the passes draw z with the σ that is sampled with, as BigGAN does for truncation;
-    statistics of σ = 1 do not fit activations of σ = 0.5. Decided: they draw classes as often as
-    the data has them, as training does; embeddings that were never trained shall not count.
-    """
-    config, stages = cascade.config, list(cascade.generators)
-    clip_frames = -(-plan.length_of_passes // config.unrolling(len(stages)))
-    latents = LatentSource(
-        config,
-        plan.checkpoint.class_counts,
-        derived_seed(_PASSES, plan.seed),
-        next(cascade.parameters()).device,
-        sigma=plan.sigma,
-    )
-
-    def run_stage(number: int, zs: list[Tensor], labels_B: Tensor | None) -> None:
-        to_it = Cascade(stages[:number], config)
-        to_it.generate(zs, labels_B, clip_frames * config.unrolling(number))
-
-    with tqdm(total=plan.num_passes * len(stages), desc="norm statistics", unit="pass") as bar:
-        fix_standing_statistics(
-            cascade,
-            latents=latents,
-            batch_size=plan.batch_size,
-            num_passes=plan.num_passes,
-            run_stage=run_stage,
-            on_pass=bar.update,
-        )
-
-
-def generate(cascade: Cascade, plan: SamplePlan) -> Iterator[Tensor]:
+def generate(cascade: GeneratorCascade, plan: SamplePlan) -> Iterator[Tensor]:
     """A uint8 video [T, 3, H, W] on the CPU for each label, as `stream` makes it."""
     for chunks in stream(cascade, plan):
         yield torch.cat(list(chunks))
 
 
-def stream(cascade: Cascade, plan: SamplePlan) -> Iterator[Iterator[Tensor]]:
+def stream(cascade: GeneratorCascade, plan: SamplePlan) -> Iterator[Iterator[Tensor]]:
     """For each label a uint8 video in chunks [t, 3, H, W] on the CPU; UserError if not finite.
 
     Clip by clip, each from a seed of its own: the n-th clip of a class is the same video whatever
@@ -183,7 +142,7 @@ def stream(cascade: Cascade, plan: SamplePlan) -> Iterator[Iterator[Tensor]]:
 
 
 def _chunks(
-    cascade: Cascade, plan: SamplePlan, zs: list[Tensor], labels_B: Tensor | None
+    cascade: GeneratorCascade, plan: SamplePlan, zs: list[Tensor], labels_B: Tensor | None
 ) -> Iterator[Tensor]:
     ends = [*range(CHUNK_FRAMES, plan.num_frames, CHUNK_FRAMES), plan.num_frames]
     for video_BTCHW in cascade.stream(zs, labels_B, ends):

@@ -41,7 +41,7 @@ def test_a_custom_block_computed_again_has_the_same_gradients() -> None:
 @pytest.mark.slow
 def test_sampling_gives_the_bytes_of_the_script(cascade_run: Path, tmp_path: Path) -> None:
     (line,) = _run("sample_a_checkpoint.py", cascade_run, tmp_path / "clips.npy")
-    assert line == f"{tmp_path}/clips.npy: 4 clips of 6 frames, labels [0, 1, 0, 1]"
+    assert line == f"{tmp_path}/clips.npy: 4 clips of 6 frames"
     options = ("--checkpoint", cascade_run, "--out", tmp_path, "--num", "4", "--format", "npz")
     written = sample(*options)
     assert written.code == 0, written.err

@@ -55,7 +55,7 @@ from benchmarks.miniature.verdicts import (
 from engine.errors import UserError
 from engine.evaluation.classifier import Classifier, View
 from engine.planning.forward_pass import count_forward, count_frozen
-from engine.trainer.checkpoints import find_checkpoint, read_generators
+from engine.trainer.checkpoints import find_checkpoint
 
 BY_NAME = {model.name: model for model in MODELS}
 
@@ -470,14 +470,14 @@ def check_training(out: Path) -> None:
     iterations = json.loads((out / "plan.json").read_text())["iterations"]
     shared = find_checkpoint(out / "seed-0" / "stage-1")
     assert shared.step == iterations[STAGE_1]
-    first = read_generators(shared)[1]
+    first = shared.generators()[1]
     for model in MODELS:
         checkpoint = find_checkpoint(out / "seed-0" / model.name)
         assert (checkpoint.stage_number, checkpoint.step) == (
             model.stage_number,
             iterations[model.name],
         )
-        used = read_generators(checkpoint)[1]
+        used = checkpoint.generators()[1]
         is_same = used.keys() == first.keys() and all(
             torch.equal(used[key], first[key]) for key in first
         )

@@ -15,12 +15,14 @@ from PIL import Image
 from small_runs import full_disk, sample
 
 from engine import sample_files
+from engine.dummy_passes import DummyPasses
 from engine.errors import UserError
 from engine.sample import parse
 from engine.sample_files import make_writable, write
 from engine.sampling import SamplePlan
 from engine.trainer.checkpoints import find_checkpoint
 
+PASSES = DummyPasses(num_frames=2, num_passes=1, batch_size=1, sigma=1, seed=0)
 ALWAYS = {"grid.mp4", "contact-sheet.png", "samples.json", "norm-statistics.pt"}
 
 
@@ -50,7 +52,7 @@ def hashes(videos: NDArray[np.uint8]) -> list[str]:
 @pytest.fixture
 def plan(cascade_run: Path) -> SamplePlan:
     checkpoint = find_checkpoint(cascade_run)
-    return SamplePlan(checkpoint, [1, 0, 1], 2, sigma=1, seed=0, num_passes=1, batch_size=1)
+    return SamplePlan(checkpoint, [1, 0, 1], 2, sigma=1, seed=0, passes=PASSES)
 
 
 def test_every_format_is_of_the_same_clips(cascade_run: Path, tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_what_is_written_is_what_is_given(plan: SamplePlan, tmp_path: Path) -> N
 
 
 def test_without_classes_there_are_no_labels(plan: SamplePlan, tmp_path: Path) -> None:
-    without = SamplePlan(plan.checkpoint, [None], 2, sigma=1, seed=0, num_passes=1, batch_size=1)
+    without = SamplePlan(plan.checkpoint, [None], 2, sigma=1, seed=0, passes=PASSES)
     write(tmp_path, [[torch.zeros(2, 3, 16, 16, dtype=torch.uint8)]], without, ["npz"])
     with np.load(tmp_path / "samples.npz") as archive:
         assert sorted(archive) == ["fps", "videos"]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from small_runs import Tiny, full_disk, sample
 
+from engine.dummy_passes import DummyPasses
 from engine.errors import UserError
 from engine.sample_files import write
 from engine.sampling import SamplePlan
@@ -316,7 +317,8 @@ def test_a_full_disk(cascade_run: Path, tmp_path: Path) -> None:
 def test_clips_are_written_as_they_come(cascade_run: Path, tmp_path: Path) -> None:
     """None is kept in memory, the 64 that the grid shows neither."""
     checkpoint = find_checkpoint(cascade_run)
-    plan = SamplePlan(checkpoint, [0] * 70, 2, sigma=1, seed=0, num_passes=1, batch_size=1)
+    passes = DummyPasses(num_frames=2, num_passes=1, batch_size=1, sigma=1, seed=0)
+    plan = SamplePlan(checkpoint, [0] * 70, 2, sigma=1, seed=0, passes=passes)
     videos: list[weakref.ref[torch.Tensor]] = []
 
     def one_by_one() -> Iterator[Iterator[torch.Tensor]]:

@@ -29,6 +29,7 @@ from benchmarks.miniature.models import MODELS, NUM_FRAMES, PERIOD, WINDOWS, Mod
 from benchmarks.miniature.plan import MiniaturePlan, read_plan
 from engine.clip_figures import LEVEL, Recogniser, compare, measure, motion_ratio
 from engine.command_line import ArgumentParser, run
+from engine.dummy_passes import DummyPasses, load_trained, run_passes
 from engine.durable_files import PARTIAL, put_in_place, write_json, writing
 from engine.evaluation.classifier import VIEWS, train_classifier
 from engine.evaluation.grounding import grounding
@@ -41,9 +42,8 @@ from engine.evaluation.real_clips import (
 )
 from engine.evaluation.spectra import frames_looked_at, spectra, spectral_distances
 from engine.models.construction import forbid_tf32
-from engine.sampling import SamplePlan, generate, run_passes
-from engine.trainer.checkpoints import find_checkpoint, read_generators
-from engine.trainer.previous import load_cascade
+from engine.sampling import SamplePlan, generate
+from engine.trainer.checkpoints import find_checkpoint
 from engine.video.writing import to_uint8
 
 _NUM_SHOWN = 8
@@ -148,11 +148,10 @@ def make_clips(folder: Path, classes: list[int], clips_per_class: int, passes: i
         num_frames=NUM_FRAMES,
         sigma=1.0,  # the paper's for metrics
         seed=_SEED,
-        num_passes=passes,
-        batch_size=_BATCH,
+        passes=DummyPasses(NUM_FRAMES, passes, _BATCH, sigma=1.0, seed=_SEED),
     )
-    cascade = load_cascade(checkpoint.config(), read_generators(checkpoint), _DEVICE).freeze()
-    run_passes(cascade, plan)
+    cascade = load_trained(checkpoint, _DEVICE)
+    run_passes(cascade, checkpoint, plan.passes)
     lows: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
@@ -213,7 +212,7 @@ def main(arguments: list[str]) -> None:
     plan = read_plan(options.out)
     forbid_tf32()
     missing = [m for m in MODELS if read_measured(plan.out, options.seed, m.name) is None]
-    names = find_checkpoint(folder_of(plan.out, options.seed, MODELS[0].name)).meta["classes"]
+    names = find_checkpoint(folder_of(plan.out, options.seed, MODELS[0].name)).classes
     judge = Judge(plan, names)
     measure_real(judge, plan, options.seed)
     for model in missing:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from engine.clip_figures import Figures, Ratios, Recogniser, compare, measure
+from engine.dummy_passes import TrainedCascade, choose_passes, load_trained, run_passes
 from engine.errors import UserError
 from engine.evaluation.classifier import VIEWS, train_classifier
 from engine.evaluation.real_clips import (
@@ -28,9 +29,7 @@ from engine.evaluation.real_clips import (
 )
 from engine.evaluation.spectra import frames_looked_at, spectra, spectral_distances
 from engine.models.construction import forbid_tf32
-from engine.sampling import SamplePlan, generate, run_passes
-from engine.trainer.checkpoints import Checkpoint, read_generators
-from engine.trainer.previous import load_cascade
+from engine.sampling import SamplePlan, generate
 from engine.trainer.ranks import derived_seed
 
 _SHUFFLES = "shuffled frames"  # a stream of random numbers
@@ -61,7 +60,7 @@ class ReportOptions:
     sigma: float = 1.0
     passes: int | None = None
     """Dummy passes that fix the norm statistics; None: the configuration's."""
-    batch: int = 8
+    batch: int | None = None
     """Clips per dummy pass."""
 
 
@@ -134,7 +133,7 @@ class Report:
 
 
 def report(
-    checkpoint: Checkpoint,
+    checkpoint: TrainedCascade,
     options: ReportOptions,
     device: torch.device,
     say: Callable[[str], None] = print,
@@ -157,7 +156,7 @@ def report(
     num = options.num or (_DEFAULT_NUM if conditional else _DEFAULT_NUM_UNLABELLED)
     videos = find_real_videos(
         config,
-        checkpoint.meta["classes"],
+        checkpoint.classes,
         num_source_frames=shape.num_source_frames,
         num_per_class=num,
         held_out_path=options.held_out,
@@ -178,8 +177,14 @@ def report(
         num_frames=shape.num_frames,
         sigma=options.sigma,
         seed=options.seed,
-        num_passes=options.passes or stage.training.norm_statistics_passes,
-        batch_size=options.batch,
+        passes=choose_passes(
+            checkpoint,
+            num_frames=shape.num_frames,
+            sigma=options.sigma,
+            seed=options.seed,
+            num_passes=options.passes,
+            batch_size=options.batch,
+        ),
     )
 
     def figures(clips: LabelledClips) -> Figures:
@@ -273,9 +278,8 @@ def _one_per_class(video_BTCHW: Tensor, labels_B: Tensor | None) -> Tensor:
 def _generated(plan: SamplePlan, device: torch.device) -> LabelledClips:
     """What engine/sample.py would write, before it is encoded."""
     forbid_tf32()
-    checkpoint = plan.checkpoint
-    cascade = load_cascade(checkpoint.config(), read_generators(checkpoint), device).freeze()
-    run_passes(cascade, plan)
+    cascade = load_trained(plan.checkpoint, device)
+    run_passes(cascade, plan.checkpoint, plan.passes)
     clips = tqdm(generate(cascade, plan), "generating", total=len(plan.labels), unit="clip")
     video_BTCHW = torch.stack(list(clips)).float().div_(127.5).sub_(1)
     labels = [label for label in plan.labels if label is not None]
@@ -285,7 +289,7 @@ def _generated(plan: SamplePlan, device: torch.device) -> LabelledClips:
 def _about(
     plan: SamplePlan, shape: ClipShape, videos: RealVideos, options: ReportOptions
 ) -> dict[str, Any]:
-    names = plan.checkpoint.meta["classes"]
+    names = plan.checkpoint.classes
     return {
         "checkpoint": str(plan.checkpoint.path),
         "stage": plan.checkpoint.stage_number,
@@ -296,8 +300,8 @@ def _about(
         "period": plan.checkpoint.config().unrolling(plan.checkpoint.stage_number),
         "seed": plan.seed,
         "sigma": plan.sigma,
-        "passes": plan.num_passes,
-        "batch": plan.batch_size,
+        "passes": plan.passes.num_passes,
+        "batch": plan.passes.batch_size,
         "data": str(videos.training.root),
         "data_fingerprint": videos.fingerprint,
         "held_out": str(videos.reference.root) if videos.held_out_fingerprint else None,

@@ -1,6 +1,6 @@
 """The networks of SSW-GAN and DVD-GAN; start with `construction.build_generator`."""
 
-from engine.models.cascade import Cascade, JointGenerator, draw_window_starts, take_windows
+from engine.models.cascade import GeneratorCascade, JointGenerator, draw_window_starts, take_windows
 from engine.models.construction import (
     build_discriminators,
     build_generator,
@@ -13,9 +13,9 @@ from engine.models.spectral import SpectralWeight, spectral_weights, update_spec
 from engine.models.upsampler import UpsamplingGenerator
 
 __all__ = [
-    "Cascade",
     "ClipGenerator",
     "Discriminators",
+    "GeneratorCascade",
     "JointGenerator",
     "Scores",
     "SpectralWeight",

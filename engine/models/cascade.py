@@ -48,7 +48,7 @@ def _split(generators: Sequence[nn.Module]) -> tuple[ClipGenerator, list[Upsampl
     return first, upsamplers
 
 
-class Cascade(nn.Module):
+class GeneratorCascade(nn.Module):
     """Stages 1 to n of a configuration, each running over the whole of the previous one's video.
 
     `generators` may be fewer than the configuration has. Norm statistics of all of them are
@@ -61,7 +61,7 @@ class Cascade(nn.Module):
         self.generators = nn.ModuleList(generators)
         self.config = config
 
-    def freeze(self) -> "Cascade":
+    def freeze(self) -> "GeneratorCascade":
         """Train no more: without gradients, every weight divided by its σ once. Returns itself."""
         first, upsamplers = _split(list(self.generators))
         for generator in (first, *upsamplers):
@@ -182,7 +182,8 @@ class Cascade(nn.Module):
 class JointGenerator(nn.Module):
     """Stages 1 to n trained together, judged at stage n only (Appendix H).
 
-    Computes what `Cascade.sample_window` and stage n do, with gradients through all stages.
+    Computes what `GeneratorCascade.sample_window` and stage n do, with gradients through all of
+    them.
     """
 
     def __init__(self, generators: Sequence[nn.Module], config: Config) -> None:

@@ -16,7 +16,7 @@ import kernels.flop_formulas  # our own operators, for the counter
 from engine.batches import num_generations
 from engine.configuration import Config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
-from engine.models.cascade import Cascade
+from engine.models.cascade import GeneratorCascade
 from engine.models.norms import frame_norms
 from engine.models.operators import hand_operators
 
@@ -80,7 +80,7 @@ def count_frozen(config: Config, stage_number: int) -> float:
     return bank.num_videos / bank.refresh_every / training.global_batch * teraflops
 
 
-def frozen_stages(config: Config, stage_number: int, operators: Any = kernels) -> Cascade:
+def frozen_stages(config: Config, stage_number: int, operators: Any = kernels) -> GeneratorCascade:
     """The stages before this one as its training has them, with arbitrary norm statistics fixed."""
     generators = [build_generator(config, n) for n in range(1, stage_number)]
     for n, generator in enumerate(generators, start=1):
@@ -89,7 +89,7 @@ def frozen_stages(config: Config, stage_number: int, operators: Any = kernels) -
             channels = norm.gain.normalized.u.numel()
             norm.fix((torch.zeros(num_frames, channels), torch.ones(num_frames, channels)))
         hand_operators(generator, operators)
-    return Cascade(generators, config).freeze()
+    return GeneratorCascade(generators, config).freeze()
 
 
 def generator_inputs(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kernels
 from engine.configuration import Config
-from engine.models.cascade import Cascade
+from engine.models.cascade import GeneratorCascade
 from engine.models.construction import (
     build_discriminators,
     build_generator,
@@ -238,7 +238,7 @@ class MetaStep:
         sizes = [[p.numel() for p in network.parameters()] for network in self._networks]
         return Step(self._training.samples_per_pass, *updates, parameter_bytes, *sizes)
 
-    def _frozen(self, operators: Any) -> Cascade | None:
+    def _frozen(self, operators: Any) -> GeneratorCascade | None:
         """The stages before, on fixed statistics, where they make this one's windows."""
         stage = self._config.stages[self._number]
         if self._number == 1 or stage.joint or stage.training.condition_on != "generated":

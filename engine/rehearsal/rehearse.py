@@ -13,7 +13,7 @@ import torch
 
 from engine.batches import accumulation_steps
 from engine.configuration import Config, Training, with_training
-from engine.models.cascade import Cascade
+from engine.models.cascade import GeneratorCascade
 from engine.models.construction import build_generator
 from engine.models.norms import fix_norm_statistics, frame_norms
 from engine.rehearsal.layout import (
@@ -169,7 +169,7 @@ def _previous_stages(config: Config, number: int) -> PreviousStages | None:
                 for which in ("mean", "var")
             }
             fix_norm_statistics(network, statistics)
-    return PreviousStages(Cascade(networks, config), UNKNOWN_HASH)
+    return PreviousStages(GeneratorCascade(networks, config), UNKNOWN_HASH)
 
 
 def _one_micro_batch(builder: StageBuilder) -> StageBuilder:

@@ -62,6 +62,26 @@ class Checkpoint:
         """Training videos per class; empty without classes."""
         return list(self.meta["class_counts"])
 
+    @property
+    def classes(self) -> list[str]:
+        """The classes' names, by label; empty where the data set named none."""
+        return list(self.meta["classes"])
+
+    @property
+    def frames_per_second(self) -> float:
+        """Of the videos that it makes."""
+        return float(self.meta["frames_per_second"])
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of this stage's generator, by which norm statistics are told apart."""
+        return str(self.meta["files"][GENERATOR][1])
+
+    @property
+    def passes(self) -> None:
+        """It brings no norm statistics (as `engine.dummy_passes.TrainedCascade` has them)."""
+        return None
+
     def config(self) -> Config:
         """The configuration it was trained with."""
         return config_from_tree(self.meta["config"], source=str(self.path / META))
@@ -87,6 +107,28 @@ class Checkpoint:
         """One of its files, checked and without executing pickles."""
         self.verify([name])
         return read_tensors(self.path / name)
+
+    def generators(self) -> dict[int, dict[str, torch.Tensor]]:
+        """State dicts of the generators of stages 1 to this one.
+
+        This stage's are the moving averages where the run kept them; earlier stages' come from
+        `previous.pt`, so they are what this stage was trained on, whatever became of them since.
+        Raises UserError when one is missing or damaged.
+        """
+        generators: dict[int, dict[str, torch.Tensor]] = {}
+        if self.stage_number > 1:
+            previous = self.path.parent.parent / PREVIOUS
+            if self.meta["previous"] and previous.exists():
+                self.verify_previous(previous)
+                generators |= read_tensors(previous)["generators"]
+        generators |= self.read(GENERATOR)["generators"]
+        missing = set(range(1, self.stage_number + 1)) - set(generators)
+        if missing:
+            raise UserError(
+                f"{self.path}: the generator of stage {min(missing)} is not there; "
+                f"{PREVIOUS} belongs beside checkpoints/ (a run with condition_on=data has none)"
+            )
+        return generators
 
 
 def write_checkpoint(
@@ -176,28 +218,6 @@ def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoin
     if stage_number and found.stage_number != stage_number:
         raise UserError(f"{found.path} is of stage {found.stage_number}, not {stage_number}")
     return found
-
-
-def read_generators(checkpoint: Checkpoint) -> dict[int, dict[str, torch.Tensor]]:
-    """State dicts of the generators of stages 1 to this one.
-
-    This stage's are the moving averages where the run kept them; earlier stages' come from
-    `previous.pt`, so they are what this stage was trained on, whatever became of them since.
-    """
-    generators: dict[int, dict[str, torch.Tensor]] = {}
-    if checkpoint.stage_number > 1:
-        previous = checkpoint.path.parent.parent / PREVIOUS
-        if checkpoint.meta["previous"] and previous.exists():
-            checkpoint.verify_previous(previous)
-            generators |= read_tensors(previous)["generators"]
-    generators |= checkpoint.read(GENERATOR)["generators"]
-    missing = set(range(1, checkpoint.stage_number + 1)) - set(generators)
-    if missing:
-        raise UserError(
-            f"{checkpoint.path}: the generator of stage {min(missing)} is not there; "
-            f"{PREVIOUS} belongs beside checkpoints/ (a run with condition_on=data has none)"
-        )
-    return generators
 
 
 def read_tensors(path: Path, *, known: Sequence[type] = (), map_location: Any = "cpu") -> Any:

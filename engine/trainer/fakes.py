@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.configuration import Config
-from engine.models.cascade import Cascade, draw_window_starts
+from engine.models.cascade import GeneratorCascade, draw_window_starts
 from engine.trainer.reals import Reals
 from engine.transfers import to_device
 
@@ -171,7 +171,7 @@ WindowSource = Callable[[int], tuple[Tensor | None, Tensor]]
 class GeneratedWindows:
     """Windows that the frozen stages before this one generate (the paper's way)."""
 
-    def __init__(self, cascade: Cascade, number: int, source: LatentSource) -> None:
+    def __init__(self, cascade: GeneratorCascade, number: int, source: LatentSource) -> None:
         self._cascade = cascade
         self._number = number
         self._source = source

@@ -15,13 +15,12 @@ import torch
 from engine.configuration import Config
 from engine.durable_files import writing
 from engine.errors import UserError
-from engine.models.cascade import Cascade
+from engine.models.cascade import GeneratorCascade
 from engine.models.construction import build_generator
 from engine.models.norms import fix_norm_statistics, norm_statistics
 from engine.trainer.checkpoints import (
     META,
     Checkpoint,
-    read_generators,
     read_tensors,
     save_tensors,
     sha256,
@@ -33,7 +32,7 @@ from engine.trainer.standing_statistics import fix_standing_statistics
 class PreviousStages:
     """Stages 1 to N-1 as a cascade without gradients."""
 
-    def __init__(self, cascade: Cascade, digest: str) -> None:
+    def __init__(self, cascade: GeneratorCascade, digest: str) -> None:
         self.cascade = cascade.freeze()
         self.digest = digest
         """The SHA-256 of the file that it was read from."""
@@ -41,7 +40,7 @@ class PreviousStages:
 
 def load_cascade(
     config: Config, generators: dict[int, dict[str, torch.Tensor]], device: torch.device
-) -> Cascade:
+) -> GeneratorCascade:
     """A cascade of stages 1 to n with the given state dicts (numbered from 1)."""
     networks = []
     for number in sorted(generators):
@@ -50,7 +49,7 @@ def load_cascade(
         network.to_empty(device=device)
         network.load_state_dict(generators[number])
         networks.append(network)
-    return Cascade(networks, config)
+    return GeneratorCascade(networks, config)
 
 
 def check_same_networks(
@@ -85,7 +84,7 @@ def check_same_classes(classes: Sequence[str], data: str, checkpoint: Checkpoint
     Decided: a list that only goes on where the other ends differs too. An earlier stage knows
     nothing of a class that it was not trained on, and a resumed run goes on exactly.
     """
-    trained = checkpoint.meta["classes"]
+    trained = checkpoint.classes
     for number, (now, was) in enumerate(zip_longest(classes, trained)):
         if now != was:
             raise UserError(
@@ -109,7 +108,7 @@ def freeze_previous(
     num_passes: int,
 ) -> None:
     """Write `path`: the checkpoint's generators with their statistics at training's lengths."""
-    generators = read_generators(checkpoint)
+    generators = checkpoint.generators()
     cascade = load_cascade(config, generators, latents.device).freeze()
     fix_standing_statistics(
         cascade,
@@ -125,7 +124,7 @@ def freeze_previous(
 
 
 def previous_contents(
-    generators: dict[int, dict[str, torch.Tensor]], cascade: Cascade
+    generators: dict[int, dict[str, torch.Tensor]], cascade: GeneratorCascade
 ) -> dict[str, Any]:
     """The contents of previous.pt: state dicts, and the statistics that the cascade is fixed to."""
     statistics = {n: norm_statistics(g) for n, g in enumerate(cascade.generators, start=1)}

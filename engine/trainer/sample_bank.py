@@ -8,7 +8,7 @@ Decided, where the paper has no bank:
 
 - The bank holds the videos from which windows are cut: the last frozen stage's, at its training
   length. For stage 2 that is stage 1's whole clip, for stage 3 stage 2's window of one; only the
-  last window is chosen anew at each use, with the distribution of `Cascade.sample_window`.
+  last window is chosen anew at each use, with the distribution of `GeneratorCascade.sample_window`.
 - The videos are uint8, so x_l has the 256 levels of real clips, at most 1/255 off the samples.
 - They are in main memory: a batch of windows is a megabyte to copy, and GPU memory limits the
   micro-batch.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from engine.configuration import SampleBank, Training
 from engine.errors import UserError
-from engine.models.cascade import Cascade
+from engine.models.cascade import GeneratorCascade
 from engine.trainer.fakes import LatentSource
 from engine.transfers import to_device
 from engine.video.writing import to_uint8
@@ -60,7 +60,7 @@ class BankedWindows:
 
     def __init__(
         self,
-        cascade: Cascade,
+        cascade: GeneratorCascade,
         number: int,
         *,
         latents_of: Callable[[int], LatentSource],

@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.models.cascade import Cascade
+from engine.models.cascade import GeneratorCascade
 from engine.models.norms import collect_statistics
 from engine.trainer.fakes import LatentSource
 
 
 @torch.no_grad()
 def fix_standing_statistics(
-    cascade: Cascade,
+    cascade: GeneratorCascade,
     *,
     latents: LatentSource,
     batch_size: int,

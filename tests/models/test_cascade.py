@@ -9,8 +9,8 @@ from torch import Tensor
 from engine.configuration import Config, config_from_tree
 from engine.errors import UserError
 from engine.models import (
-    Cascade,
     ClipGenerator,
+    GeneratorCascade,
     JointGenerator,
     UpsamplingGenerator,
     build_discriminators,
@@ -60,10 +60,10 @@ def config(**data: Any) -> Config:
     return config_from_tree(raw, "test")
 
 
-def cascade(num_stages: int = 3) -> Cascade:
+def cascade(num_stages: int = 3) -> GeneratorCascade:
     torch.manual_seed(0)
     stages = config()
-    return Cascade([build_generator(stages, n) for n in range(1, num_stages + 1)], stages)
+    return GeneratorCascade([build_generator(stages, n) for n in range(1, num_stages + 1)], stages)
 
 
 def latents(count: int) -> list[Tensor]:
@@ -161,7 +161,7 @@ def test_windows_are_those_of_whole_clips_where_statistics_are_fixed(temporal: s
     raw["stages"][1]["generator"]["temporal"] = temporal
     settings = config_from_tree(raw, "test")
     torch.manual_seed(0)
-    stages, zs = Cascade([build_generator(settings, 1)], settings), latents(1)
+    stages, zs = GeneratorCascade([build_generator(settings, 1)], settings), latents(1)
     collect_statistics(stages, lambda i: stages.generate(zs, LABELS, 5), 1)
     with torch.no_grad():
         whole = stages.generators[0](zs[0], LABELS, 5)
@@ -181,7 +181,7 @@ def test_windows_of_one_unit_refuse_statistics_of_another_length() -> None:
     raw = tree()
     raw["stages"][1]["generator"]["multipliers"] = [2]
     settings = config_from_tree(raw, "test")
-    stages, zs = Cascade([build_generator(settings, 1)], settings), latents(1)
+    stages, zs = GeneratorCascade([build_generator(settings, 1)], settings), latents(1)
     collect_statistics(stages, lambda i: stages.generate(zs, LABELS, 9), 1)
     with pytest.raises(UserError, match="fixed for 9 frames, but the video has 5"):
         stages.sample_window(2, zs, LABELS)
@@ -220,7 +220,7 @@ def test_joint_generator_is_the_cascade_with_gradients() -> None:
     low, video = joint(zs, LABELS, starts)
     assert low.shape == (2, 2, 3, 16, 16)
     assert video.shape == (2, 6, 3, 32, 32)
-    stages = Cascade(list(joint.generators)[:2], config())
+    stages = GeneratorCascade(list(joint.generators)[:2], config())
     window = stages.sample_window(3, zs[:2], LABELS, torch.Generator().manual_seed(5))
     assert torch.equal(low, window)
     torch.testing.assert_close(video, joint.generators[2](zs[2], LABELS, window))
@@ -256,6 +256,6 @@ def test_a_configured_x_l_reaches_whole_videos() -> None:
     zs = [torch.randn(2, 16) for _ in range(2)]
     with torch.no_grad():
         low = first(zs[0], LABELS, 3)
-        generated = Cascade(generators, cascade_config).generate(zs, LABELS, 6)
+        generated = GeneratorCascade(generators, cascade_config).generate(zs, LABELS, 6)
         assert torch.equal(generated, second.unroll(zs[1], LABELS, low))
         assert not torch.allclose(generated, second(zs[1], LABELS, low))

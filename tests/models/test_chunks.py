@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine.configuration import config_from_tree
 from engine.models import (
-    Cascade,
     ClipGenerator,
+    GeneratorCascade,
     UpsamplingGenerator,
     build_generator,
     collect_statistics,
@@ -45,14 +45,14 @@ FORMS: dict[str, dict[int, dict[str, Any]]] = {
 }
 
 
-def cascade(form: str, num_frames: int) -> Cascade:
+def cascade(form: str, num_frames: int) -> GeneratorCascade:
     """Of three stages, unrolled sixfold, with statistics of `num_frames` frames."""
     raw = tree()
     for number, changes in FORMS[form].items():
         raw["stages"][number]["generator"] |= changes
     config = config_from_tree(raw, "test")
     torch.manual_seed(0)
-    made = Cascade([build_generator(config, number) for number in (1, 2, 3)], config)
+    made = GeneratorCascade([build_generator(config, number) for number in (1, 2, 3)], config)
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():  # frames shall differ: what stands still looks the same in any chunk
         for module in made.modules():
@@ -69,7 +69,7 @@ def cascade(form: str, num_frames: int) -> Cascade:
     return made.requires_grad_(False)
 
 
-def clip_generator(made: Cascade) -> ClipGenerator:
+def clip_generator(made: GeneratorCascade) -> ClipGenerator:
     first = made.generators[0]
     assert isinstance(first, ClipGenerator)
     return first
@@ -80,7 +80,7 @@ def latents(seed: int) -> list[Tensor]:
     return [torch.randn(2, 16, generator=random) for _ in range(3)]
 
 
-def in_chunks(made: Cascade, sizes: list[int]) -> Tensor:
+def in_chunks(made: GeneratorCascade, sizes: list[int]) -> Tensor:
     chunks = list(made.stream(latents(9), LABELS, list(accumulate(sizes))))
     assert [chunk.shape[1] for chunk in chunks] == sizes
     return torch.cat(chunks, dim=1)
