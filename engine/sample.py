@@ -7,10 +7,13 @@ import torch
 
 from engine.command_line import ArgumentParser, run
 from engine.dummy_passes import choose_passes, clip_length, load_trained
+from engine.errors import UserError
 from engine.exported import find_trained
 from engine.models.construction import forbid_tf32
-from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, make_writable, write
+from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, STAGES, make_writable, write
 from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, stream
+from engine.stage_files import StageFiles
+from engine.video.writing import NUM_COLUMNS, evenly_spaced
 
 EPILOG = """\
 examples:
@@ -26,6 +29,8 @@ clips or other classes leave the clips that both have unchanged.
 --format says what the clips are written as:
   mp4  clip-000-NAME.mp4, H.264, to look at. It blurs colours and changes fine detail, and clips
        below 128x128 are enlarged: do not compute metrics from it.
+  webp, gif  clip-000-NAME.webp or .gif, animated, for pages that show no videos. A clip's frames
+       are all in memory meanwhile; gif has 256 colours.
   png  frames/clip-000-NAME/000000.png and so on, exact: a folder per clip, for tools that read
        frames. Nothing but frames is below frames/.
   npz  samples.npz, exact: "videos", uint8 [N, T, H, W, 3], "labels", [N], where there are classes,
@@ -41,6 +46,14 @@ def _formats(text: str) -> tuple[str, ...]:
         if named.count(name) > 1:
             raise argparse.ArgumentTypeError(f"{name} is named twice")
     return tuple(name for name in FORMATS if name in named)
+
+
+def _columns(text: str) -> tuple[int, ...]:
+    numbers = [part.strip() for part in text.removeprefix("t=").split(",")]
+    for number in numbers:
+        if not number.isdecimal():
+            raise argparse.ArgumentTypeError(f"{number!r} is no frame's number")
+    return tuple(map(int, numbers))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -63,13 +76,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="length of the videos that the norms' statistics are taken of (default: --frames, at "
         "most four times the training clip; longer videos repeat the statistics in the middle)",
     )
+    add(
+        "--columns",
+        type=_columns,
+        metavar="A,B",
+        help="numbers of the frames that contact-sheet.png and strips show (default: 8, evenly)",
+    )
+    add(
+        "--stages",
+        action="store_true",
+        help="write what every stage makes of each clip, and a strip of them, into stages/",
+    )
     add("--num", type=int, metavar="N", help="clips (default: one per class, at most 16)")
     add(
         "--format",
         type=_formats,
         default="mp4",
         metavar="A,B",
-        help="mp4 to look at; png or npz, which lose nothing, for metrics (default: %(default)s)",
+        help="mp4, webp or gif to look at; png or npz, which lose nothing, for metrics (default: "
+        "%(default)s)",
     )
     options = parser.parse_args(arguments)
     parser.check_generation(options, frames=1, num=1, statistics_frames=1)
@@ -107,14 +132,22 @@ def main(arguments: list[str]) -> None:
         notes.append(f"norm statistics of {plan.passes.num_frames} frames serve {num_frames}")
     for note in notes:
         print(f"note: {note}")
-    make_writable(options.out, plan, options.format)
+    columns = options.columns or evenly_spaced(num_frames, NUM_COLUMNS)
+    if max(columns) >= num_frames:
+        raise UserError(
+            f"--columns: there is no frame {max(columns)}; the last is {num_frames - 1}"
+        )
+    make_writable(options.out, plan, options.format, stages=options.stages)
     forbid_tf32()
     cascade = load_trained(trained, device)
     fix_statistics(cascade, plan, options.out)
-    write(options.out, stream(cascade, plan), plan, options.format)
+    stages = StageFiles(trained, columns) if options.stages else None
+    videos = stream(cascade, plan) if stages is None else stream(cascade, plan, stages.add)
+    write(options.out, videos, plan, options.format, columns=columns, stages=stages)
     print(f"wrote: {len(plan.labels)} clips of {plan.num_frames} frames")
-    lossless = {"png": FRAMES, "npz": ARCHIVE}
-    for name in (GRID, SHEET, *(lossless[name] for name in options.format if name in lossless)):
+    folders = {"png": FRAMES, "npz": ARCHIVE}
+    written = [GRID, SHEET, *([STAGES] if options.stages else [])]
+    for name in [*written, *(folders[name] for name in options.format if name in folders)]:
         print(f"  {options.out / name}")
 
 

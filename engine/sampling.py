@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,35 +123,51 @@ def generate(cascade: GeneratorCascade, plan: SamplePlan) -> Iterator[Tensor]:
         yield torch.cat(list(chunks))
 
 
-def stream(cascade: GeneratorCascade, plan: SamplePlan) -> Iterator[Iterator[Tensor]]:
+def stream(
+    cascade: GeneratorCascade,
+    plan: SamplePlan,
+    on_chunk: Callable[[int, Tensor], object] = lambda number, video_TCHW: None,
+) -> Iterator[Iterator[Tensor]]:
     """For each label a uint8 video in chunks [t, 3, H, W] on the CPU; UserError if not finite.
 
     Clip by clip, each from a seed of its own: the n-th clip of a class is the same video whatever
-    else is asked for. Memory grows neither with their number nor with their length.
+    else is asked for. Memory grows neither with their number nor with their length. `on_chunk` is
+    given what each stage before the last makes meanwhile, with the stage's number.
     """
-    device = next(cascade.parameters()).device
     counts: Counter[int | None] = Counter()
     for label in plan.labels:
-        class_part = 0 if label is None else label + 1
-        seed = derived_seed(_CLIPS, plan.seed, class_part, counts[label])
+        yield _chunks(cascade, plan, label, counts[label], on_chunk)
         counts[label] += 1
-        latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
-        labels_B = None if label is None else torch.tensor([label], device=device)
-        zs = latents.latents(1, len(cascade.generators))
-        yield _chunks(cascade, plan, zs, labels_B)
 
 
 def _chunks(
-    cascade: GeneratorCascade, plan: SamplePlan, zs: list[Tensor], labels_B: Tensor | None
+    cascade: GeneratorCascade,
+    plan: SamplePlan,
+    label: int | None,
+    number: int,
+    on_chunk: Callable[[int, Tensor], object],
 ) -> Iterator[Tensor]:
-    ends = [*range(CHUNK_FRAMES, plan.num_frames, CHUNK_FRAMES), plan.num_frames]
-    for video_BTCHW in cascade.stream(zs, labels_B, ends):
+    """Of the `number`-th clip of a class."""
+    device = next(cascade.parameters()).device
+    class_part = 0 if label is None else label + 1
+    seed = derived_seed(_CLIPS, plan.seed, class_part, number)
+    latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
+    labels_B = None if label is None else torch.tensor([label], device=device)
+    zs = latents.latents(1, len(cascade.generators))
+
+    def as_pixels(video_BTCHW: Tensor) -> Tensor:
         if not video_BTCHW.isfinite().all():  # uint8 would hide it
             raise UserError(
                 f"{plan.checkpoint.path} generates values that are not finite with sigma "
                 f"{plan.sigma:g}; choose a smaller --sigma or an earlier checkpoint"
             )
-        yield to_uint8(video_BTCHW)[0].cpu()
+        return to_uint8(video_BTCHW)[0].cpu()
+
+    ends = [*range(CHUNK_FRAMES, plan.num_frames, CHUNK_FRAMES), plan.num_frames]
+    for video_BTCHW in cascade.stream(
+        zs, labels_B, ends, lambda stage, low_BTCHW: on_chunk(stage, as_pixels(low_BTCHW))
+    ):
+        yield as_pixels(video_BTCHW)
 
 
 def _separated(wanted: str) -> list[str]:

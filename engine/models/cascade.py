@@ -3,7 +3,7 @@
 Shapes: B batch, T frames, C channels, H x W pixels. `zs` holds one latent [B, Z] per stage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +85,17 @@ class GeneratorCascade(nn.Module):
         return video[:, :num_frames]
 
     def stream(
-        self, zs: Sequence[Tensor], labels_B: Tensor | None, ends: Sequence[int]
+        self,
+        zs: Sequence[Tensor],
+        labels_B: Tensor | None,
+        ends: Sequence[int],
+        on_chunk: Callable[[int, Tensor], object] = lambda number, video_BTCHW: None,
     ) -> Iterator[Tensor]:
         """What `generate` makes of `ends[-1]` frames, a chunk up to each of `ends` at a time.
 
         Statistics must be fixed, at any length (`chunks.statistics_rows`). No stage keeps more than
-        a chunk and what it needs beyond it.
+        a chunk and what it needs beyond it. `on_chunk` is given what each stage before the last
+        makes, with the stage's number.
         """
         self._check_latents(zs, len(self.generators))
         first, upsamplers = _split(list(self.generators))
@@ -103,11 +108,20 @@ class GeneratorCascade(nn.Module):
             reached = {-(-end * made // unrolling) for end in ends[:-1]}
             return sorted({*reached, num_first * made})
 
+        def told(number: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+            for video_BTCHW in chunks:
+                on_chunk(number, video_BTCHW)
+                yield video_BTCHW
+
         chunks = clip_chunks(first, zs[0], labels_B, ends_at(1))
         for number, (upsampler, z) in enumerate(zip(upsamplers, zs[1:], strict=True), start=2):
-            period = self.config.unrolling(number)
             chunks = upsampled_chunks(
-                upsampler, z, labels_B, chunks, ends_at(number - 1), period=period
+                upsampler,
+                z,
+                labels_B,
+                told(number - 1, chunks),
+                ends_at(number - 1),
+                period=self.config.unrolling(number),
             )
         return cut_at(chunks, ends)
 

@@ -3,7 +3,7 @@
 Shapes: N clips, T frames, C = 3 channels (RGB), H x W pixels, uint8.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.durable_files import writing
-from engine.video.writing import as_THWC
+from engine.video.writing import FrameTaker, as_THWC
 
 
 def write_pngs(folder: str | Path, frames: Tensor | NDArray[np.uint8], first: int = 0) -> None:
@@ -35,7 +35,7 @@ def write_pngs(folder: str | Path, frames: Tensor | NDArray[np.uint8], first: in
 @contextmanager
 def clip_archive(
     path: str | Path, num_clips: int, num_frames: int, **arrays: NDArray[np.generic]
-) -> Iterator[Callable[[Tensor | NDArray[np.uint8]], None]]:
+) -> Iterator[FrameTaker]:
     """An npz file of clips whose frames are added bit by bit, so that memory holds few of them.
 
     What is yielded takes the next frames, [t, C, H, W] or [t, H, W, C]; `num_frames` of them are a

@@ -23,6 +23,8 @@ from engine.durable_files import writing
 _BT709 = 1
 """libav's number of BT.709 as a matrix, as primaries and as a transfer function alike."""
 _LIMITED = 1  # its number of the range 16..235, "MPEG"
+FrameTaker = Callable[[Tensor | NDArray[np.uint8]], None]
+"""Takes the next frames of a video, uint8 [t, C, H, W] or [t, H, W, C]."""
 NUM_COLUMNS = 8
 """Frames of a clip in a contact sheet."""
 _SEPARATOR = 2  # pixels between clips
@@ -44,9 +46,7 @@ def write_mp4(
 
 
 @contextmanager
-def mp4_file(
-    path: str | Path, fps: float, *, scale: int = 1
-) -> Iterator[Callable[[Tensor | NDArray[np.uint8]], None]]:
+def mp4_file(path: str | Path, fps: float, *, scale: int = 1) -> Iterator[FrameTaker]:
     """H.264 that every player shows, of frames that come in chunks.
 
     What is yielded takes uint8 frames, [T, C, H, W] or [T, H, W, C], all of one size. `scale`
@@ -181,23 +181,46 @@ def animation(
     videos = torch.cat([videos_BTCHW.cpu() for _, videos_BTCHW in rows])
     videos = videos.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
     row_pixels = height * scale + _SEPARATOR
-    first, *others = (
+    frames = [
         _with_labels(Image.fromarray(frame_HWC), labels, row_pixels)
         for frame_HWC in as_THWC(grid(videos, columns))
-    )
+    ]
+    _save_animation(path, frames, fps)
+
+
+@contextmanager
+def animation_file(path: str | Path, fps: float, *, scale: int = 1) -> Iterator[FrameTaker]:
+    """An animated WebP or GIF, by the path's ending, of frames that come in chunks.
+
+    What is yielded takes frames as `mp4_file`'s does, and `scale` is the same. All frames are in
+    memory until the file is written. Raises UserError if it cannot be.
+    """
+    frames: list[Image.Image] = []
+
+    def add(chunk: Tensor | NDArray[np.uint8]) -> None:
+        enlarged = as_THWC(chunk).repeat(scale, axis=1).repeat(scale, axis=2)
+        frames.extend(Image.fromarray(frame_HWC) for frame_HWC in enlarged)
+
+    yield add
+    _save_animation(path, frames, fps)
+
+
+def _save_animation(path: str | Path, frames: Sequence[Image.Image], fps: float) -> None:
+    """One that plays for ever."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.writing")
+    kind = path.suffix.removeprefix(".").upper()
+    options: dict[str, int] = {"quality": 80, "method": 6} if kind == "WEBP" else {}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        first.save(
+        frames[0].save(
             aside,
-            format="WEBP",
+            format=kind,
             save_all=True,
-            append_images=others,
+            append_images=frames[1:],
             duration=round(1000 / fps),
-            loop=0,  # for ever
-            quality=80,
-            method=6,
+            loop=0,
+            **options,
         )
         aside.replace(path)
 
