@@ -89,6 +89,8 @@ class DummyPasses:
     sigma: float
     """Standard deviation of z."""
     seed: int
+    windows: bool = False
+    """Whether each stage after the first makes a window, as in training, and not a whole video."""
 
 
 def clip_length(trained: TrainedCascade) -> int:
@@ -106,6 +108,7 @@ def choose_passes(
     num_passes: int | None = None,
     batch_size: int | None = None,
     statistics_frames: int | None = None,
+    windows: bool = False,
 ) -> DummyPasses:
     """Those for videos of `num_frames`.
 
@@ -116,8 +119,8 @@ def choose_passes(
     An exported cascade's own, whatever their length and seed, if they are of this `sigma` and
     nothing else is asked for.
     """
-    asked = num_passes, batch_size, statistics_frames
-    if trained.passes is not None and trained.passes.sigma == sigma and asked == (None,) * 3:
+    asked = num_passes, batch_size, statistics_frames, windows or None
+    if trained.passes is not None and trained.passes.sigma == sigma and asked == (None,) * 4:
         return trained.passes
     most = MOST_UNROLLED * clip_length(trained)
     training = trained.config().stages[trained.stage_number].training
@@ -127,6 +130,7 @@ def choose_passes(
         batch_size=batch_size or BATCH_SIZE,
         sigma=sigma,
         seed=seed,
+        windows=windows,
     )
 
 
@@ -148,6 +152,9 @@ def run_passes(cascade: GeneratorCascade, trained: TrainedCascade, passes: Dummy
     )
 
     def run_stage(number: int, zs: list[Tensor], labels_B: Tensor | None) -> None:
+        if passes.windows:
+            cascade.sample_previous(number + 1, zs, labels_B, latents.random)
+            return
         to_it = GeneratorCascade(stages[:number], config)
         to_it.generate(zs, labels_B, clip_frames * config.unrolling(number))
 

@@ -45,6 +45,7 @@ class _Statistics(BaseModel):
     batch_size: int = Field(ge=1)
     sigma: float = Field(gt=0, allow_inf_nan=False)
     seed: int = Field(ge=0)
+    windows: bool = False
 
 
 class _Description(BaseModel):

@@ -83,6 +83,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="numbers of the frames that contact-sheet.png and strips show (default: 8, evenly)",
     )
     add(
+        "--random-window",
+        action="store_true",
+        help="upsample one random window of the clip before, as in training, instead of all of it: "
+        "what the paper's scores of 6 and 12 frames are of (its footnote 1)",
+    )
+    add(
         "--stages",
         action="store_true",
         help="write what every stage makes of each clip, and a strip of them, into stages/",
@@ -97,6 +103,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "%(default)s)",
     )
     options = parser.parse_args(arguments)
+    if options.random_window:
+        for name in ("frames", "statistics_frames", "stages"):
+            if getattr(options, name):
+                parser.error(f"--random-window and --{name.replace('_', '-')} exclude each other")
     parser.check_generation(options, frames=1, num=1, statistics_frames=1)
     return options
 
@@ -108,6 +118,10 @@ def main(arguments: list[str]) -> None:
     config = trained.config()
     stage_number = trained.stage_number
     num_frames = options.frames or clip_length(trained)
+    if options.random_window:
+        if stage_number == 1:
+            raise UserError("--random-window: a single stage upsamples no windows")
+        num_frames = config.stages[stage_number].num_frames
     plan = SamplePlan(
         checkpoint=trained,
         labels=choose_labels(options.classes, options.num, trained),
@@ -122,12 +136,15 @@ def main(arguments: list[str]) -> None:
             num_passes=options.passes,
             batch_size=options.batch,
             statistics_frames=options.statistics_frames,
+            windows=options.random_window,
         ),
     )
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
     print(f"checkpoint: {trained.path} (stage {stage_number}, step {trained.step})")
-    notes = beyond_training(config, stage_number, plan.num_frames)
+    notes = []
+    if not options.random_window:
+        notes = beyond_training(config, stage_number, num_frames)
     if num_frames != plan.passes.num_frames:
         notes.append(f"norm statistics of {plan.passes.num_frames} frames serve {num_frames}")
     for note in notes:

@@ -38,7 +38,8 @@ class SamplePlan:
     """Standard deviation of z: 1 for metrics, 0.5 for pictures (paper)."""
     seed: int
     passes: DummyPasses
-    """They fix the norm statistics."""
+    """They fix the norm statistics. With `windows` clips are windows, too: of the last stage's
+    training length, made of a random window of the stage before's clip (the paper's footnote 1)."""
 
 
 def choose_labels(
@@ -103,6 +104,7 @@ def fix_statistics(cascade: GeneratorCascade, plan: SamplePlan, out: Path) -> No
         "passes": plan.passes.num_passes,
         "batch": plan.passes.batch_size,
         "seed": plan.passes.seed,
+        **({"windows": True} if plan.passes.windows else {}),
     }
     if path.exists():
         kept = read_tensors(path)
@@ -163,6 +165,10 @@ def _chunks(
             )
         return to_uint8(video_BTCHW)[0].cpu()
 
+    if plan.passes.windows:
+        last = len(cascade.generators)
+        yield as_pixels(cascade.sample_previous(last + 1, zs, labels_B, latents.random))
+        return
     ends = [*range(CHUNK_FRAMES, plan.num_frames, CHUNK_FRAMES), plan.num_frames]
     for video_BTCHW in cascade.stream(
         zs, labels_B, ends, lambda stage, low_BTCHW: on_chunk(stage, as_pixels(low_BTCHW))
