@@ -1,20 +1,23 @@
 """Generate videos with a trained cascade, unrolled to any length."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from engine.command_line import ArgumentParser, run
-from engine.dummy_passes import choose_passes, clip_length, load_trained
+from engine.dummy_passes import TrainedCascade, choose_passes, clip_length, load_trained
 from engine.errors import UserError
 from engine.exported import find_trained
 from engine.models.construction import forbid_tf32
 from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, STAGES, make_writable, write
+from engine.sampled_dataset import CLIPS, SampledDataset, draw_labels
 from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, stream
 from engine.stage_files import StageFiles
 from engine.video.writing import NUM_COLUMNS, evenly_spaced
 
+DATASET_FORMATS = ("mp4",), ("png",)
 EPILOG = """\
 examples:
   python engine/sample.py --checkpoint runs/sample --frames 50 --out samples
@@ -95,6 +98,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--num", type=int, metavar="N", help="clips (default: one per class, at most 16)")
     add(
+        "--interpolate",
+        type=int,
+        metavar="N",
+        help="for each of the clips, N that lead from one latent to another of the same class",
+    )
+    add(
+        "--as-dataset",
+        type=int,
+        metavar="N",
+        help="write N clips for other evaluators, with the data's classes: clips/CLASS/000000.mp4, "
+        "or folders of frames with --format png; a run that was stopped goes on",
+    )
+    add(
         "--format",
         type=_formats,
         default="mp4",
@@ -107,24 +123,35 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for name in ("frames", "statistics_frames", "stages"):
             if getattr(options, name):
                 parser.error(f"--random-window and --{name.replace('_', '-')} exclude each other")
-    parser.check_generation(options, frames=1, num=1, statistics_frames=1)
+    if options.as_dataset is not None:
+        for name in ("classes", "num", "stages", "columns", "interpolate"):
+            if getattr(options, name):
+                parser.error(f"--as-dataset and --{name} exclude each other")
+        if options.format not in DATASET_FORMATS:
+            parser.error("--as-dataset: --format must be mp4 or png")
+    parser.check_generation(
+        options, frames=1, num=1, statistics_frames=1, as_dataset=1, interpolate=2
+    )
     return options
 
 
-def main(arguments: list[str]) -> None:
-    """Load, fix the norms' statistics, generate, write."""
-    options = parse(arguments)
-    trained = find_trained(options.checkpoint)
-    config = trained.config()
-    stage_number = trained.stage_number
+def plan_of(options: argparse.Namespace, trained: TrainedCascade) -> SamplePlan:
+    """What the options ask for. Raises UserError for what there is not."""
+    config, stage_number = trained.config(), trained.stage_number
     num_frames = options.frames or clip_length(trained)
     if options.random_window:
         if stage_number == 1:
             raise UserError("--random-window: a single stage upsamples no windows")
         num_frames = config.stages[stage_number].num_frames
-    plan = SamplePlan(
+    if options.as_dataset is None:
+        num = options.num or (1 if options.interpolate and options.classes is None else None)
+        labels = choose_labels(options.classes, num, trained)
+        labels = [label for label in labels for _ in range(options.interpolate or 1)]
+    else:
+        labels = draw_labels(trained, options.as_dataset, options.seed)
+    return SamplePlan(
         checkpoint=trained,
-        labels=choose_labels(options.classes, options.num, trained),
+        labels=labels,
         num_frames=num_frames,
         sigma=options.sigma,
         seed=options.seed,
@@ -138,27 +165,44 @@ def main(arguments: list[str]) -> None:
             statistics_frames=options.statistics_frames,
             windows=options.random_window,
         ),
+        interpolated=options.interpolate,
     )
+
+
+def columns_of(options: argparse.Namespace, num_frames: int) -> Sequence[int]:
+    """Numbers of the frames that are shown. Raises UserError for what there is not."""
+    last = num_frames - 1
+    if options.columns is not None and max(options.columns) > last:
+        raise UserError(f"--columns: there is no frame {max(options.columns)}; the last is {last}")
+    return options.columns or evenly_spaced(num_frames, NUM_COLUMNS)
+
+
+def main(arguments: list[str]) -> None:
+    """Load, fix the norms' statistics, generate, write."""
+    options = parse(arguments)
+    trained = find_trained(options.checkpoint)
+    plan = plan_of(options, trained)
+    columns = columns_of(options, plan.num_frames)
+    print(f"checkpoint: {trained.path} (stage {trained.stage_number}, step {trained.step})")
+    for note in notes_on(plan):
+        print(f"note: {note}")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
-    print(f"checkpoint: {trained.path} (stage {stage_number}, step {trained.step})")
-    notes = []
-    if not options.random_window:
-        notes = beyond_training(config, stage_number, num_frames)
-    if num_frames != plan.passes.num_frames:
-        notes.append(f"norm statistics of {plan.passes.num_frames} frames serve {num_frames}")
-    for note in notes:
-        print(f"note: {note}")
-    columns = options.columns or evenly_spaced(num_frames, NUM_COLUMNS)
-    if max(columns) >= num_frames:
-        raise UserError(
-            f"--columns: there is no frame {max(columns)}; the last is {num_frames - 1}"
-        )
+    if options.as_dataset is not None:
+        write_dataset(plan, options, device)
+    else:
+        write_samples(plan, options, columns, device)
+
+
+def write_samples(
+    plan: SamplePlan, options: argparse.Namespace, columns: Sequence[int], device: torch.device
+) -> None:
+    """Clips to look at or to measure; all at once, in place of an earlier run's."""
     make_writable(options.out, plan, options.format, stages=options.stages)
     forbid_tf32()
-    cascade = load_trained(trained, device)
+    cascade = load_trained(plan.checkpoint, device)
     fix_statistics(cascade, plan, options.out)
-    stages = StageFiles(trained, columns) if options.stages else None
+    stages = StageFiles(plan.checkpoint, columns) if options.stages else None
     videos = stream(cascade, plan) if stages is None else stream(cascade, plan, stages.add)
     write(options.out, videos, plan, options.format, columns=columns, stages=stages)
     print(f"wrote: {len(plan.labels)} clips of {plan.num_frames} frames")
@@ -166,6 +210,32 @@ def main(arguments: list[str]) -> None:
     written = [GRID, SHEET, *([STAGES] if options.stages else [])]
     for name in [*written, *(folders[name] for name in options.format if name in folders)]:
         print(f"  {options.out / name}")
+
+
+def write_dataset(plan: SamplePlan, options: argparse.Namespace, device: torch.device) -> None:
+    """A folder of clips for other projects' evaluators; what is there already stays."""
+    (form,) = options.format
+    dataset = SampledDataset(options.out, plan, form)
+    numbers = dataset.missing()
+    if numbers:
+        forbid_tf32()
+        cascade = load_trained(plan.checkpoint, device)
+        fix_statistics(cascade, plan, options.out)
+        dataset.write(stream(cascade, plan, numbers=frozenset(numbers)), numbers)
+    made, total = len(numbers), len(plan.labels)
+    kept = f", {total - made} were there" if made < total else ""
+    print(f"wrote: {made} clips of {plan.num_frames} frames into {options.out / CLIPS}{kept}")
+
+
+def notes_on(plan: SamplePlan) -> list[str]:
+    """What a user must know of the plan."""
+    trained, num_frames = plan.checkpoint, plan.num_frames
+    notes = []
+    if not plan.passes.windows:
+        notes = beyond_training(trained.config(), trained.stage_number, num_frames)
+    if num_frames != plan.passes.num_frames:
+        notes.append(f"norm statistics of {plan.passes.num_frames} frames serve {num_frames}")
+    return notes
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class SamplePlan:
     passes: DummyPasses
     """They fix the norm statistics. With `windows` clips are windows, too: of the last stage's
     training length, made of a random window of the stage before's clip (the paper's footnote 1)."""
+    interpolated: int | None = None
+    """So many clips of a class lead from one latent to another; None: each has its own."""
 
 
 def choose_labels(
@@ -129,16 +131,19 @@ def stream(
     cascade: GeneratorCascade,
     plan: SamplePlan,
     on_chunk: Callable[[int, Tensor], object] = lambda number, video_TCHW: None,
+    numbers: Collection[int] | None = None,
 ) -> Iterator[Iterator[Tensor]]:
     """For each label a uint8 video in chunks [t, 3, H, W] on the CPU; UserError if not finite.
 
     Clip by clip, each from a seed of its own: the n-th clip of a class is the same video whatever
     else is asked for. Memory grows neither with their number nor with their length. `on_chunk` is
-    given what each stage before the last makes meanwhile, with the stage's number.
+    given what each stage before the last makes meanwhile, with the stage's number. With `numbers`
+    only those of the plan's clips.
     """
     counts: Counter[int | None] = Counter()
-    for label in plan.labels:
-        yield _chunks(cascade, plan, label, counts[label], on_chunk)
+    for number, label in enumerate(plan.labels):
+        if numbers is None or number in numbers:
+            yield _chunks(cascade, plan, label, counts[label], on_chunk)
         counts[label] += 1
 
 
@@ -152,10 +157,19 @@ def _chunks(
     """Of the `number`-th clip of a class."""
     device = next(cascade.parameters()).device
     class_part = 0 if label is None else label + 1
-    seed = derived_seed(_CLIPS, plan.seed, class_part, number)
-    latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
     labels_B = None if label is None else torch.tensor([label], device=device)
-    zs = latents.latents(1, len(cascade.generators))
+
+    def draw(clip: int) -> tuple[list[Tensor], torch.Generator]:
+        seed = derived_seed(_CLIPS, plan.seed, class_part, clip)
+        latents = LatentSource(cascade.config, (), seed, device, sigma=plan.sigma)
+        return latents.latents(1, len(cascade.generators)), latents.random
+
+    if plan.interpolated is None:
+        zs, random = draw(number)
+    else:
+        (begin, random), (end, _) = draw(0), draw(1)
+        part = number / max(1, plan.interpolated - 1)
+        zs = [interpolate(*pair, part) for pair in zip(begin, end, strict=True)]
 
     def as_pixels(video_BTCHW: Tensor) -> Tensor:
         if not video_BTCHW.isfinite().all():  # uint8 would hide it
@@ -167,13 +181,32 @@ def _chunks(
 
     if plan.passes.windows:
         last = len(cascade.generators)
-        yield as_pixels(cascade.sample_previous(last + 1, zs, labels_B, latents.random))
+        yield as_pixels(cascade.sample_previous(last + 1, zs, labels_B, random))
         return
     ends = [*range(CHUNK_FRAMES, plan.num_frames, CHUNK_FRAMES), plan.num_frames]
     for video_BTCHW in cascade.stream(
         zs, labels_B, ends, lambda stage, low_BTCHW: on_chunk(stage, as_pixels(low_BTCHW))
     ):
         yield as_pixels(video_BTCHW)
+
+
+def interpolate(begin_BZ: Tensor, end_BZ: Tensor, part: float) -> Tensor:
+    """A latent on the way from one to the other, 0 <= `part` <= 1, along the great circle.
+
+    On the straight line latents are shorter in the middle than any that training draws; the length
+    here goes evenly from the one's to the other's (White 2016, "Sampling generative networks").
+    """
+    lengths = [z.norm(dim=1, keepdim=True) for z in (begin_BZ, end_BZ)]
+    first, second = (z / length for z, length in zip((begin_BZ, end_BZ), lengths, strict=True))
+    angle = (first * second).sum(1, keepdim=True).clamp(-1, 1).acos()
+    near = angle.sin() < 1e-6  # the same direction, or opposite ones, which have no great circle
+    weights = [((1 - part) * angle).sin() / angle.sin(), (part * angle).sin() / angle.sin()]
+    first_weight, second_weight = (
+        torch.where(near, torch.full_like(angle, straight), weight)
+        for straight, weight in zip((1 - part, part), weights, strict=True)
+    )
+    direction = first_weight * first + second_weight * second
+    return direction * torch.lerp(lengths[0], lengths[1], part)
 
 
 def _separated(wanted: str) -> list[str]:
