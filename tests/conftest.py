@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before matplotlib is imported: there is no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import contextlib
 import gc
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ from forks import Forks
 from small_runs import Tiny, write_tiny
 
 from engine.trainer.ranks import Ranks
+
+with contextlib.suppress(AttributeError, OSError):  # Linux's, and not in every container
+    # As batch work no process interrupts another by waking up, here and in all that tests start.
+    # Else gloo's threads interrupt the one whose lock they want, and try for it again and again:
+    # ranks that outnumber the cores spend a third of their time so.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
     variant.py      a kernel as it is launched
     variants.py     those that the shipped configurations launch, and some more
+    program_key.py  tells whether a kernel has changed
     check.py        compiles them, and compares with the table
     resources.json  the table
 

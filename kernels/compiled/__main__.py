@@ -3,7 +3,7 @@
     python -m kernels.compiled                      compile all, write the table
     python -m kernels.compiled --check              compile all, compare with the table
     python -m kernels.compiled --check --arch sm_90
-    python -m kernels.compiled --check --thin       each for one architecture, not for all
+    python -m kernels.compiled --check --thin       what has changed, and one variant per kernel
 
 Exit codes: 0, 1 where a kernel spills, exceeds a limit, multiplies matrices without tensor cores or
 differs from the table, 2 where nothing can be compiled.
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--arch", choices=list(SHARED_LIMIT), action="append", help="only this one (with --check)"
     )
     parser.add_argument(
-        "--thin", action="store_true", help="one architecture for most kernels (with --check)"
+        "--thin", action="store_true", help="only what may have changed (with --check)"
     )
     options = parser.parse_args(arguments)
     if (options.arch or options.thin) and not options.check:
@@ -46,13 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
         table = json.loads(TABLE.read_text())
         found = check(table, options.arch or list(SHARED_LIMIT), thin=options.thin)
     else:
-        found, kernels = [], {}
+        from kernels.compiled.program_key import program_key
+
+        found, programs, kernels = [], {}, {}
         for variant in variants():
+            programs[variant.name] = program_key(variant)
             measured = {arch: measure(variant, arch) for arch in SHARED_LIMIT}
             kernels[variant.name] = measured
             for arch, resources in measured.items():
                 found += faults(variant, arch, resources)
-        table = {"triton": triton.__version__, "kernels": kernels}
+        table = {"triton": triton.__version__, "programs": programs, "kernels": kernels}
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
     print("\n".join(found) or "no kernel spills or exceeds a limit")
     return 1 if found else 0

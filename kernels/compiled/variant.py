@@ -39,7 +39,11 @@ class Variant:
     def compile(self, arch: str) -> Any:
         """Triton's compiled kernel for "sm_80", "sm_90" or "sm_100"."""
         import triton
-        from triton.backends.compiler import GPUTarget
+
+        return triton.compile(self.source(), target=self.target(arch), options=self.options)
+
+    def source(self) -> Any:
+        """The kernel, the types and the constants as Triton's compiler takes them."""
         from triton.compiler import ASTSource
 
         names = self.kernel.arg_names
@@ -51,11 +55,15 @@ class Variant:
             for i, name in enumerate(names)
             if self.types.get(name, "").startswith("*") or name in self.divisible
         ]
-        source = ASTSource(
+        return ASTSource(
             fn=self.kernel,
             signature={name: self.types.get(name, "constexpr") for name in names},
             constexprs=dict(self.constants),
             attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
         )
-        target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        return triton.compile(source, target=target, options=self.options)
+
+    def target(self, arch: str) -> Any:
+        """An architecture as Triton's compiler takes it."""
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

@@ -29,7 +29,11 @@ def kernel() -> None:
     """Stands for a Triton kernel where only its name is used."""
 
 
-kernel.__module__ = "kernels.op.triton"
+def product_kernel() -> None:
+    """Stands for another."""
+
+
+kernel.__module__ = product_kernel.__module__ = "kernels.op.triton"
 
 
 def run(cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
@@ -53,12 +57,79 @@ def compiled_before(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path if cache is None else cache.mkdir("triton")
 
 
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_the_table_is_true(arch: str, compiled_before: Path) -> None:
-    """Thinned: all of it takes some minutes more. Every kernel is compiled for one architecture,
-    those with matrix products, whose instructions and tiles differ between them, for every one."""
-    done = run(compiled_before, "-m", "kernels.compiled", "--check", "--thin", "--arch", arch)
+def test_the_table_is_true(compiled_before: Path) -> None:
+    """Thinned: all of it takes some minutes more. What the table was made from is recognised by its
+    key, and a variant of each kernel is compiled all the same, one with matrix products, whose
+    instructions and tiles differ between architectures, for every one of them."""
+    done = run(compiled_before, "-m", "kernels.compiled", "--check", "--thin")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+KERNELS = """
+import triton
+import triton.language as tl
+FACTOR = tl.constexpr(2)
+@triton.jit
+def helper(x):
+    return x * FACTOR
+@triton.jit
+def kernel(ptr, N: tl.constexpr):
+    at = ptr + tl.arange(0, N)
+    tl.store(at, helper(tl.load(at)))
+"""
+KEYS = """
+import json, runpy, sys
+from dataclasses import replace
+from kernels.compiled.program_key import program_key
+from kernels.compiled.variant import Variant
+keys = {}
+for file in sys.argv[1:]:
+    kernel = runpy.run_path(file, run_name="written")["kernel"]
+    plain = Variant(kernel, "", {"ptr": "*fp32", "n": "i32"}, {"SIZE": 64}, {"num_warps": 4})
+    launched = {
+        "plain": plain,
+        "type": replace(plain, types={"ptr": "*bf16", "n": "i32"}),
+        "constant": replace(plain, constants={"SIZE": 32}),
+        "options": replace(plain, options={"num_warps": 8}),
+        "divisible": replace(plain, divisible=frozenset({"n"})),
+    }
+    keys[file] = {name: program_key(variant) for name, variant in launched.items()}
+print(json.dumps(keys))
+"""
+KERNEL = """
+import triton
+import triton.language as tl
+FACTOR = tl.constexpr(2)
+@triton.jit
+def helper(x):
+    return x * FACTOR
+@triton.jit
+def kernel(ptr, n, SIZE: tl.constexpr):
+    at = ptr + n + tl.arange(0, SIZE)
+    tl.store(at, helper(tl.load(at)))
+"""
+
+
+def test_a_key_is_of_what_the_compiler_is_given(tmp_path: Path) -> None:
+    """Of all that a kernel calls and reads too, and of nothing else."""
+    changes = {
+        "as it was": ("", ""),
+        "kernel": ("n + tl", "n + 1 + tl"),
+        "helper": ("x * FACTOR", "x + FACTOR"),
+        "global": ("constexpr(2)", "constexpr(3)"),
+        "place": ("FACTOR =", "\n\n\nFACTOR ="),
+        "comment": ("    return", "    # a remark\n    return"),
+    }
+    files = {change: tmp_path / f"{change}.py" for change in changes}
+    for change, (old, new) in changes.items():
+        files[change].write_text(KERNEL.replace(old, new, 1))
+    done = run(tmp_path / "cache", "-c", KEYS, *map(str, files.values()))
+    assert done.returncode == 0, done.stderr
+    by_file = json.loads(done.stdout)
+    keys = {change: by_file[str(file)] for change, file in files.items()}
+    assert keys["place"] == keys["comment"] == keys["as it was"]
+    found = [key for c in ("as it was", "kernel", "helper", "global") for key in keys[c].values()]
+    assert len(set(found)) == len(found) == 20
 
 
 def named(variant: Variant) -> str:
@@ -151,25 +222,29 @@ def test_differences_from_the_table_are_told(monkeypatch: pytest.MonkeyPatch) ->
     listed = [Variant(kernel, "a", {}, {}), Variant(kernel, "b", {}, {})]
     monkeypatch.setattr(checks, "variants", lambda: iter(listed))
     monkeypatch.setattr(checks, "measure", lambda variant, arch: GOOD)
+    monkeypatch.setattr("kernels.compiled.program_key.program_key", lambda variant: "now")
     table = {
         "triton": triton.__version__,
+        "programs": {"op.kernel a": "before", "op.kernel c": "before"},
         "kernels": {
             "op.kernel a": {"sm_80": GOOD | {"registers": 65}},
             "op.kernel c": {"sm_80": GOOD},
         },
     }
-    missing, gone, differs = check(table, ["sm_80"])
+    missing, gone, changed, differs = check(table, ["sm_80"])
     assert missing == "op.kernel b is not in the table: run python -m kernels.compiled"
     assert gone == "op.kernel c is not in the code: run python -m kernels.compiled"
+    assert changed == "op.kernel a is not what the table measured: run python -m kernels.compiled"
     assert differs.startswith("op.kernel a on sm_80: the table says {'registers': 65")
     other = table | {"triton": "0.0"}
     assert check(other, ["sm_80"]) == [missing, gone]
 
 
 def test_a_thin_check_compiles_each_for_one_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that the table was not made from; of the others one per kernel."""
     pytest.importorskip("triton")
     listed = [Variant(kernel, label, {}, {}) for label in "abcd"]
-    listed.append(Variant(kernel, "product", {}, {}, multiplies_matrices=True))
+    listed.append(Variant(product_kernel, "product", {}, {}, multiplies_matrices=True))
     monkeypatch.setattr(checks, "variants", lambda: iter(listed))
     compiled = []
 
@@ -178,14 +253,30 @@ def test_a_thin_check_compiles_each_for_one_architecture(monkeypatch: pytest.Mon
         return GOOD
 
     monkeypatch.setattr(checks, "measure", measure)
+    keys = {"a": "0", "b": "1", "c": "2", "d": "3", "product": "4"}
+    monkeypatch.setattr(
+        "kernels.compiled.program_key.program_key", lambda variant: keys[variant.label]
+    )
     table: dict[str, Any] = {"triton": "", "kernels": {v.name: {} for v in listed}}
+    unknown, known = (
+        table | {"programs": {}},
+        table | {"programs": {v.name: keys[v.label] for v in listed}},
+    )
     for arch in SHARED_LIMIT:
-        assert check(table, [arch], thin=True) == []
+        assert check(unknown, [arch], thin=True) == []
     first, second, third = SHARED_LIMIT
     each = [("a", first), ("b", second), ("c", third), ("d", first)]
-    assert sorted(compiled) == each + [("product", arch) for arch in sorted(SHARED_LIMIT)]
+    products = [("product", arch) for arch in sorted(SHARED_LIMIT)]
+    assert sorted(compiled) == each + products
     compiled.clear()
-    assert check(table, [*SHARED_LIMIT]) == []
+    assert check(known, [*SHARED_LIMIT], thin=True) == []
+    assert sorted(compiled) == [("a", first), *products]
+    compiled.clear()
+    keys["d"] = "5"
+    assert check(known, [*SHARED_LIMIT], thin=True) == []
+    assert sorted(compiled) == [("a", first), ("d", first), *products]
+    compiled.clear()
+    assert check(known, [*SHARED_LIMIT]) == []
     assert len(compiled) == 15
 
 
