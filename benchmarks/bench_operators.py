@@ -22,7 +22,7 @@ import kernels
 from benchmarks.calls import Call, Network, kinetics, network_calls
 from benchmarks.correctness import Function, check_call, gradients
 from benchmarks.plain import PlainOperators
-from benchmarks.session import OURS, REFERENCE, Case, Session
+from benchmarks.session import COMPILED, OURS, REFERENCE, Case, Session
 from benchmarks.timing import cache_bytes, num_copies
 from kernels.common.floor import Cost, Floor
 from kernels.conv_gru.floor import conv_gru_floor
@@ -36,7 +36,7 @@ from kernels.convolution.floor import (
 from kernels.frame_norm.floor import frame_norm_floor
 
 Direction = Literal["forward", "forward_backward"]
-COMPILED, PLAIN = "compiled", "plain"
+PLAIN = "plain"
 OPERATORS: dict[str, tuple[int, Network, Callable[..., Floor]]] = {
     "frame_norm": (2, "generator", frame_norm_floor),
     "conv_gru": (1, "generator", conv_gru_floor),  # at 4x4 pixels x is the same at every time step

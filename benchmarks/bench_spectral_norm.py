@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from benchmarks.bench_operators import COMPILED
 from benchmarks.calls import kinetics
 from benchmarks.correctness import Results, check
 from benchmarks.launches import parametrized, parametrized_weight
-from benchmarks.session import OURS, REFERENCE, Case, Session
+from benchmarks.session import COMPILED, OURS, REFERENCE, Case, Session
 from benchmarks.timing import cache_bytes, num_copies
 from engine.models import build_generator
 from engine.models.construction import compute_dtype

@@ -35,7 +35,6 @@ def test_step(session: Session, benchmark: Any, ranks: Ranks) -> None:
         shape=f"sample.yaml stage 2 batch {stage.training.samples_per_pass}",
         direction="step",
         dtype=compute_dtype(stage),
-        cost=None,
         check=partial(check_networks, trainer, config, reference),
         sides=lambda: {OURS: trainer.train_step, REFERENCE: step_of_references},
         # Neighbouring CPU steps differ by a tenth on a machine that is shared; five rounds do not

@@ -62,29 +62,20 @@ CUDA = torch.cuda.is_available()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Our options; those that begin with --benchmark- are pytest-benchmark's."""
-    group = parser.getgroup("SSW-GAN benchmarks")
-    group.addoption(
-        "--benchmark", action="store_true", dest="run_benchmarks", help="measure, write results"
-    )
-    group.addoption(
-        "--quick", action="store_true", help="one size per operator, forward + backward only"
-    )
-    group.addoption(
-        "--budget", type=float, metavar="SECONDS", help="start no case after so many seconds"
-    )
-    group.addoption(
+    add = parser.getgroup("SSW-GAN benchmarks").addoption
+    add("--benchmark", action="store_true", dest="run_benchmarks", help="measure, write results")
+    add("--quick", action="store_true", help="one size per operator, forward + backward only")
+    add("--budget", type=float, metavar="SECONDS", help="start no case after so many seconds")
+    add(
         "--compile",
         action="store_true",
         dest="compile_references",
         help="torch.compile also on a CPU, half a minute per size, and of the spectral norm's list"
         " of weights, many minutes",
     )
-    group.addoption(
-        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where the file goes"
-    )
-    group.addoption(
-        "--add-to", type=Path, metavar="FILE", help="add to an earlier result file of this device"
-    )
+    folder = results.FOLDER
+    add("--results", type=Path, default=folder, metavar="DIR", help="where the file goes")
+    add("--add-to", type=Path, metavar="FILE", help="add to an earlier result file of this device")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -118,10 +109,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """pytest-benchmark reads our stopwatch instead of wall time."""
+    """pytest-benchmark reads the session's clock instead of wall time."""
+    session = config.stash.get(SESSION, None)
     for item in items:
-        if SESSION in config.stash and FOLDER in item.path.parents:
-            item.add_marker(pytest.mark.benchmark(timer=config.stash[SESSION].stopwatch))
+        if session is not None and FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=lambda: session.clock))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -172,11 +164,11 @@ def _write(config: pytest.Config, document: results.Document) -> None:
 
 
 def _case_of(item: pytest.Item) -> str:
-    """As `results.case_name` where the test is of a call, else the test's own name."""
+    """As `results.Row.case` where the test is of a call, else the test's own name."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     call = parameters.get("call")
     if isinstance(call, Call):
-        return results.case_name(call.operator, call.name, parameters["direction"])
+        return f"{call.operator} {call.name} {parameters['direction']}"
     return item.name.removeprefix("test_")
 
 

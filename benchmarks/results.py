@@ -5,36 +5,42 @@ GB/s (1e9 bytes) and TFLOP/s, memory bytes.
 """
 
 import json
-import math
 import platform
 import re
 import subprocess
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.setups import BUILDS, USABLE_BYTES
 from benchmarks.timing import Spread
 from engine.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "results"
-REPOSITORY = FOLDER.parents[1]
 PRETENDED = "pretended"
 """What the name of a device begins with whose times are nobody's: benchmarks/pretended_gpu."""
 
 Positive = Annotated[float, Field(gt=0)]
 Amount = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(ge=0)]
 
 
 class Record(BaseModel):
     """A part of the file: unknown keys are refused, nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    KEY: ClassVar[tuple[str, ...]] = ()
+    """The fields by which a later record replaces an earlier one in a file."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The values of `KEY`."""
+        return tuple(getattr(self, name) for name in self.KEY)
 
 
 class Rates(Record):
@@ -50,6 +56,7 @@ class Rates(Record):
 class Row(Record):
     """One side of one case."""
 
+    KEY = "operator", "shape", "direction", "side"
     operator: str
     shape: str
     direction: str
@@ -61,39 +68,42 @@ class Row(Record):
     of_ours: Spread | None = None
     """This side's time over ours, within rounds; None for our own row."""
     gb_per_s: Positive | None = None
-    """The floor's bytes over the median time."""
+    """The floor's bytes over the median time; shares are of the same run's `Rates`."""
     tflop_per_s: Positive | None = None
     share_of_copy: Positive | None = None
-    """Of the copy bandwidth of the same run."""
     share_of_matmul: Positive | None = None
-    peak_bytes: Annotated[int, Field(ge=0)] | None = None
+    peak_bytes: Size | None = None
     """Allocated at most beyond what was there before; None where the device does not tell."""
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """What there is one row of in a file."""
-        return self.operator, self.shape, self.direction, self.side
+    def peak_mb(self) -> float | None:
+        """In the unit of the tables."""
+        return self.peak_bytes and self.peak_bytes / 1e6
 
     @property
     def case(self) -> str:
         """How its case is named where it is skipped or fails."""
-        return case_name(*self.key[:3])
+        return " ".join(self.key[:3])
+
+
+def by_case(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """A dictionary per case, of its rows by side; cases that we have no row in are left out."""
+    cases: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for row in rows:
+        cases[row.case][row.side] = row
+    return [case for case in cases.values() if "ours" in case]
 
 
 class Count(Record):
     """Something counted on the meta device."""
 
+    KEY = "what", "of"
     what: str
     of: str
     plain: float | None
     """With the references, or with PyTorch's own; None where there is no such thing."""
     ours: float
     unit: str
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What there is one count of in a file."""
-        return self.what, self.of
 
 
 class Attempt(Record):
@@ -102,7 +112,7 @@ class Attempt(Record):
     samples: Amount
     seconds: Spread | None
     """Of two D updates and one G update of so many samples each; None where it was not run."""
-    peak_bytes: Annotated[int, Field(ge=0)] | None
+    peak_bytes: Size | None
     """Allocated at most in all, weights and optimizer included."""
 
     @property
@@ -110,10 +120,16 @@ class Attempt(Record):
         """The median's; None where it was not run."""
         return None if self.seconds is None else self.seconds.median / self.samples
 
+    @property
+    def peak_mb(self) -> float | None:
+        """In the unit of the tables."""
+        return self.peak_bytes and self.peak_bytes / 1e6
+
 
 class WholeStep(Record):
     """The training iteration of one setup in one build; benchmarks/setups.py has both."""
 
+    KEY = "setup", "build", "how"
     setup: str
     build: str
     how: Literal["measured", "counted"]
@@ -130,11 +146,6 @@ class WholeStep(Record):
     """Measured in the same call."""
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """What there is one of in a file."""
-        return self.setup, self.build, self.how
-
-    @property
     def case(self) -> str:
         """How it is named where it is skipped or fails."""
         suffix = "" if self.how == "measured" else "_counted"
@@ -144,6 +155,7 @@ class WholeStep(Record):
 class Feed(Record):
     """How fast clips come from a part of the loader, pulled as fast as they come."""
 
+    KEY = ("case",)  # all parts of a case are replaced together
     case: str
     clips: str
     """Which, of which videos."""
@@ -161,9 +173,14 @@ class Feed(Record):
     """Clips per second that a step on one device consumes."""
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """All parts of a case are replaced together."""
-        return (self.case,)
+    def per_s(self) -> Spread:
+        """Clips per second."""
+        return Spread(1 / self.seconds.median, 1 / self.seconds.p80, 1 / self.seconds.p20)
+
+    @property
+    def cpu_ms(self) -> float:
+        """Milliseconds of CPU time per clip."""
+        return 1e3 * self.cpu_seconds
 
 
 class Skip(Record):
@@ -200,25 +217,19 @@ class Made(Record):
 class Document(Made):
     """A result file."""
 
-    format: Literal[1]
+    format: Literal[1] = 1
     quick: bool
-    seconds: float
+    seconds: float = 0
     """How long the run took, all calls of it together."""
-    rates: list[Rates]
+    rates: list[Rates] = []
     """Of every call that added to the file; shares in `rows` are of their own call's."""
-    rows: list[Row]
-    counts: list[Count]
+    rows: list[Row] = []
+    counts: list[Count] = []
     steps: list[WholeStep] = []
     feeds: list[Feed] = []
-    skipped: list[Skip]
-    failed: list[str]
+    skipped: list[Skip] = []
+    failed: list[str] = []
     """Cases that were refused or broke."""
-
-    @classmethod
-    def empty(cls, made: dict[str, Any], *, quick: bool) -> "Document":
-        """Nothing measured yet. `made`: the fields of `Made`."""
-        empty: dict[str, Any] = {"rates": [], "rows": [], "counts": [], "skipped": [], "failed": []}
-        return cls(**made, format=1, quick=quick, seconds=0, **empty)
 
     @property
     def holds_results(self) -> bool:
@@ -231,27 +242,29 @@ class Document(Made):
 
 def made_here() -> dict[str, Any]:
     """The fields of `Made`: now, on this machine, of this commit."""
-    git = "git", "-C", str(REPOSITORY)
-    commit = _output(*git, "rev-parse", "HEAD") or None
-    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    described = _output(
+        *("git", "-C", str(FOLDER), "describe", "--always", "--abbrev=40", "--exclude=*"), "--dirty"
+    )
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "device": this_device(),
         "versions": these_versions(),
-        "commit": commit,
-        "dirty": None if commit is None else bool(changes),
+        "commit": described and described.removesuffix("-dirty"),
+        "dirty": described and described.endswith("-dirty"),
     }
 
 
 def this_device() -> Device:
     """The GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        threads = torch.get_num_threads()
-        return Device(kind="cpu", name=_cpu_name(), num_threads=threads, driver=None)
-    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = drivers.splitlines()[0] if drivers else None
-    name = torch.cuda.get_device_name()
-    return Device(kind="cuda", name=name, num_threads=None, driver=driver)
+    if torch.cuda.is_available():
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        name, driver = torch.cuda.get_device_name(), drivers and drivers.splitlines()[0]
+        return Device(kind="cuda", name=name, num_threads=None, driver=driver)
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.machine()
+    return Device(kind="cpu", name=name, num_threads=torch.get_num_threads(), driver=None)
 
 
 def these_versions() -> dict[str, str | None]:
@@ -274,21 +287,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
-
-
 def _output(*command: str) -> str | None:
+    """What a command prints; None where it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() or None
 
 
 # ------------------------------------------------------------------------------------- files
@@ -319,15 +324,13 @@ def save(document: Record, path: Path) -> None:
 def read(path: Path) -> Document:
     """Read and check a file. Raises UserError with one line."""
     try:
-        tree: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    try:
-        return Document.model_validate(tree)
+        return Document.model_validate(json.loads(path.read_text()))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path} is no result file: {place}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def newest(folder: Path) -> dict[str, Document]:
@@ -351,54 +354,11 @@ def added(before: Document, more: Document, passed: Collection[str] = ()) -> Doc
         again = {record.key for record in getattr(more, name)}
         kept = [record for record in getattr(before, name) if record.key not in again]
         both[name] = kept + getattr(more, name)
-    done = {row.case for row in more.rows} | {feed.case for feed in more.feeds} | set(passed)
+    done = {row.case for row in more.rows} | {step.case for step in more.steps}
+    done |= {feed.case for feed in more.feeds} | set(passed)
     both["skipped"] = [s for s in before.skipped if s.case not in done] + more.skipped
     both["failed"] = [name for name in before.failed if name not in done] + more.failed
     both["dirty"] = more.dirty if before.dirty is None else before.dirty or bool(more.dirty)
     both["seconds"] = before.seconds + more.seconds
     both["rates"] = before.rates + more.rates
     return before.model_copy(update=both)
-
-
-def case_name(operator: str, shape: str, direction: str) -> str:
-    """How skipped and failed cases are named."""
-    return f"{operator} {shape} {direction}"
-
-
-# -------------------------------------------------------------------------- whole iterations
-
-
-def step_of(
-    setup: str,
-    build: str,
-    attempts: Sequence[Attempt],
-    tflop_per_sample: float,
-    matmul_tflop_per_s: float | None,
-    limit_bytes: int | None = None,
-) -> WholeStep:
-    """The record of a setup in a build, from the sizes that were run. `limit_bytes` as below."""
-    tried = sorted(attempts, key=lambda attempt: attempt.samples)
-    best = min(tried, key=lambda attempt: attempt.seconds_per_sample or math.inf)
-    return WholeStep(
-        setup=setup,
-        build=build,
-        how="measured",
-        tflop_per_sample=tflop_per_sample,
-        usual=tried[0],
-        best=None if BUILDS[build].usual_samples_only else best,
-        fits={gpu: most_that_fits(tried, size, limit_bytes) for gpu, size in USABLE_BYTES.items()},
-        matmul_tflop_per_s=matmul_tflop_per_s,
-    )
-
-
-def most_that_fits(
-    attempts: Sequence[Attempt], usable_bytes: int, limit_bytes: int | None = None
-) -> int | None:
-    """Most samples, a power of two or 0; None where twice as many were not tried.
-
-    `limit_bytes`: the memory into which twice the largest attempt did not fit, if that was tried.
-    """
-    fitting = [a.samples for a in attempts if (a.peak_bytes or 0) <= usable_bytes]
-    most = max(fitting, default=0)
-    twice_is_too_large = 2 * most in {attempt.samples for attempt in attempts} - set(fitting)
-    return most if twice_is_too_large or (limit_bytes or 0) >= usable_bytes else None

@@ -17,9 +17,12 @@ The first three are the operators of benchmarks/plain.py in the same networks, w
 Adam in place of DeepSpeed.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.results import Attempt, WholeStep
 from engine.configuration import Config, load_config
 from engine.planning.paper import TABLE_3, MeasuredInPaper
 
@@ -120,3 +123,39 @@ def config_of(
     zero = ("training.zero_stage=0",) if build.plain else ()
     every = (*setup.overrides, *build.overrides, *overrides, *batch, *zero)
     return load_config(CONFIGS / setup.file, every)
+
+
+def step_of(
+    setup: str,
+    build: str,
+    attempts: Sequence[Attempt],
+    tflop_per_sample: float,
+    matmul_tflop_per_s: float | None,
+    limit_bytes: int | None = None,
+) -> WholeStep:
+    """The record of a setup in a build, from the sizes that were run. `limit_bytes` as below."""
+    tried = sorted(attempts, key=lambda attempt: attempt.samples)
+    best = min(tried, key=lambda attempt: attempt.seconds_per_sample or math.inf)
+    return WholeStep(
+        setup=setup,
+        build=build,
+        how="measured",
+        tflop_per_sample=tflop_per_sample,
+        usual=tried[0],
+        best=None if BUILDS[build].usual_samples_only else best,
+        fits={gpu: most_that_fits(tried, size, limit_bytes) for gpu, size in USABLE_BYTES.items()},
+        matmul_tflop_per_s=matmul_tflop_per_s,
+    )
+
+
+def most_that_fits(
+    attempts: Sequence[Attempt], usable_bytes: int, limit_bytes: int | None = None
+) -> int | None:
+    """Most samples, a power of two or 0; None where twice as many were not tried.
+
+    `limit_bytes`: the memory into which twice the largest attempt did not fit, if that was tried.
+    """
+    fitting = [a.samples for a in attempts if (a.peak_bytes or 0) <= usable_bytes]
+    most = max(fitting, default=0)
+    twice_is_too_large = 2 * most in {attempt.samples for attempt in attempts} - set(fitting)
+    return most if twice_is_too_large or (limit_bytes or 0) >= usable_bytes else None

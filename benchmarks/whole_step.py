@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from benchmarks.correctness import check_networks
 from benchmarks.plain import PlainOperators
-from benchmarks.results import Attempt, WholeStep, step_of
+from benchmarks.results import Attempt, WholeStep
 from benchmarks.setups import (
     BUILDS,
     NODE_GPUS,
@@ -29,6 +29,7 @@ from benchmarks.setups import (
     Setup,
     config_of,
     few_channels,
+    step_of,
 )
 from benchmarks.timing import measure, num_rounds, spread
 from benchmarks.trainers import make_engines, stage_builder, trainer_around
