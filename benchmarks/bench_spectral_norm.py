@@ -3,18 +3,16 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from benchmarks.calls import kinetics
 from benchmarks.correctness import Results, check
-from benchmarks.launches import parametrized, parametrized_weight
 from benchmarks.session import COMPILED, OURS, REFERENCE, Case, Session
 from benchmarks.timing import cache_bytes, num_copies
 from engine.models import build_generator
@@ -28,11 +26,9 @@ Lists = dict[str, list[Tensor]]
 """u, v, Ŵ and dW of all weights, and "sigma" where it is told, as far as they were computed."""
 Run = Callable[[str], Lists]
 """A side on weights of its own: what is timed, of one of the directions."""
-Function = Callable[["Weights"], list[Tensor]]
 
 
-@dataclass
-class Weights:
+class Weights(NamedTuple):
     """A network's weights, each with its vectors and an upstream gradient of Ŵ."""
 
     weights: list[Tensor]
@@ -42,30 +38,22 @@ class Weights:
 
     def copy(self, dtype: torch.dtype | None = None) -> "Weights":
         """Sharing nothing; in `dtype` if that is given."""
-
-        def cast(tensors: list[Tensor]) -> list[Tensor]:
-            return [t.detach().to(dtype or t.dtype, copy=True) for t in tensors]
-
-        weights = [weight.requires_grad_() for weight in cast(self.weights)]
-        return Weights(weights, cast(self.us), cast(self.vs), cast(self.upstream))
+        own = Weights(
+            *([t.detach().to(dtype or t.dtype, copy=True) for t in tensors] for tensors in self)
+        )
+        return own._replace(weights=[weight.requires_grad_() for weight in own.weights])
 
 
 def draw(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> Weights:
     """Gaussian weights of standard deviation 0.02, and unit vectors."""
     random = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, device=device)
-
-    def units(lengths: list[int]) -> list[Tensor]:
-        return [torch.nn.functional.normalize(randn(length), dim=0) for length in lengths]
-
+    randn = partial(torch.randn, generator=random, device=device)
     return Weights(
-        weights=[(0.02 * randn(*shape)).requires_grad_() for shape in shapes],
-        us=units([shape[0] for shape in shapes]),
-        vs=units([shape[1:].numel() for shape in shapes]),
-        upstream=[randn(*shape).to(dtype) for shape in shapes],
-    )
+        weights=[0.02 * randn(shape) for shape in shapes],
+        us=[nn.functional.normalize(randn(shape[0]), dim=0) for shape in shapes],
+        vs=[nn.functional.normalize(randn(shape[1:].numel()), dim=0) for shape in shapes],
+        upstream=[randn(shape).to(dtype) for shape in shapes],
+    ).copy()
 
 
 # --------------------------------------------------------------------------------------- sides
@@ -80,28 +68,43 @@ def normalize(weights: Weights) -> list[Tensor]:
     """Ŵ of every weight, in the dtype of its upstream gradient."""
     dtypes = [upstream.dtype for upstream in weights.upstream]
     unfolded = [None] * len(dtypes)
-    return kernels.spectral_normalize_all(weights.weights, weights.us, weights.vs, dtypes, unfolded)
+    return kernels.spectral_normalize_all(*weights[:3], dtypes, unfolded)
 
 
 @functools.cache
-def compiled_operators() -> list[Function]:
+def compiled(function: Callable[[Weights], list[Tensor]]) -> Callable[[Weights], list[Tensor]]:
     """Once for all cases: a graph of so many weights compiles for many minutes."""
-    return [torch.compile(function, dynamic=False) for function in (iterate, normalize)]
+    return torch.compile(function, dynamic=False)
 
 
-def operators(setting: str, weights: Weights, *, compiled: bool = False) -> Run:
+def operators(setting: str, compiles: bool, weights: Weights) -> Run:
     """This project's two operators on a copy of the weights, run as `setting` says."""
     own = weights.copy()
-    iterate_own, normalize_own = compiled_operators() if compiled else (iterate, normalize)
+    steps = iterate, normalize
+    iterate_own, normalize_own = map(compiled, steps) if compiles else steps
 
     def run(direction: str) -> Lists:
         with kernels.use(setting):
             found = {"sigma": iterate_own(own), "u": own.us, "v": own.vs}
-            if direction == ITERATION:
-                return found
-            return found | passes(normalize_own, own, direction)
+            if direction != ITERATION:
+                found |= passes(partial(normalize_own, own), own, direction)
+            return found
 
     return run
+
+
+def parametrized(weight: Tensor) -> nn.Module:
+    """A module whose `.weight` is torch's spectral norm of a copy of this one, read as a matrix."""
+    module = nn.Module()
+    module.weight = nn.Parameter(weight.detach().flatten(1).clone())
+    return nn.utils.parametrizations.spectral_norm(module, n_power_iterations=1)
+
+
+def parametrized_weight(module: nn.Module) -> Tensor:
+    """One power iteration, then W over its largest singular value."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def torchs(weights: Weights) -> Run:
@@ -122,35 +125,30 @@ def torchs(weights: Weights) -> Run:
     )
 
     def run(direction: str) -> Lists:
-        def normalize_own(_: Weights) -> list[Tensor]:
-            return [parametrized_weight(module) for module in modules]
-
-        return {"u": own.us, "v": own.vs} | passes(normalize_own, own, direction)
+        found = passes(lambda: [parametrized_weight(module) for module in modules], own, direction)
+        return {"u": own.us, "v": own.vs} | found
 
     return run
 
 
-def passes(normalize_own: Function, own: Weights, direction: str) -> Lists:
+def passes(normalize_own: Callable[[], list[Tensor]], own: Weights, direction: str) -> Lists:
     """Ŵ, and dW if there is a backward pass."""
-    backward = direction == ALL
-    with torch.set_grad_enabled(backward):
-        normalized = normalize_own(own)
-    if not backward:
-        return {"weight": normalized}
-    gradients = torch.autograd.grad(normalized, own.weights, own.upstream)
-    return {"weight": normalized, "dweight": list(gradients)}
-
-
-def operator_sides(*, compiled: bool) -> dict[str, Callable[[Weights], Run]]:
-    """The sides that run this project's operators."""
-    found: dict[str, Callable[[Weights], Run]]
-    found = {OURS: partial(operators, "auto"), REFERENCE: partial(operators, REFERENCE)}
-    if compiled:
-        found[COMPILED] = partial(operators, REFERENCE, compiled=True)
+    with torch.set_grad_enabled(direction == ALL):
+        found = {"weight": normalize_own()}
+    if direction == ALL:
+        gradients = torch.autograd.grad(found["weight"], own.weights, own.upstream)
+        found["dweight"] = list(gradients)
     return found
 
 
-def check_weights(weights: Weights, *, compiled: bool = False) -> None:
+def operator_sides(*, compiles: bool) -> dict[str, Callable[[Weights], Run]]:
+    """The sides that run this project's operators."""
+    found = {OURS: partial(operators, "auto", False)}
+    found[REFERENCE] = partial(operators, REFERENCE, False)
+    return found | ({COMPILED: partial(operators, REFERENCE, True)} if compiles else {})
+
+
+def check_weights(weights: Weights, *, compiles: bool = False) -> None:
     """Every side against the reference in fp64. Raises Refused."""
 
     def results(side: Callable[[Weights], Run], of: Weights = weights) -> Results:
@@ -158,7 +156,7 @@ def check_weights(weights: Weights, *, compiled: bool = False) -> None:
         return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in found.items()}
 
     num_terms = max(w.numel() for w in weights.weights)  # of ⟨dŴ, W⟩
-    sides, wide = operator_sides(compiled=compiled), weights.copy(torch.float64)
+    sides, wide = operator_sides(compiles=compiles), weights.copy(torch.float64)
     reference = sides.pop(REFERENCE)
     usual, truth = results(reference), results(reference, wide)
     for name, side in sides.items():
@@ -176,24 +174,23 @@ def of_transposed(weights: Weights) -> Run:
         return [t.detach().flatten(1).T.contiguous() for t in tensors]
 
     matrices, upstream = turned(weights.weights), turned(weights.upstream)
-    run_transposed = operators(REFERENCE, Weights(matrices, weights.vs, weights.us, upstream))
+    run = operators(REFERENCE, False, Weights(matrices, weights.vs, weights.us, upstream))
 
-    def run(direction: str) -> Lists:
-        found = run_transposed(direction)
+    def run_and_turn_back(direction: str) -> Lists:
+        found = run(direction)
         back = {name: turned(found[name]) for name in ("weight", "dweight")}
         return {"u": found["v"], "v": found["u"]} | back
 
-    return run
+    return run_and_turn_back
 
 
 def make_sides(
-    weights: Weights, direction: str, *, compiled: bool = False
+    weights: Weights, direction: str, *, compiles: bool = False
 ) -> dict[str, Callable[[], object]]:
     """Every call of a side takes the next of its copies, of which no cache holds all."""
-    tensors = weights.weights + weights.us + weights.vs + weights.upstream
-    num_bytes = sum(tensor.nbytes for tensor in tensors)
-    copies = num_copies(num_bytes, cache_bytes(tensors[0].device))
-    sides = operator_sides(compiled=compiled)
+    num_bytes = sum(tensor.nbytes for tensors in weights for tensor in tensors)
+    copies = num_copies(num_bytes, cache_bytes(weights.us[0].device))
+    sides = operator_sides(compiles=compiles)
     if direction != ITERATION:
         sides[PARAMETRIZATION] = torchs
 
@@ -218,18 +215,14 @@ def test_spectral_norm(session: Session, benchmark: Any, steps: str) -> None:
     dtype = compute_dtype(config.stages[2])
     weights = draw([layer.weight.shape for layer in layers], dtype, session.device)
     num_values = sum(weight.numel() for weight in weights.weights)
+    passed = {"normalize": steps != ITERATION, "backward": steps == ALL}
     case = Case(
         operator="spectral_norm",
         shape=f"{len(layers)} weights of {num_values / 1e6:.1f} M",
         direction=steps,
         dtype=dtype,
-        cost=spectral_norm_floor(
-            num_values,
-            dtype.itemsize,
-            normalize=steps != ITERATION,
-            backward=steps == ALL,
-        ),
-        check=partial(check_weights, weights, compiled=session.compile_asked),
-        sides=partial(make_sides, weights, steps, compiled=session.compile_asked),
+        cost=spectral_norm_floor(num_values, dtype.itemsize, **passed),
+        check=partial(check_weights, weights, compiles=session.compile_asked),
+        sides=partial(make_sides, weights, steps, compiles=session.compile_asked),
     )
     session.run(case, benchmark)

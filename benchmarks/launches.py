@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -50,12 +50,20 @@ class LaunchCounter(TorchDispatchMode):
     @property
     def launches(self) -> int:
         """So far."""
-        return sum(count * _launches_of(name) for name, count in self.calls.items())
+        found = 0
+        for name, count in self.calls.items():
+            if name.startswith("aten::"):
+                found += count * (name.removeprefix("aten::") not in _WITHOUT_LAUNCH)
+            elif name in LAUNCHES:
+                found += count * LAUNCHES[name]
+            else:
+                raise KeyError(f"{__file__}: LAUNCHES does not say what {name} launches")
+        return found
 
     @property
     def operators(self) -> int:
         """Calls that launch something, each counted once, whatever it launches."""
-        launching = {name for name in self.calls if name.partition("::")[2] not in _WITHOUT_LAUNCH}
+        launching = [name for name in self.calls if name.split("::")[1] not in _WITHOUT_LAUNCH]
         return sum(self.calls[name] for name in launching)
 
 
@@ -71,15 +79,6 @@ def count_step_operators(config: Config, stage_number: int) -> int:
                 step.d_step()
             step.g_step()
     return counter.operators
-
-
-def _launches_of(name: str) -> int:
-    namespace, operator = name.split("::")
-    if namespace == "aten":
-        return int(operator not in _WITHOUT_LAUNCH)
-    if name not in LAUNCHES:
-        raise KeyError(f"benchmarks/launches.py: LAUNCHES does not say what {name} launches")
-    return LAUNCHES[name]
 
 
 class SpectralLaunches(NamedTuple):
@@ -107,29 +106,3 @@ def count_spectral_launches(network: nn.Module, implementation: str) -> Spectral
     with LaunchCounter() as backward:
         torch.autograd.grad(normalized, weights, upstream)
     return SpectralLaunches(iteration.launches, forward.launches, backward.launches)
-
-
-def count_parametrization_launches(network: nn.Module) -> int:
-    """Forward pass of torch's own spectral norm (iteration and Ŵ, fp32) for the same weights.
-
-    Counted for one weight, because it does the same to every matrix.
-    """
-    layers = spectral_weights(network)
-    module = parametrized(layers[0].weight)
-    with LaunchCounter() as counter:
-        parametrized_weight(module)
-    return counter.launches * len(layers)
-
-
-def parametrized(weight: Tensor) -> nn.Module:
-    """A module whose `.weight` is torch's spectral norm of a copy of this one, read as a matrix."""
-    module = nn.Module()
-    module.weight = nn.Parameter(weight.detach().flatten(1).clone())
-    return nn.utils.parametrizations.spectral_norm(module, n_power_iterations=1)
-
-
-def parametrized_weight(module: nn.Module) -> Tensor:
-    """One power iteration, then W over its largest singular value."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight

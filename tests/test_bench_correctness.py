@@ -11,10 +11,10 @@ from torch import Tensor
 import kernels
 from benchmarks import bench_spectral_norm
 from benchmarks.bench_operators import OPERATORS, side_functions
-from benchmarks.bench_spectral_norm import check_weights, draw
+from benchmarks.bench_spectral_norm import check_weights, draw, parametrized_weight
 from benchmarks.calls import CONFIGS, kinetics, network_calls
 from benchmarks.correctness import Refused, check, check_call, check_networks
-from benchmarks.launches import LaunchCounter, count_spectral_launches, parametrized_weight
+from benchmarks.launches import LaunchCounter, count_spectral_launches
 from benchmarks.session import Case, Session
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
