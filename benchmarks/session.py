@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import Count, Document, Rates, Row, made_here
-from benchmarks.timing import measure, num_rounds, paired_ratios, spread, take_turns
+from benchmarks.timing import measure, num_rounds, paired_ratios, sample, spread, take_turns
 from kernels.common.floor import Cost
 
 OURS, REFERENCE, COMPILED = "ours", "reference", "compiled"
@@ -155,7 +155,7 @@ def measure_rates(device: torch.device) -> Rates:
     def median(run: Callable[[], object]) -> float:
         for _ in range(2):
             run()
-        return spread([measure(run, device) for _ in range(11)]).median
+        return spread(sample(run, device, 0, least=11, most=11)).median
 
     copy_seconds = median(lambda: target.copy_(source))
     return Rates(

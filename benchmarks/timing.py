@@ -96,6 +96,15 @@ def measure(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def sample(
+    run: Callable[[], object], device: torch.device, seconds: float, least: int, most: int
+) -> list[float]:
+    """Seconds of calls that take about `seconds` together, between `least` and `most` of them."""
+    once = measure(run, device)
+    rounds = num_rounds(once, seconds, least, most)
+    return [once, *(measure(run, device) for _ in range(rounds - 1))]
+
+
 def take_turns(
     sides: Mapping[str, Callable[[], object]], main: str, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:

@@ -7,7 +7,6 @@ ConvGRU's gates. Where this project's operators run such convolutions in parts, 
 Shapes: B batch, T frames, I input and O output channels, H x W pixels.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import product
@@ -21,15 +20,14 @@ from benchmarks.calls import Call, Network, network_calls
 from benchmarks.correctness import gradients
 from benchmarks.first_hour.parts import Part
 from benchmarks.first_hour.scale import Scale
-from benchmarks.timing import measure, spread
+from benchmarks.timing import sample, spread
 
 LIMIT_VALUES = 1 << 31
 MOST_SAMPLES = 128
 OPERATORS = ("conv_gru", "conv2d", "upsample_conv", "conv_pool2d")
 """Volumes stay below."""
-ROUNDS = 3
-PATIENCE_SECONDS = 0.5
-"""What takes longer is timed once: it is on a slow path."""
+ROUNDS, PATIENCE_SECONDS = 3, 1.5
+"""What takes long is timed less often, at least once: it is on a slow path."""
 
 
 class Limited(NamedTuple):
@@ -106,20 +104,11 @@ def time_per_sample(scale: Scale, limited: Limited, samples: int, side: str) -> 
         return gradients(function(**arguments), arguments, dy)
 
     both()
-    return {
-        "values": largest_tensor(call),
-        "forward_ms": milliseconds(forward, scale.device) / samples,
-        "forward_backward_ms": milliseconds(both, scale.device) / samples,
-    }
-
-
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median of a few; of one where it takes long."""
-    began = time.perf_counter()
-    first = measure(run, device)
-    if time.perf_counter() - began > PATIENCE_SECONDS:
-        return 1e3 * first
-    return 1e3 * spread([first, *(measure(run, device) for _ in range(ROUNDS - 1))]).median
+    found: dict[str, Any] = {"values": largest_tensor(call)}
+    for name, run in (("forward_ms", forward), ("forward_backward_ms", both)):
+        seconds = spread(sample(run, scale.device, PATIENCE_SECONDS, least=1, most=ROUNDS)).median
+        found[name] = 1e3 * seconds / samples
+    return found
 
 
 def plain_convolution(
