@@ -84,12 +84,9 @@ def count_step_operators(config: Config, stage_number: int) -> int:
 class SpectralLaunches(NamedTuple):
     """Launches of one network's spectral norm, all weights together."""
 
-    iteration: int
-    """One power iteration, which also gives the singular values."""
-    forward: int
-    """Ŵ of every weight."""
-    backward: int
-    """dW of every weight."""
+    iteration: int  # one power iteration, which also gives the singular values
+    forward: int  # Ŵ of every weight
+    backward: int  # dW of every weight
 
 
 def count_spectral_launches(network: nn.Module, implementation: str) -> SpectralLaunches:

@@ -46,11 +46,9 @@ class Record(BaseModel):
 class Rates(Record):
     """What the device does at best, measured in the same run."""
 
-    copy_gb_per_s: Positive
-    """A large copy, bytes read and written."""
+    copy_gb_per_s: Positive  # a large copy, bytes read and written
     matmul_tflop_per_s: Positive
-    matmul_dtype: str
-    """bfloat16 on a GPU, float32 on a CPU, as the operators there."""
+    matmul_dtype: str  # bfloat16 on a GPU, float32 on a CPU, as the operators there
 
 
 class Row(Record):
@@ -65,8 +63,7 @@ class Row(Record):
     dtype: str
     rounds: Amount
     seconds: Spread
-    of_ours: Spread | None = None
-    """This side's time over ours, within rounds; None for our own row."""
+    of_ours: Spread | None = None  # this side's time over ours, within rounds; None for our own row
     gb_per_s: Positive | None = None
     """The floor's bytes over the median time; shares are of the same run's `Rates`."""
     tflop_per_s: Positive | None = None
@@ -112,8 +109,7 @@ class Attempt(Record):
     samples: Amount
     seconds: Spread | None
     """Of two D updates and one G update of so many samples each; None where it was not run."""
-    peak_bytes: Size | None
-    """Allocated at most in all, weights and optimizer included."""
+    peak_bytes: Size | None  # allocated at most in all, weights and optimizer included
 
     @property
     def seconds_per_sample(self) -> float | None:
@@ -134,16 +130,12 @@ class WholeStep(Record):
     build: str
     how: Literal["measured", "counted"]
     """On a GPU, or on the meta device, where nothing is run and there are no seconds."""
-    tflop_per_sample: Positive
-    """Executed per iteration."""
-    usual: Attempt
-    """At the paper's samples per GPU."""
-    best: Attempt | None = None
-    """The least time per sample; None where that was not looked for."""
+    tflop_per_sample: Positive  # executed per iteration
+    usual: Attempt  # at the paper's samples per GPU
+    best: Attempt | None = None  # the least time per sample; None where that was not looked for
     fits: dict[str, int | None]
     """Most samples per GPU, a power of two, by the GPU's memory; None where it is not known."""
-    matmul_tflop_per_s: Positive | None = None
-    """Measured in the same call."""
+    matmul_tflop_per_s: Positive | None = None  # measured in the same call
 
     @property
     def case(self) -> str:
@@ -157,20 +149,15 @@ class Feed(Record):
 
     KEY = ("case",)  # all parts of a case are replaced together
     case: str
-    clips: str
-    """Which, of which videos."""
+    clips: str  # which, of which videos
     decoder: str
     num_threads: Amount
-    part: str
-    """decode, pipeline, loader or transfer; see benchmarks/loading.py."""
+    part: str  # decode, pipeline, loader or transfer; see benchmarks/loading.py
     batch_size: Amount
     rounds: Amount
-    seconds: Spread
-    """Wall time per clip."""
-    cpu_seconds: Annotated[float, Field(ge=0)]
-    """The process's CPU time per clip, all threads."""
-    needed_per_s: Positive
-    """Clips per second that a step on one device consumes."""
+    seconds: Spread  # wall time per clip
+    cpu_seconds: Annotated[float, Field(ge=0)]  # the process's CPU time per clip, all threads
+    needed_per_s: Positive  # clips per second that a step on one device consumes
 
     @property
     def per_s(self) -> Spread:
@@ -195,10 +182,8 @@ class Device(Record):
 
     kind: Literal["cuda", "cpu"]
     name: str
-    num_threads: int | None
-    """Of a CPU run."""
-    driver: str | None
-    """Of a GPU."""
+    num_threads: int | None  # of a CPU run
+    driver: str | None  # of a GPU
 
 
 class Made(Record):
@@ -206,12 +191,9 @@ class Made(Record):
 
     date: datetime
     device: Device
-    versions: dict[str, str | None]
-    """python, torch, triton, cuda and cudnn."""
-    commit: str | None
-    """None where the tree is no git checkout."""
-    dirty: bool | None
-    """Whether tracked files differed from the commit."""
+    versions: dict[str, str | None]  # python, torch, triton, cuda and cudnn
+    commit: str | None  # None where the tree is no git checkout
+    dirty: bool | None  # whether tracked files differed from the commit
 
 
 class Document(Made):
@@ -219,8 +201,7 @@ class Document(Made):
 
     format: Literal[1] = 1
     quick: bool
-    seconds: float = 0
-    """How long the run took, all calls of it together."""
+    seconds: float = 0  # how long the run took, all calls of it together
     rates: list[Rates] = []
     """Of every call that added to the file; shares in `rows` are of their own call's."""
     rows: list[Row] = []
@@ -228,8 +209,7 @@ class Document(Made):
     steps: list[WholeStep] = []
     feeds: list[Feed] = []
     skipped: list[Skip] = []
-    failed: list[str] = []
-    """Cases that were refused or broke."""
+    failed: list[str] = []  # cases that were refused or broke
 
     @property
     def holds_results(self) -> bool:

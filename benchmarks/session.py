@@ -23,8 +23,7 @@ class Case:
     shape: str
     direction: str
     dtype: torch.dtype
-    check: Callable[[], None]
-    """Raises `Refused`."""
+    check: Callable[[], None]  # raises `Refused`
     sides: Callable[[], dict[str, Callable[[], object]]]
     """Makes the sides, each to be called again and again; called after the check."""
     cost: Cost | None = None
@@ -38,16 +37,13 @@ class Session:
 
     device: torch.device
     quick: bool = False
-    compiled: bool = False
-    """Whether torch.compile of the references is a side."""
+    compiled: bool = False  # whether torch.compile of the references is a side
     compile_asked: bool = False
     """Whether it is also where compilation takes longer than all other cases together."""
-    budget_seconds: float | None = None
-    """When to stop starting cases; None never."""
+    budget_seconds: float | None = None  # when to stop starting cases; None never
     seconds_per_case: float = 1.0
     """What the rounds of a case may take together, at the least number of rounds more."""
-    least_rounds: int = 5
-    """Of a case, however long they take."""
+    least_rounds: int = 5  # of a case, however long they take
     clock: float = 0.0
     """Seconds that our side has been measured for, which pytest-benchmark reads as its timer."""
     passed: list[str] = field(default_factory=list)

@@ -36,10 +36,8 @@ class Setup(NamedTuple):
     file: str
     number: int
     overrides: tuple[str, ...]
-    samples: int
-    """Per GPU and pass, in the paper where it says."""
-    paper: MeasuredInPaper | None = None
-    """The line of Table 3."""
+    samples: int  # per GPU and pass, in the paper where it says
+    paper: MeasuredInPaper | None = None  # the line of Table 3
 
 
 # x_l is free: read from a bank of samples drawn ahead, as real clips' f(x) is here.

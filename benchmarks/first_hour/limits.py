@@ -36,11 +36,9 @@ class Limited(NamedTuple):
     stage: int
     network: Network
     operator: str
-    number: int
-    """Which of the network's calls of the operator."""
+    number: int  # which of the network's calls of the operator
     name: str
-    values_per_sample: int
-    """Of the largest tensor."""
+    values_per_sample: int  # of the largest tensor
 
     @property
     def last_below(self) -> int:

@@ -27,8 +27,7 @@ class Part(NamedTuple):
     """Something that is found out by itself."""
 
     name: str
-    run: Callable[[], Any]
-    """Gives what JSON can hold."""
+    run: Callable[[], Any]  # gives what JSON can hold
 
 
 class Outcome(Record):
@@ -39,16 +38,14 @@ class Outcome(Record):
     """Begun: its process did not come to its end."""
     seconds: Annotated[float, Field(ge=0)] | None = None
     value: Any = None
-    error: str | None = None
-    """The exception's last lines, or why it was left out."""
+    error: str | None = None  # the exception's last lines, or why it was left out
 
 
 class CallFile(Made):
     """The file of a call."""
 
     call: str
-    small: bool
-    """Of a few channels and samples: to see that it runs, not to measure."""
+    small: bool  # of a few channels and samples: to see that it runs, not to measure
     parts: list[Outcome]
 
 
