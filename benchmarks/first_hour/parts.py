@@ -19,6 +19,8 @@ from pydantic import Field
 from benchmarks.results import Made, Record, made_here
 from engine.durable_files import write_json
 
+Status = Literal["begun", "done", "failed", "left out"]
+"""A part has begun where its process did not come to its end."""
 START_AGAIN = 75
 """The exit code of a process whose GPU context is lost while parts are left."""
 
@@ -34,8 +36,7 @@ class Outcome(Record):
     """What became of a part."""
 
     name: str
-    status: Literal["begun", "done", "failed", "left out"]
-    """Begun: its process did not come to its end."""
+    status: Status
     seconds: Annotated[float, Field(ge=0)] | None = None
     value: Any = None
     error: str | None = None  # the exception's last lines, or why it was left out
@@ -73,37 +74,47 @@ class Recorder:
             if part.name in self.outcomes:
                 continue
             if self._budget is not None and time.monotonic() - self._started > self._budget:
-                self.record(Outcome(name=part.name, status="left out", error="the time was up"))
+                self.record(part.name, "left out", error="the time was up")
                 continue
-            self.record(Outcome(name=part.name, status="begun"))
-            self.record(run_part(part))
+            self.record(part.name, "begun")
+            began, value, error = time.monotonic(), None, None
+            try:
+                value = part.run()
+                json.dumps(value, allow_nan=False)
+            except Exception as raised:  # whatever it is, the next part is another one
+                value, error = None, "".join(traceback.format_exception(raised)[-2:]).strip()
+            seconds = round(time.monotonic() - began, 3)
+            gc.collect()  # tensors that the exception's frames held
+            status: Status = "done" if error is None else "failed"
+            self.record(part.name, status, seconds=seconds, value=value, error=error)
             if not context_is_whole():
                 return START_AGAIN
         return 0
 
-    def record(self, outcome: Outcome) -> None:
-        """In place of what was known of the part; written before it returns."""
-        self.outcomes[outcome.name] = outcome
+    def record(
+        self,
+        name: str,
+        status: Status,
+        *,
+        seconds: float | None = None,
+        value: Any = None,
+        error: str | None = None,
+    ) -> None:
+        """In place of what was known of the part; written before it returns.
+
+        Of an error the end is kept. It is also said in a short line for whoever watches, since only
+        the end of a log may come back.
+        """
+        error = None if error is None else error[-2000:]
+        self.outcomes[name] = Outcome(
+            name=name, status=status, seconds=seconds, value=value, error=error
+        )
         file = self._file.model_copy(update={"parts": list(self.outcomes.values())})
         write_json(self._path, file.model_dump(mode="json"))
-        if outcome.status != "begun":
-            print(line(outcome), flush=True)
-
-
-def run_part(part: Part) -> Outcome:
-    """Run it; what it raises is its outcome."""
-    began = time.monotonic()
-    value, error = None, None
-    try:
-        value = part.run()
-        json.dumps(value, allow_nan=False)
-    except Exception as raised:  # whatever it is, the next part is another one
-        value, error = None, "".join(traceback.format_exception(raised)[-2:]).strip()[-2000:]
-        del raised
-    seconds = round(time.monotonic() - began, 3)
-    gc.collect()  # tensors that the exception's frames held
-    status: Literal["done", "failed"] = "done" if error is None else "failed"
-    return Outcome(name=part.name, status=status, seconds=seconds, value=value, error=error)
+        if status != "begun":
+            said = (json.dumps(value) if status == "done" else str(error)).splitlines()
+            took = "" if seconds is None else f" {seconds:.1f} s"
+            print(f"{status}{took}: {name}: {''.join(said[-1:])[:160]}", flush=True)
 
 
 def context_is_whole() -> bool:
@@ -116,11 +127,3 @@ def context_is_whole() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def line(outcome: Outcome) -> str:
-    """For whoever watches: short, since only the end of a log may come back."""
-    text = json.dumps(outcome.value) if outcome.status == "done" else str(outcome.error)
-    text = text.splitlines()[-1] if text else ""
-    seconds = "" if outcome.seconds is None else f" {outcome.seconds:.1f} s"
-    return f"{outcome.status}{seconds}: {outcome.name}: {text[:160]}"
