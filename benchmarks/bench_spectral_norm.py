@@ -143,9 +143,10 @@ def passes(normalize_own: Callable[[], list[Tensor]], own: Weights, direction: s
 
 def operator_sides(*, compiles: bool) -> dict[str, Callable[[Weights], Run]]:
     """The sides that run this project's operators."""
-    found = {OURS: partial(operators, "auto", False)}
-    found[REFERENCE] = partial(operators, REFERENCE, False)
-    return found | ({COMPILED: partial(operators, REFERENCE, True)} if compiles else {})
+    settings = {OURS: ("auto", False), REFERENCE: (REFERENCE, False)}
+    if compiles:
+        settings[COMPILED] = REFERENCE, True
+    return {name: partial(operators, *setting) for name, setting in settings.items()}
 
 
 def check_weights(weights: Weights, *, compiles: bool = False) -> None:

@@ -200,8 +200,8 @@ def _recorded(tree: str, stage_number: int, network: Network) -> tuple[Call, ...
             _, labels, low = generator_inputs(config, stage_number, batch, 1)
             num_drawn = stage.discriminators.spatial_frames
             frames = draw_frame_indices(batch, stage.num_frames, num_drawn).to(video.device)
-            low = low if isinstance(low, Tensor) else None
-            build_discriminators(config, stage_number)(video, labels, low, frames)
+            windows = low if isinstance(low, Tensor) else None
+            build_discriminators(config, stage_number)(video, labels, windows, frames)
     return tuple(calls)
 
 

@@ -11,24 +11,15 @@ torch.compile and cuDNN's plain path; without one at a sixteenth of the channels
 thread, against eager PyTorch. Every run writes a JSON file to benchmarks/results/ (`--results DIR`
 writes it elsewhere).
 
-A session on a GPU in calls of less than eight minutes each, all into one file, F being what the
-first has written (benchmarks/gpu_session.sh does the same where nothing stays between the calls):
+benchmarks/gpu_session.sh runs everything in calls of less than eight minutes where nothing stays
+between them. Where the folder stays they go into one file, F being what the first has written:
 
-    pytest benchmarks/ --benchmark --budget 400 -k "frame_norm or conv_gru or spectral"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "upsample_conv or separable"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or test_step"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "loader"
+    ... --budget 400 -k "frame_norm or conv_gru or spectral"
+    ... --budget 400 --add-to F -k "whole_step and stage2_12 and compiled"
 
-and whole iterations, one case per setup and build, up to a minute each, compiled ones several; the
-names are those of benchmarks/setups.py:
-
-    ... --add-to F -k "whole_step and stage2 and not compiled"
-    ... --add-to F -k "whole_step and (stage1 or dvdgan) and not compiled"
-    ... --add-to F -k "whole_step and stage2_12 and compiled"
-    ... --add-to F -k "whole_step and dvdgan_50 and ours"
-
-What did not fit into the budget is listed as skipped; the same command with `--add-to` and a
-narrower -k fills it in. `--quick` alone tells in a minute or two whether everything runs.
+A whole iteration is one case per setup and build of benchmarks/setups.py, up to a minute each,
+compiled ones several. What did not fit into the budget is listed as skipped; the same command with
+`--add-to` and a narrower -k fills it in.
 """
 
 import os

@@ -33,32 +33,25 @@ ROUNDS, PATIENCE_SECONDS = 3, 1.5
 class Limited(NamedTuple):
     """A convolution that passes the limit, as its network calls it."""
 
-    stage: int
-    network: Network
-    operator: str
-    number: int  # which of the network's calls of the operator
+    of: tuple[int, str, Network]  # the stage, the operator and the network, as of `network_calls`
+    number: int  # which of these calls
     name: str
     values_per_sample: int  # of the largest tensor
 
-    @property
-    def last_below(self) -> int:
-        """The most samples that stay below."""
-        return (LIMIT_VALUES - 1) // self.values_per_sample
-
     def sizes(self) -> tuple[int, int, int]:
         """The last below, the first above, and the next power of two."""
-        return self.last_below, self.last_below + 1, 1 << self.last_below.bit_length()
+        last_below = (LIMIT_VALUES - 1) // self.values_per_sample
+        return last_below, last_below + 1, 1 << last_below.bit_length()
 
 
 def limits(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
     """A convolution, a number of samples and a side each; both sides of the limit come first."""
-    found = sorted(passing(scale), key=lambda limited: limited.last_below)
+    found = sorted(passing(scale), key=Limited.sizes)
     for position in range(2 if scale.small else 3):
-        for limited in found:
+        for limited, side in product(found, ("torch", "kernels")):
             samples = 1 + position if scale.small else limited.sizes()[position]
-            for side in ("torch", "kernels"):
-                name = f"{limited.name}, {samples} samples, {side}"
-                yield Part(name, partial(time_per_sample, scale, limited, samples, side))
+            name = f"{limited.name}, {samples} samples, {side}"
+            yield Part(name, partial(time_per_sample, scale, limited, samples, side))
 
 
 @cache
@@ -67,12 +60,13 @@ def passing(scale: Scale) -> list[Limited]:
 
     Found at the paper's sizes, whatever the scale.
     """
-    config, found = scale._replace(small=False).kinetics(1), []
-    for stage, network, operator in product((1, 2), get_args(Network), OPERATORS):
-        for number, call in enumerate(network_calls(config, stage, operator, network)):
-            name, values = f"{operator} {call.name}", largest_tensor(call)
-            found.append(Limited(stage, network, operator, number, name, values))
-    return [limited for limited in found if limited.last_below < MOST_SAMPLES]
+    config = scale._replace(small=False).kinetics(1)
+    found = [
+        Limited(of, number, f"{call.operator} {call.name}", largest_tensor(call))
+        for of in product((1, 2), OPERATORS, get_args(Network))
+        for number, call in enumerate(network_calls(config, *of))
+    ]
+    return [limited for limited in found if limited.sizes()[0] < MOST_SAMPLES]
 
 
 def largest_tensor(call: Call) -> int:
@@ -86,8 +80,7 @@ def largest_tensor(call: Call) -> int:
 
 def time_per_sample(scale: Scale, limited: Limited, samples: int, side: str) -> dict[str, Any]:
     """Milliseconds per sample of a forward pass, and of one with its backward pass."""
-    config, operator = scale.kinetics(samples), limited.operator
-    call = network_calls(config, limited.stage, operator, limited.network)[limited.number]
+    call = network_calls(scale.kinetics(samples), *limited.of)[limited.number]
     function, arguments = call.function(), call.draw(scale.device, 0)
     if side == "torch":
         function, arguments = plain_convolution(call, arguments)
@@ -117,20 +110,16 @@ def plain_convolution(
     x are channels-last frames [B*T, I, H, W]; a weight has 3x3 taps, 4x4 if resampling. A ConvGRU's
     gates are one convolution of x, I to 3 I channels.
     """
-    x_BTIHW: Tensor = next(iter(arguments.values())).detach()
-    I = x_BTIHW.shape[2]  # noqa: E741
+    frames: Tensor = next(iter(arguments.values())).detach().flatten(0, 1)
+    I = frames.shape[1]  # noqa: E741
     O = 3 * I if call.operator == "conv_gru" else list(call.weights.values())[-1].shape[0]  # noqa: E741
-    channels, taps = (O, I), 3
-    convolve = partial(F.conv2d, padding=1)
-    if call.operator == "conv_pool2d":
-        convolve, taps = partial(F.conv2d, stride=2, padding=1), 4
-    elif call.operator == "upsample_conv":
-        convolve = partial(F.conv_transpose2d, stride=2, padding=1)
-        channels, taps = (I, O), 4
-    weight = torch.randn(*channels, taps, taps, device=x_BTIHW.device).to(x_BTIHW.dtype)
-    tensors = {"input": x_BTIHW.flatten(0, 1), "weight": weight}
+    convolve, shape = {
+        "conv_pool2d": (partial(F.conv2d, stride=2, padding=1), (O, I, 4, 4)),
+        "upsample_conv": (partial(F.conv_transpose2d, stride=2, padding=1), (I, O, 4, 4)),
+    }.get(call.operator, (partial(F.conv2d, padding=1), (O, I, 3, 3)))
+    weight = torch.randn(shape, device=frames.device).to(frames.dtype)
     last = torch.channels_last
     return convolve, {
         name: tensor.contiguous(memory_format=last).requires_grad_()
-        for name, tensor in tensors.items()
+        for name, tensor in {"input": frames, "weight": weight}.items()
     }
