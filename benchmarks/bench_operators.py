@@ -69,8 +69,8 @@ def test_operator(session: Session, benchmark: Any, call: Call, direction: Direc
     if nothing is not None and not on_gpu:
         pytest.skip(nothing)
     functions = side_functions(call.operator, compiled=session.compiled, plain=on_gpu)
-    reference = functions[REFERENCE]
-    checked = {name: function for name, function in functions.items() if name != REFERENCE}
+    checked = dict(functions)
+    reference = checked.pop(REFERENCE)
     case = Case(
         operator=call.operator,
         shape=call.name,
@@ -93,11 +93,19 @@ def operator_cost(call: Call, *, backward: bool) -> Cost:
 def side_functions(operator: str, *, compiled: bool, plain: bool) -> dict[str, Function]:
     """Each side as a function of the operator's arguments."""
     ours: Function = getattr(kernels, operator)
-    functions = {OURS: ours, REFERENCE: _as_references(ours)}
+
+    def as_reference(function: Function) -> Function:
+        def run(**arguments: Any) -> Tensor:
+            with kernels.use(REFERENCE):
+                return function(**arguments)
+
+        return run
+
+    functions = {OURS: ours, REFERENCE: as_reference(ours)}
     if compiled:
         # Dynamo keeps eight graphs of a function and runs the rest eagerly, without an error.
         torch._dynamo.reset()
-        functions[COMPILED] = _as_references(torch.compile(ours, dynamic=False))
+        functions[COMPILED] = as_reference(torch.compile(ours, dynamic=False))
     if plain and operator not in ("frame_norm", "conv_gru"):
         functions[PLAIN] = getattr(PlainOperators(channels_last=True), operator)
     return functions
@@ -110,14 +118,6 @@ def nothing_to_compare(operator: str, device: torch.device, dtype: torch.dtype) 
     if choice.implementation != REFERENCE:
         return None
     return f"kernels.{operator} runs its reference on {device.type} ({choice.reason})"
-
-
-def _as_references(function: Function) -> Function:
-    def run(**arguments: Any) -> Tensor:
-        with kernels.use(REFERENCE):
-            return function(**arguments)
-
-    return run
 
 
 def rotating_sides(
