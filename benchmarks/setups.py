@@ -86,14 +86,10 @@ BUILDS = {
     "bf16": Build("plain bf16", True),
     "compiled": Build("plain bf16, torch.compile", True, compiled=True),
     "ours": Build("this engine", False),
-    "graphs": Build(
-        "this engine, CUDA graphs",
-        False,
-        ("training.acceleration=cuda_graphs",),
-        usual_samples_only=True,
-    ),
+    "graphs": Build("this engine, CUDA graphs", False, ("training.acceleration=cuda_graphs",),
+                    usual_samples_only=True),
     "blocks": Build("this engine, blocks recomputed", False, ("training.checkpointing=blocks",)),
-}
+}  # fmt: skip
 
 _MIB = 1 << 20
 RESERVED_BYTES = 3 * 1024 * _MIB
