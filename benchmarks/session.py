@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import Count, Document, Rates, Row, made_here
+from benchmarks.results import Document, Rates, Row, made_here
 from benchmarks.timing import measure, num_rounds, paired_ratios, sample, spread, take_turns
 from kernels.common.floor import Cost
 
@@ -92,10 +92,6 @@ class Session:
             peak = peak_bytes(run, self.device)
             row = make_row(case, name, seconds[name], seconds[OURS], self.rates, peak)
             self.results.rows.append(row)
-
-    def count(self, what: str, of: str, *, plain: float | None, ours: float, unit: str) -> None:
-        """Remember something counted."""
-        self.results.counts.append(Count(what=what, of=of, plain=plain, ours=ours, unit=unit))
 
 
 def make_row(

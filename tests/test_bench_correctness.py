@@ -10,11 +10,11 @@ from torch import Tensor
 
 import kernels
 from benchmarks import bench_spectral_norm
+from benchmarks.bench_accounting import LaunchCounter, count_spectral_launches
 from benchmarks.bench_operators import OPERATORS, side_functions
 from benchmarks.bench_spectral_norm import check_weights, draw, parametrized_weight
 from benchmarks.calls import CONFIGS, kinetics, network_calls
 from benchmarks.correctness import Refused, check, check_call, check_networks
-from benchmarks.launches import LaunchCounter, count_spectral_launches
 from benchmarks.session import Case, Session
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
@@ -221,7 +221,7 @@ def test_spectral_launches_grow_only_where_they_must() -> None:
     with torch.device("meta"):
         one = torch.nn.Sequential(Linear(4, 5))
         three = torch.nn.Sequential(*(Linear(4, 5) for _ in range(3)))
-    assert count_spectral_launches(one, "triton").iteration == 4
-    assert count_spectral_launches(three, "triton").iteration == 4
-    plain = [count_spectral_launches(net, "reference").iteration for net in (one, three)]
+    assert count_spectral_launches(one, "triton")["iteration"] == 4
+    assert count_spectral_launches(three, "triton")["iteration"] == 4
+    plain = [count_spectral_launches(net, "reference")["iteration"] for net in (one, three)]
     assert plain[1] > 2 * plain[0]

@@ -18,8 +18,8 @@ from benchmarks.setups import SETUPS
 
 MODULES = {
     "versions": "versions",
-    "limits": "limits",
-    "correctness": "correctness",
+    "limits": "operators",
+    "correctness": "operators",
     "steps": "iterations",
     "profile": "iterations",
     "memory": "iterations",

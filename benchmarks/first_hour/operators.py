@@ -1,4 +1,4 @@
-"""Time per sample of convolutions around 2^31 values, PyTorch's own and this project's.
+"""The operators at the shapes of Kinetics' networks: are they right, and fast around 2^31 values?
 
 Beyond that many values in x or y PyTorch may find no fast kernel in cuDNN (pytorch#128936), so what
 a sample costs may jump. Whole videos pass that limit first at the last resolution and in the
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.calls import Call, Network, network_calls
-from benchmarks.correctness import gradients
+from benchmarks.bench_operators import nothing_to_compare, side_functions
+from benchmarks.calls import RECORDED, Call, Network, network_calls
+from benchmarks.correctness import check_call, gradients
 from benchmarks.first_hour.parts import Part
 from benchmarks.first_hour.scale import Scale
+from benchmarks.session import OURS, REFERENCE
 from benchmarks.timing import sample, spread
 
 LIMIT_VALUES = 1 << 31
@@ -28,6 +30,28 @@ OPERATORS = ("conv_gru", "conv2d", "upsample_conv", "conv_pool2d")
 """Volumes stay below."""
 ROUNDS, PATIENCE_SECONDS = 3, 1.5
 """What takes long is timed less often, at least once: it is on a slow path."""
+
+
+def correctness(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
+    """Values and gradients of one sample against fp64, in the dtype that is trained in."""
+    config, found = scale.kinetics(1), dict[str, Call]()
+    cases = product(sorted(set(RECORDED.values())), (1, 2), get_args(Network))
+    for operator, stage, network in cases:
+        for call in network_calls(config, stage, operator, network):
+            found.setdefault(f"{operator} {call.name}", call)
+    for name, call in found.items():
+        yield Part(name, partial(check, scale, call))
+
+
+def check(scale: Scale, call: Call) -> str:
+    """Raises Refused where it errs by more than twice what the same-dtype reference does."""
+    functions = side_functions(call.operator, compiled=False, plain=False)
+    check_call(call, {OURS: functions[OURS]}, functions[REFERENCE], scale.device)
+    same = nothing_to_compare(call.operator, scale.device, call.x.dtype)
+    return f"runs its reference: {same}" if same else "within the bounds of rounding"
+
+
+# ----------------------------------------------------------------------------------- the limit
 
 
 class Limited(NamedTuple):
