@@ -24,6 +24,7 @@ PARAMETRIZATION = "parametrizations"
 ITERATION, FORWARD, ALL = "iteration", "iteration_forward", "iteration_forward_backward"
 Lists = dict[str, list[Tensor]]
 """u, v, Ŵ and dW of all weights, and "sigma" where it is told, as far as they were computed."""
+Function = Callable[["Weights"], list[Tensor]]
 Run = Callable[[str], Lists]
 """A side on weights of its own: what is timed, of one of the directions."""
 
@@ -72,25 +73,9 @@ def normalize(weights: Weights) -> list[Tensor]:
 
 
 @functools.cache
-def compiled(function: Callable[[Weights], list[Tensor]]) -> Callable[[Weights], list[Tensor]]:
+def compiled(function: Function) -> Function:
     """Once for all cases: a graph of so many weights compiles for many minutes."""
     return torch.compile(function, dynamic=False)
-
-
-def operators(setting: str, compiles: bool, weights: Weights) -> Run:
-    """This project's two operators on a copy of the weights, run as `setting` says."""
-    own = weights.copy()
-    steps = iterate, normalize
-    iterate_own, normalize_own = map(compiled, steps) if compiles else steps
-
-    def run(direction: str) -> Lists:
-        with kernels.use(setting):
-            found = {"sigma": iterate_own(own), "u": own.us, "v": own.vs}
-            if direction != ITERATION:
-                found |= passes(partial(normalize_own, own), own, direction)
-            return found
-
-    return run
 
 
 def parametrized(weight: Tensor) -> nn.Module:
@@ -107,10 +92,10 @@ def parametrized_weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def torchs(weights: Weights) -> Run:
-    """torch.nn.utils' spectral norm of copies of weights, read as fp32 matrices.
+def parametrizations(weights: Weights) -> tuple[Weights, Function]:
+    """Copies of weights in torch.nn.utils' spectral norm, as fp32 matrices, and its forward pass.
 
-    The iteration is part of its forward pass.
+    The iteration is part of that.
     """
     modules: list[Any] = [parametrized(weight) for weight in weights.weights]
     norms = [module.parametrizations.weight[0] for module in modules]
@@ -123,49 +108,50 @@ def torchs(weights: Weights) -> Run:
         vs=[norm._v for norm in norms],
         upstream=[upstream.flatten(1).float() for upstream in weights.upstream],
     )
+    return own, lambda _: [parametrized_weight(module) for module in modules]
+
+
+def make_side(name: str, weights: Weights) -> Run:
+    """What is timed, on a copy of the weights."""
+    steps: tuple[Function, Function] = iterate, normalize
+    iterate_own, normalize_own = map(compiled, steps) if name == COMPILED else steps
+    own = weights.copy()
+    if name == PARAMETRIZATION:
+        own, normalize_own = parametrizations(weights)
 
     def run(direction: str) -> Lists:
-        found = passes(lambda: [parametrized_weight(module) for module in modules], own, direction)
-        return {"u": own.us, "v": own.vs} | found
+        found: Lists = {"u": own.us, "v": own.vs}
+        with kernels.use("auto" if name == OURS else REFERENCE):
+            if name != PARAMETRIZATION:
+                found["sigma"] = iterate_own(own)
+            if direction == ITERATION:
+                return found
+            with torch.set_grad_enabled(direction == ALL):
+                found["weight"] = normalize_own(own)
+            if direction == ALL:
+                gradients = torch.autograd.grad(found["weight"], own.weights, own.upstream)
+                found["dweight"] = list(gradients)
+        return found
 
     return run
-
-
-def passes(normalize_own: Callable[[], list[Tensor]], own: Weights, direction: str) -> Lists:
-    """Ŵ, and dW if there is a backward pass."""
-    with torch.set_grad_enabled(direction == ALL):
-        found = {"weight": normalize_own()}
-    if direction == ALL:
-        gradients = torch.autograd.grad(found["weight"], own.weights, own.upstream)
-        found["dweight"] = list(gradients)
-    return found
-
-
-def operator_sides(*, compiles: bool) -> dict[str, Callable[[Weights], Run]]:
-    """The sides that run this project's operators."""
-    settings = {OURS: ("auto", False), REFERENCE: (REFERENCE, False)}
-    if compiles:
-        settings[COMPILED] = REFERENCE, True
-    return {name: partial(operators, *setting) for name, setting in settings.items()}
 
 
 def check_weights(weights: Weights, *, compiles: bool = False) -> None:
     """Every side against the reference in fp64. Raises Refused."""
 
-    def results(side: Callable[[Weights], Run], of: Weights = weights) -> Results:
-        found = side(of)(ALL)
+    def results(run: Run) -> Results:
+        found = run(ALL)
         return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in found.items()}
 
     num_terms = max(w.numel() for w in weights.weights)  # of ⟨dŴ, W⟩
-    sides, wide = operator_sides(compiles=compiles), weights.copy(torch.float64)
-    reference = sides.pop(REFERENCE)
-    usual, truth = results(reference), results(reference, wide)
-    for name, side in sides.items():
-        check(name, results(side), usual, truth, num_terms)
+    wide, narrow = weights.copy(torch.float64), weights.copy(torch.float32)
+    usual, truth = (results(make_side(REFERENCE, of)) for of in (weights, wide))
+    for name in (OURS, *[COMPILED] * compiles):
+        check(name, results(make_side(name, weights)), usual, truth, num_terms)
     # torch takes u from v before v from u: as ours of Wᵀ, whose u is v.
-    narrow = weights.copy(torch.float32)
-    usual, truth = results(of_transposed, narrow), results(of_transposed, wide)
-    check(PARAMETRIZATION, results(torchs), usual, truth, num_terms)
+    usual, truth = (results(of_transposed(of)) for of in (narrow, wide))
+    got = results(make_side(PARAMETRIZATION, weights))
+    check(PARAMETRIZATION, got, usual, truth, num_terms)
 
 
 def of_transposed(weights: Weights) -> Run:
@@ -175,7 +161,7 @@ def of_transposed(weights: Weights) -> Run:
         return [t.detach().flatten(1).T.contiguous() for t in tensors]
 
     matrices, upstream = turned(weights.weights), turned(weights.upstream)
-    run = operators(REFERENCE, False, Weights(matrices, weights.vs, weights.us, upstream))
+    run = make_side(REFERENCE, Weights(matrices, weights.vs, weights.us, upstream))
 
     def run_and_turn_back(direction: str) -> Lists:
         found = run(direction)
@@ -191,15 +177,14 @@ def make_sides(
     """Every call of a side takes the next of its copies, of which no cache holds all."""
     num_bytes = sum(tensor.nbytes for tensors in weights for tensor in tensors)
     copies = num_copies(num_bytes, cache_bytes(weights.us[0].device))
-    sides = operator_sides(compiles=compiles)
-    if direction != ITERATION:
-        sides[PARAMETRIZATION] = torchs
 
-    def rotating(side: Callable[[Weights], Run]) -> Callable[[], object]:
-        turn = itertools.cycle([side(weights) for _ in range(copies)])
+    def rotating(name: str) -> Callable[[], object]:
+        turn = itertools.cycle([make_side(name, weights) for _ in range(copies)])
         return lambda: next(turn)(direction)
 
-    return {name: rotating(side) for name, side in sides.items()}
+    names = [OURS, REFERENCE, *[COMPILED] * compiles]
+    names += [PARAMETRIZATION] * (direction != ITERATION)
+    return {name: rotating(name) for name in names}
 
 
 @pytest.mark.parametrize("steps", [ITERATION, FORWARD, ALL])

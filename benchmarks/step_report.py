@@ -103,38 +103,38 @@ def _sizes(step: WholeStep) -> Line:
 def _measured(steps: Steps) -> Iterator[Line]:
     """Of every setup: the paper's line, if there is one, and those of its builds."""
     for name, setup in SETUPS.items():
+        line: Line = {"setup": setup.title, "fits": {"32 GB": "not run", "80 GB": ""}}
         paper = _paper(name)
-        if paper is not None:
-            line = {"setup": setup.title, "build": "the paper's", "usual": paper}
-            yield line | _usual_times(paper) | {"fits": {"32 GB": paper.samples, "80 GB": ""}}
+        if paper is not None and paper.seconds_per_sample is not None:
+            of_four = PAPER_SAMPLES * paper.seconds_per_sample
+            fits = {"32 GB": paper.samples, "80 GB": ""}
+            times = {"of_four": of_four, "days": _days(of_four)}
+            yield line | {"build": "the paper's", "usual": paper, "fits": fits} | times
         measured = [step for key, step in steps.items() if key[0::2] == (name, "measured")]
         for step in measured:
             yield _sizes(step) | _times(step, _plain_tflop(steps, name))
         if not measured:
-            nothing = {"setup": setup.title, "build": "plain and this engine"}
-            yield nothing | {"fits": {"32 GB": "not run", "80 GB": ""}}
-
-
-def _usual_times(usual: Attempt) -> Line:
-    """Of the paper's 4 samples per GPU, accumulated where they are fewer at a time."""
-    if usual.seconds_per_sample is None:
-        return {}
-    of_four = PAPER_SAMPLES * usual.seconds_per_sample
-    return {"of_four": of_four, "days": _days(of_four)}
+            yield line | {"build": "plain and this engine"}
 
 
 def _times(step: WholeStep, plain_tflop: float | None) -> Line:
-    line = _usual_times(step.usual)
+    """What a step takes; of the paper's 4 samples per GPU also where they are fewer at a time."""
+    usual = step.usual.seconds_per_sample
     best = None if step.best is None else step.best.seconds_per_sample
+    of_four = usual and PAPER_SAMPLES * usual
+    tflop, rate = step.tflop_per_sample, step.matmul_tflop_per_s
     if best is None:
-        return line | {"days": None}
-    line |= {"best": step.best, "ms": 1e3 * best, "node_days": _days(NODE_SAMPLES * best)}
-    line["tflop_per_s"] = step.tflop_per_sample / best
-    rate = step.matmul_tflop_per_s
-    if rate is not None:
-        line["hfu"] = step.tflop_per_sample / best / rate
-        line["mfu"] = None if plain_tflop is None else plain_tflop / best / rate
-    return line
+        return {"of_four": of_four}
+    return {
+        "of_four": of_four,
+        "best": step.best,
+        "ms": 1e3 * best,
+        "tflop_per_s": tflop / best,
+        "hfu": rate and tflop / best / rate,
+        "mfu": rate and plain_tflop and plain_tflop / best / rate,
+        "days": of_four and _days(of_four),
+        "node_days": _days(NODE_SAMPLES * best),
+    }
 
 
 def _plain_tflop(steps: Steps, setup: str) -> float | None:
