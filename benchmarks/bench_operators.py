@@ -120,6 +120,16 @@ def nothing_to_compare(operator: str, device: torch.device, dtype: torch.dtype) 
     return f"kernels.{operator} runs its reference on {device.type} ({choice.reason})"
 
 
+def one_pass(
+    direction: Direction, function: Function, arguments: dict[str, Any], dy: Tensor
+) -> object:
+    """What is timed: y, or the gradient of every argument for this dy."""
+    if direction == "forward":
+        with torch.no_grad():
+            return function(**arguments)
+    return gradients(function(**arguments), arguments, dy)
+
+
 def rotating_sides(
     call: Call, direction: Direction, functions: dict[str, Function], device: torch.device
 ) -> dict[str, Callable[[], object]]:
@@ -128,14 +138,9 @@ def rotating_sides(
     arguments = [call.draw(device, seed) for seed in range(copies)]
     with torch.no_grad():
         y = functions[REFERENCE](**arguments[0])
-    upstream = [torch.randn_like(y) for _ in arguments]
-    turn = itertools.cycle(zip(arguments, upstream, strict=True))
+    turn = itertools.cycle([(given, torch.randn_like(y)) for given in arguments])
 
-    def once(function: Function) -> object:
-        given, dy = next(turn)
-        if direction == "forward":
-            with torch.no_grad():
-                return function(**given)
-        return gradients(function(**given), given, dy)
+    def rotating(function: Function) -> Callable[[], object]:
+        return lambda: one_pass(direction, function, *next(turn))
 
-    return {name: partial(once, function) for name, function in functions.items()}
+    return {name: rotating(function) for name, function in functions.items()}

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.bench_operators import nothing_to_compare, side_functions
+from benchmarks.bench_operators import Direction, nothing_to_compare, one_pass, side_functions
 from benchmarks.calls import RECORDED, Call, Network, network_calls
-from benchmarks.correctness import check_call, gradients
+from benchmarks.correctness import check_call
 from benchmarks.first_hour.parts import Part
 from benchmarks.first_hour.scale import Scale
 from benchmarks.session import OURS, REFERENCE
@@ -109,20 +109,14 @@ def time_per_sample(scale: Scale, limited: Limited, samples: int, side: str) -> 
     if side == "torch":
         function, arguments = plain_convolution(call, arguments)
 
-    @torch.no_grad()
-    def forward() -> Tensor:
-        return function(**arguments)
-
-    dy = torch.randn_like(forward())
-
-    def both() -> object:
-        return gradients(function(**arguments), arguments, dy)
-
-    both()
+    with torch.no_grad():
+        dy = torch.randn_like(function(**arguments))
     found: dict[str, Any] = {"values": largest_tensor(call)}
-    for name, run in (("forward_ms", forward), ("forward_backward_ms", both)):
-        seconds = spread(sample(run, scale.device, PATIENCE_SECONDS, least=1, most=ROUNDS)).median
-        found[name] = 1e3 * seconds / samples
+    one_pass("forward_backward", function, arguments, dy)
+    for direction in get_args(Direction):
+        run = partial(one_pass, direction, function, arguments, dy)
+        seconds = sample(run, scale.device, PATIENCE_SECONDS, least=1, most=ROUNDS)
+        found[f"{direction}_ms"] = 1e3 * spread(seconds).median / samples
     return found
 
 
