@@ -23,7 +23,7 @@ from benchmarks.calls import Call, Network, kinetics, network_calls
 from benchmarks.correctness import Function, check_call, gradients
 from benchmarks.plain import PlainOperators
 from benchmarks.session import COMPILED, OURS, REFERENCE, Case, Session
-from benchmarks.timing import cache_bytes, num_copies
+from benchmarks.timing import Run, Sides, cache_bytes, num_copies
 from kernels.common.floor import Cost, Floor
 from kernels.conv_gru.floor import conv_gru_floor
 from kernels.convolution.floor import (
@@ -132,7 +132,7 @@ def one_pass(
 
 def rotating_sides(
     call: Call, direction: Direction, functions: dict[str, Function], device: torch.device
-) -> dict[str, Callable[[], object]]:
+) -> Sides:
     """Every call of any side takes the next of several copies of the arguments."""
     copies = num_copies(call.num_bytes, cache_bytes(device))
     arguments = [call.draw(device, seed) for seed in range(copies)]
@@ -140,7 +140,7 @@ def rotating_sides(
         y = functions[REFERENCE](**arguments[0])
     turn = itertools.cycle([(given, torch.randn_like(y)) for given in arguments])
 
-    def rotating(function: Function) -> Callable[[], object]:
+    def rotating(function: Function) -> Run:
         return lambda: one_pass(direction, function, *next(turn))
 
     return {name: rotating(function) for name, function in functions.items()}

@@ -14,7 +14,7 @@ import kernels
 from benchmarks.calls import kinetics
 from benchmarks.correctness import Results, check
 from benchmarks.session import COMPILED, OURS, REFERENCE, Case, Session
-from benchmarks.timing import cache_bytes, num_copies
+from benchmarks.timing import Run, Sides, cache_bytes, num_copies
 from engine.models import build_generator
 from engine.models.construction import compute_dtype
 from engine.models.spectral import spectral_weights
@@ -25,7 +25,7 @@ ITERATION, FORWARD, ALL = "iteration", "iteration_forward", "iteration_forward_b
 Lists = dict[str, list[Tensor]]
 """u, v, Ŵ and dW of all weights, and "sigma" where it is told, as far as they were computed."""
 Function = Callable[["Weights"], list[Tensor]]
-Run = Callable[[str], Lists]
+Pass = Callable[[str], Lists]
 """A side on weights of its own: what is timed, of one of the directions."""
 
 
@@ -111,7 +111,7 @@ def parametrizations(weights: Weights) -> tuple[Weights, Function]:
     return own, lambda _: [parametrized_weight(module) for module in modules]
 
 
-def make_side(name: str, weights: Weights) -> Run:
+def make_side(name: str, weights: Weights) -> Pass:
     """What is timed, on a copy of the weights."""
     steps: tuple[Function, Function] = iterate, normalize
     iterate_own, normalize_own = map(compiled, steps) if name == COMPILED else steps
@@ -139,7 +139,7 @@ def make_side(name: str, weights: Weights) -> Run:
 def check_weights(weights: Weights, *, compiles: bool = False) -> None:
     """Every side against the reference in fp64. Raises Refused."""
 
-    def results(run: Run) -> Results:
+    def results(run: Pass) -> Results:
         found = run(ALL)
         return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in found.items()}
 
@@ -154,7 +154,7 @@ def check_weights(weights: Weights, *, compiles: bool = False) -> None:
     check(PARAMETRIZATION, got, usual, truth, num_terms)
 
 
-def of_transposed(weights: Weights) -> Run:
+def of_transposed(weights: Weights) -> Pass:
     """What the reference makes of matrices Wᵀ, turned back."""
 
     def turned(tensors: list[Tensor]) -> list[Tensor]:
@@ -171,14 +171,12 @@ def of_transposed(weights: Weights) -> Run:
     return run_and_turn_back
 
 
-def make_sides(
-    weights: Weights, direction: str, *, compiles: bool = False
-) -> dict[str, Callable[[], object]]:
+def make_sides(weights: Weights, direction: str, *, compiles: bool = False) -> Sides:
     """Every call of a side takes the next of its copies, of which no cache holds all."""
     num_bytes = sum(tensor.nbytes for tensors in weights for tensor in tensors)
     copies = num_copies(num_bytes, cache_bytes(weights.us[0].device))
 
-    def rotating(name: str) -> Callable[[], object]:
+    def rotating(name: str) -> Run:
         turn = itertools.cycle([make_side(name, weights) for _ in range(copies)])
         return lambda: next(turn)(direction)
 

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from benchmarks.results import Document, Rates, Row, made_here
-from benchmarks.timing import measure, num_rounds, paired_ratios, sample, spread, take_turns
+from benchmarks.timing import (
+    Run,
+    Sides,
+    measure,
+    num_rounds,
+    paired_ratios,
+    sample,
+    spread,
+    take_turns,
+)
 from kernels.common.floor import Cost
 
 OURS, REFERENCE, COMPILED = "ours", "reference", "compiled"
@@ -24,8 +33,8 @@ class Case:
     direction: str
     dtype: torch.dtype
     check: Callable[[], None]  # raises `Refused`
-    sides: Callable[[], dict[str, Callable[[], object]]]
-    """Makes the sides, each to be called again and again; called after the check."""
+    sides: Callable[[], Sides]
+    """Makes the sides; called after the check."""
     cost: Cost | None = None
     patience: float = 1.0
     """Times what the session gives a case. More for what few rounds do not settle."""
@@ -123,7 +132,7 @@ def make_row(
     )
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+def peak_bytes(run: Run, device: torch.device) -> int | None:
     """Most memory that a call allocates beyond what is there; None on a CPU, which does not say."""
     if device.type != "cuda":
         return None
@@ -144,7 +153,7 @@ def measure_rates(device: torch.device) -> Rates:
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
-    def median(run: Callable[[], object]) -> float:
+    def median(run: Run) -> float:
         for _ in range(2):
             run()
         return spread(sample(run, device, 0, least=11, most=11)).median

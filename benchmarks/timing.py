@@ -14,6 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+Run = Callable[[], object]
+Sides = Mapping[str, Run]
+"""What is compared, by name, each to be called again and again."""
 HEAD_START_CYCLES = 2_000_000  # about 1 ms of an H100
 
 
@@ -75,7 +78,7 @@ def cache_bytes(device: torch.device) -> int:
     return min(size, 32 << 20) if size > 0 else 32 << 20
 
 
-def measure(run: Callable[[], object], device: torch.device) -> float:
+def measure(run: Run, device: torch.device) -> float:
     """Seconds of one call.
 
     The device starts with a pause in which the host queues the call, so that a GPU's time is the
@@ -96,9 +99,7 @@ def measure(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def sample(
-    run: Callable[[], object], device: torch.device, seconds: float, least: int, most: int
-) -> list[float]:
+def sample(run: Run, device: torch.device, seconds: float, least: int, most: int) -> list[float]:
     """Seconds of calls that take about `seconds` together, between `least` and `most` of them."""
     once = measure(run, device)
     rounds = num_rounds(once, seconds, least, most)
@@ -106,7 +107,7 @@ def sample(
 
 
 def take_turns(
-    sides: Mapping[str, Callable[[], object]], main: str, rounds: int, device: torch.device
+    sides: Sides, main: str, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every side in every round.
 

@@ -21,6 +21,8 @@ from engine.durable_files import write_json
 
 Status = Literal["begun", "done", "failed", "left out"]
 """A part has begun where its process did not come to its end."""
+LONGEST = 2000
+"""Of an error that many last characters are kept."""
 START_AGAIN = 75
 """The exit code of a process whose GPU context is lost while parts are left."""
 
@@ -91,30 +93,22 @@ class Recorder:
                 return START_AGAIN
         return 0
 
-    def record(
-        self,
-        name: str,
-        status: Status,
-        *,
-        seconds: float | None = None,
-        value: Any = None,
-        error: str | None = None,
-    ) -> None:
+    def record(self, name: str, status: Status, **found: Any) -> None:
         """In place of what was known of the part; written before it returns.
 
-        Of an error the end is kept. It is also said in a short line for whoever watches, since only
-        the end of a log may come back.
+        `found` are an `Outcome`'s other fields. It is also said in a short line for whoever
+        watches, since only the end of a log may come back.
         """
-        error = None if error is None else error[-2000:]
-        self.outcomes[name] = Outcome(
-            name=name, status=status, seconds=seconds, value=value, error=error
-        )
+        if found.get("error"):
+            found["error"] = found["error"][-LONGEST:]
+        outcome = self.outcomes[name] = Outcome(name=name, status=status, **found)
         file = self._file.model_copy(update={"parts": list(self.outcomes.values())})
         write_json(self._path, file.model_dump(mode="json"))
         if status != "begun":
-            said = (json.dumps(value) if status == "done" else str(error)).splitlines()
-            took = "" if seconds is None else f" {seconds:.1f} s"
-            print(f"{status}{took}: {name}: {''.join(said[-1:])[:160]}", flush=True)
+            said = json.dumps(outcome.value) if status == "done" else str(outcome.error)
+            *_, last = said.splitlines() or [""]
+            took = "" if outcome.seconds is None else f" {outcome.seconds:.1f} s"
+            print(f"{status}{took}: {name}: {last[:160]}", flush=True)
 
 
 def context_is_whole() -> bool:
