@@ -29,10 +29,9 @@ example:
 def main(arguments: list[str]) -> None:
     """Read all, add one to the other, write a new file named by the first one's date."""
     parser = ArgumentParser(__doc__ or "", EPILOG)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in the calls' order")
-    parser.add_argument(
-        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where it goes"
-    )
+    add, folder = parser.add_argument, results.FOLDER
+    add("files", nargs="+", type=Path, metavar="FILE", help="in the calls' order")
+    add("--results", type=Path, default=folder, metavar="DIR", help="where it goes")
     options = parser.parse_args(arguments)
     merged = reduce(results.added, map(read, options.files))
     print(results.write(merged, options.results))

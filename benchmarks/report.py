@@ -55,18 +55,13 @@ FED = {
 def main(arguments: list[str]) -> None:
     """Parse, read, print or write."""
     parser = ArgumentParser(__doc__ or "", EPILOG)
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="result files instead of the newest"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where the files are"
-    )
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="put the tables between this file's markers"
-    )
-    parser.add_argument(
-        "--brief", action="store_true", help="only forward + backward passes and whole steps"
-    )
+    path: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    folder = path | {"metavar": "DIR", "default": results.FOLDER}
+    add = parser.add_argument
+    add("files", nargs="*", **path, help="result files instead of the newest")
+    add("--results", **folder, help="where the files are")
+    add("--write", **path, help="put the tables between this file's markers")
+    add("--brief", action="store_true", help="only forward + backward passes and whole steps")
     options = parser.parse_args(arguments)
     found = documents(options.files, options.results)
     if options.brief:
@@ -103,19 +98,16 @@ def write_between_markers(path: Path, text: str) -> None:
         before = path.read_text()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if before.count(BEGIN) != 1 or before.count(END) != 1:
-        raise UserError(f"{path} must hold {BEGIN} and {END} once each")
-    head, rest = before.split(BEGIN)
-    if END not in rest:
-        raise UserError(f"{path} has {END} before {BEGIN}")
-    tail = rest.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+    between = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
+    if before.count(BEGIN) != 1 or before.count(END) != 1 or not between.search(before):
+        raise UserError(f"{path} must hold {BEGIN} and {END} once each, in this order")
+    path.write_text(between.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", before))
 
 
 def render(found: dict[str, Document]) -> str:
     """Markdown: the GPU's tables, or that it was not run, the CPU's, then whole iterations."""
-    not_run = [("operator", "result"), *((name, "not run") for name in MEASURED_ON_A_GPU)]
-    parts = [] if "cuda" in found else ["**GPU:** not run.", table(not_run)]
+    not_run = table([("operator", "result"), *((name, "not run") for name in MEASURED_ON_A_GPU)])
+    parts = [] if "cuda" in found else ["**GPU:** not run.", not_run]
     for kind in ("cuda", "cpu"):
         parts += _parts(found[kind]) if kind in found else []
     return "\n\n".join([*parts, *step_report.parts(found)])
