@@ -6,7 +6,7 @@ Files come from the page cache: disks and networks are not measured.
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -32,24 +32,14 @@ Feeding = Callable[..., None]
 WHERE = pytest.mark.parametrize("where", ["cpu", "gpu"])
 
 
-class Video(NamedTuple):
-    """What is made for the measurement: ten seconds, as long as Kinetics' are."""
-
-    codec: str
-    width: int
-    height: int
-    copied: bool = False
-    """Whether a copy of it is loaded, as engine/prepare.py --transcode makes it."""
-
-
-KINETICS_VIDEOS = {
-    "mjpeg 128x128": Video("mjpeg", 128, 128),
-    "vp9 128x128": Video("vp9", 128, 128),
-    "h264 128x128": Video("h264", 128, 128),
-    "h264 340x256": Video("h264", 340, 256),
-    "copies of h264 340x256": Video("h264", 340, 256, copied=True),
-}
-NUM_FRAMES = 250
+COPIES = "copies of "
+KINETICS_VIDEOS = (
+    *("mjpeg 128x128", "vp9 128x128", "h264 128x128", "h264 340x256"),
+    f"{COPIES}h264 340x256",
+)
+"""What is made for the measurement: codec and size; copies as engine/prepare.py --transcode makes
+them."""
+NUM_FRAMES = 250  # ten seconds, as long as Kinetics' are
 
 
 @pytest.fixture
@@ -125,13 +115,14 @@ def test_loader_kinetics(
     session: Session, feed: Feeding, tmp_path: Path, video: str, decoder: Decoder
 ) -> None:
     """128x128/12 clips for stage 2, against its aim on an H100."""
-    made = KINETICS_VIDEOS[video]
     if session.quick and video != "h264 128x128":
         pytest.skip("--quick loads H.264 of 128x128 only")
     config, origin = load_config(KINETICS, CLIPS_PER_BATCH), ""
     videos, copies = tmp_path / "videos", tmp_path / "small.jsonl"
-    index = loading.write_video(videos, made.codec, made.width, made.height, NUM_FRAMES)
-    if made.copied:
+    codec, size = video.removeprefix(COPIES).split()
+    width, height = map(int, size.split("x"))
+    index = loading.write_video(videos, codec, width, height, NUM_FRAMES)
+    if video.startswith(COPIES):
         small = ["--transcode", tmp_path / "small", "--size", config.resolution]
         prepare.main([str(word) for word in (videos, *small, "--out", copies, "--workers", 1)])
         index, origin = VideoIndex.load(copies), f", {video}"
