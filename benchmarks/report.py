@@ -11,7 +11,7 @@ if __name__ == "__main__":  # run as a file, its folder is on the path and the r
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import results, step_report
-from benchmarks.markdown import declared, table
+from benchmarks.markdown import cell, declared, table
 from benchmarks.results import Count, Document, Feed, Row, by_case
 from engine.command_line import ArgumentParser, run
 from engine.errors import UserError
@@ -164,12 +164,13 @@ def _measured(rows: Sequence[Row], *, on_gpu: bool) -> str:
         "TFLOP/s, of matmul": "{ours.tflop_per_s:.3g}, {ours.share_of_matmul:.2f}",
     }
     if on_gpu:
-        columns["peak MB (reference)"] = "{ours.peak_mb:.0f} ({reference.peak_mb:.0f})"
+        columns["peak MB (reference)"] = "{ours.peak_mb:.0f} ({of_reference})"
     found = {row.side for row in rows}
     columns |= {f"{side} / ours": f"{{{side}.of_ours:.2f}}" for side in SIDES if side in found}
     for case in cases:
         case["passes"] = case["ours"].direction.replace("_", " + ")
         case["ms"] = case["ours"].seconds.times(1e3)
+        case["of_reference"] = cell("{reference.peak_mb:.0f}", case)
     return declared(columns, cases)
 
 
