@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from benchmarks.bench_spectral_norm import parametrized, parametrized_weight
-from benchmarks.calls import KINETICS, PAPER_SAMPLES, kinetics
+from benchmarks.calls import PAPER_SAMPLES, kinetics
 from benchmarks.results import Count
 from benchmarks.session import Session
+from benchmarks.setups import KINETICS
 from engine.configuration import Config, load_config
 from engine.models import build_generator
 from engine.models.spectral import spectral_weights

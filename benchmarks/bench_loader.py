@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benchmarks import loading
-from benchmarks.calls import CONFIGS, KINETICS
 from benchmarks.loading import Source, pace
 from benchmarks.results import Feed
 from benchmarks.session import Session
+from benchmarks.setups import CONFIGS, KINETICS
 from benchmarks.timing import sample, spread
 from benchmarks.trainers import make_trainer
 from engine import prepare

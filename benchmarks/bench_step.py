@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 import kernels
-from benchmarks.calls import CONFIGS
 from benchmarks.correctness import check_networks
 from benchmarks.session import OURS, REFERENCE, Case, Session
+from benchmarks.setups import CONFIGS
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
 from engine.models.construction import compute_dtype

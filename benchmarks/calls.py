@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
-from benchmarks.setups import CONFIGS, few_channels
+from benchmarks.setups import KINETICS, few_channels
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.spectral import divided_one_by_one
@@ -31,7 +31,6 @@ from kernels.common.layout import channels_last
 
 Network = Literal["generator", "discriminators"]
 
-KINETICS = CONFIGS / "kinetics600.yaml"
 PAPER_SAMPLES = ("training.micro_batch=4",)
 # Eight channels where the paper has 128 and 96: seconds on a CPU core, shapes of the same kind.
 REDUCED = (*few_channels(2, 8), "training.micro_batch=2", "training.precision=fp32")

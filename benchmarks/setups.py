@@ -22,11 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks.results import Attempt, WholeStep
 from engine.configuration import Config, load_config
 from engine.planning.paper import TABLE_3, MeasuredInPaper
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+KINETICS = CONFIGS / "kinetics600.yaml"
 
 
 class Setup(NamedTuple):
@@ -153,3 +156,43 @@ def most_that_fits(
     most = max(fitting, default=0)
     twice_is_too_large = 2 * most in {attempt.samples for attempt in attempts} - set(fitting)
     return most if twice_is_too_large or (limit_bytes or 0) >= usable_bytes else None
+
+
+# ------------------------------------------------------- the paper's sizes, or whether it runs
+
+
+class Scale(NamedTuple):
+    """Sizes and device of a call of benchmarks/first_hour."""
+
+    device: torch.device
+    small: bool
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Of whole iterations, from the paper's samples per GPU up."""
+        return (1, 2) if self.small else (4, 16, 32)
+
+    def require_gpu(self) -> None:
+        """Raises RuntimeError without one."""
+        if self.device.type != "cuda":
+            raise RuntimeError("there is no CUDA device")
+
+    def overrides(self, num_stages: int) -> tuple[str, ...]:
+        """Of a configuration's first stages, as with `--set`."""
+        precision = "bf16" if self.device.type == "cuda" else "fp32"
+        small = *few_channels(num_stages), f"training.precision={precision}"
+        return small if self.small else ()
+
+    def kinetics(self, micro_batch: int) -> Config:
+        """configs/kinetics600.yaml for so many samples."""
+        batch = f"training.micro_batch={micro_batch}", f"training.global_batch={micro_batch}"
+        return load_config(KINETICS, (*self.overrides(2), *batch))
+
+
+def scale_here(*, small: bool) -> Scale:
+    """On the GPU; small ones on the CPU where there is none. Raises RuntimeError for others."""
+    if torch.cuda.is_available():
+        return Scale(torch.device("cuda", 0), small)
+    if not small:
+        raise RuntimeError("the paper's sizes need a CUDA device; --small runs on a CPU")
+    return Scale(torch.device("cpu"), small)

@@ -13,9 +13,10 @@ from benchmarks import bench_spectral_norm
 from benchmarks.bench_accounting import LaunchCounter, count_spectral_launches
 from benchmarks.bench_operators import OPERATORS, side_functions
 from benchmarks.bench_spectral_norm import check_weights, draw, parametrized_weight
-from benchmarks.calls import CONFIGS, kinetics, network_calls
+from benchmarks.calls import kinetics, network_calls
 from benchmarks.correctness import Refused, check, check_call, check_networks
 from benchmarks.session import Case, Session
+from benchmarks.setups import CONFIGS
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
 from engine.models.layers import Linear

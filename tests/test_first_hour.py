@@ -17,9 +17,8 @@ from benchmarks.first_hour import __main__ as first_hour
 from benchmarks.first_hour import operators
 from benchmarks.first_hour.kernel_times import Kernel, slow_path, summed
 from benchmarks.first_hour.parts import START_AGAIN, CallFile, Part, Recorder
-from benchmarks.first_hour.scale import Scale
 from benchmarks.results import Document
-from benchmarks.setups import SETUPS
+from benchmarks.setups import SETUPS, Scale
 from engine.errors import UserError
 
 SMALL = Scale(torch.device("cpu"), small=True)

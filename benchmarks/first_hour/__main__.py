@@ -13,8 +13,7 @@ from pathlib import Path
 
 import kernels
 from benchmarks.first_hour.parts import Recorder
-from benchmarks.first_hour.scale import scale_here
-from benchmarks.setups import SETUPS
+from benchmarks.setups import SETUPS, scale_here
 
 MODULES = {
     "versions": "versions",

@@ -15,9 +15,8 @@ import torch
 
 from benchmarks.first_hour.kernel_times import described, kernels_of, slow_path
 from benchmarks.first_hour.parts import Part
-from benchmarks.first_hour.scale import Scale
 from benchmarks.session import measure_rates
-from benchmarks.setups import BUILDS, SETUPS, config_of
+from benchmarks.setups import BUILDS, SETUPS, Scale, config_of
 from benchmarks.whole_step import Iterations, executed_tflop, free_memory, try_samples
 from engine.planning.meta_step import run_step
 from engine.planning.rank_memory import Scaling, find_peak

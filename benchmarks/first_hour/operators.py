@@ -20,8 +20,8 @@ from benchmarks.bench_operators import Direction, nothing_to_compare, one_pass, 
 from benchmarks.calls import RECORDED, Call, Network, network_calls
 from benchmarks.correctness import check_call
 from benchmarks.first_hour.parts import Part
-from benchmarks.first_hour.scale import Scale
 from benchmarks.session import OURS, REFERENCE
+from benchmarks.setups import Scale
 from benchmarks.timing import sample, spread
 
 LIMIT_VALUES = 1 << 31

@@ -12,7 +12,7 @@ import torch
 import kernels
 from benchmarks import results
 from benchmarks.first_hour.parts import Part
-from benchmarks.first_hour.scale import Scale
+from benchmarks.setups import Scale
 
 PACKAGES = ("deepspeed", "pydantic", "numpy", "av", "nvidia-ml-py", "nvidia-dali-cuda130")
 DTYPES = (torch.bfloat16, torch.float32)
