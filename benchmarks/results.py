@@ -222,9 +222,8 @@ class Document(Made):
 
 def made_here() -> dict[str, Any]:
     """The fields of `Made`: now, on this machine, of this commit."""
-    described = _output(
-        *("git", "-C", str(FOLDER), "describe", "--always", "--abbrev=40", "--exclude=*"), "--dirty"
-    )
+    git = "git", "-C", str(FOLDER.parent), "describe"
+    described = _output(*git, "--always", "--abbrev=40", "--exclude=*", "--dirty")
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "device": this_device(),
