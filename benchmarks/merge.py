@@ -64,8 +64,8 @@ def document_of(file: CallFile) -> Document:
     flops = {fields["setup"]: fields["tflop_per_sample"] for fields in by_kind["flops"]}
     rates = [Rates.model_validate(fields) for fields in by_kind["rates"]]
     rate = rates[-1].matmul_tflop_per_s if rates else None
-    return Document(
-        **{name: getattr(file, name) for name in Made.model_fields},
+    return Document.begun(
+        {name: getattr(file, name) for name in Made.model_fields},
         quick=False,
         seconds=round(sum(part.seconds or 0 for part in file.parts), 1),
         rates=rates,

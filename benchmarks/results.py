@@ -199,17 +199,25 @@ class Made(Record):
 class Document(Made):
     """A result file."""
 
-    format: Literal[1] = 1
+    format: Literal[1]
     quick: bool
-    seconds: float = 0  # how long the run took, all calls of it together
-    rates: list[Rates] = []
+    seconds: float  # how long the run took, all calls of it together
+    rates: list[Rates]
     """Of every call that added to the file; shares in `rows` are of their own call's."""
-    rows: list[Row] = []
-    counts: list[Count] = []
+    rows: list[Row]
+    counts: list[Count]
     steps: list[WholeStep] = []
     feeds: list[Feed] = []
-    skipped: list[Skip] = []
-    failed: list[str] = []  # cases that were refused or broke
+    skipped: list[Skip]
+    failed: list[str]  # cases that were refused or broke
+
+    @classmethod
+    def begun(cls, made: dict[str, Any], *, quick: bool, **found: Any) -> "Document":
+        """With what is found, and nothing else yet. `made`: the fields of `Made`."""
+        nothing: dict[str, Any] = {
+            name: [] for name in ("rates", "rows", "counts", "skipped", "failed")
+        }
+        return cls(**made, **{"format": 1, "quick": quick, "seconds": 0} | nothing | found)
 
     @property
     def holds_results(self) -> bool:

@@ -60,7 +60,7 @@ class Session:
     """Begun with the run, so its commit is that of the code that was loaded."""
 
     def __post_init__(self) -> None:
-        self.results = Document(**made_here(), quick=self.quick)
+        self.results = Document.begun(made_here(), quick=self.quick)
         self._started = time.monotonic()
 
     @property
