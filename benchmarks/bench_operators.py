@@ -22,8 +22,8 @@ import kernels
 from benchmarks.calls import Call, Network, kinetics, network_calls
 from benchmarks.correctness import Function, check_call, gradients
 from benchmarks.plain import PlainOperators
-from benchmarks.session import OURS, REFERENCE, Case, Session
-from benchmarks.timing import cache_bytes, num_copies
+from benchmarks.session import COMPILED, OURS, REFERENCE, Case, Session
+from benchmarks.timing import Run, Sides, cache_bytes, num_copies
 from kernels.common.floor import Cost, Floor
 from kernels.conv_gru.floor import conv_gru_floor
 from kernels.convolution.floor import (
@@ -36,7 +36,7 @@ from kernels.convolution.floor import (
 from kernels.frame_norm.floor import frame_norm_floor
 
 Direction = Literal["forward", "forward_backward"]
-COMPILED, PLAIN = "compiled", "plain"
+PLAIN = "plain"
 OPERATORS: dict[str, tuple[int, Network, Callable[..., Floor]]] = {
     "frame_norm": (2, "generator", frame_norm_floor),
     "conv_gru": (1, "generator", conv_gru_floor),  # at 4x4 pixels x is the same at every time step
@@ -69,8 +69,8 @@ def test_operator(session: Session, benchmark: Any, call: Call, direction: Direc
     if nothing is not None and not on_gpu:
         pytest.skip(nothing)
     functions = side_functions(call.operator, compiled=session.compiled, plain=on_gpu)
-    reference = functions[REFERENCE]
-    checked = {name: function for name, function in functions.items() if name != REFERENCE}
+    checked = dict(functions)
+    reference = checked.pop(REFERENCE)
     case = Case(
         operator=call.operator,
         shape=call.name,
@@ -93,11 +93,19 @@ def operator_cost(call: Call, *, backward: bool) -> Cost:
 def side_functions(operator: str, *, compiled: bool, plain: bool) -> dict[str, Function]:
     """Each side as a function of the operator's arguments."""
     ours: Function = getattr(kernels, operator)
-    functions = {OURS: ours, REFERENCE: _as_references(ours)}
+
+    def as_reference(function: Function) -> Function:
+        def run(**arguments: Any) -> Tensor:
+            with kernels.use(REFERENCE):
+                return function(**arguments)
+
+        return run
+
+    functions = {OURS: ours, REFERENCE: as_reference(ours)}
     if compiled:
         # Dynamo keeps eight graphs of a function and runs the rest eagerly, without an error.
         torch._dynamo.reset()
-        functions[COMPILED] = _as_references(torch.compile(ours, dynamic=False))
+        functions[COMPILED] = as_reference(torch.compile(ours, dynamic=False))
     if plain and operator not in ("frame_norm", "conv_gru"):
         functions[PLAIN] = getattr(PlainOperators(channels_last=True), operator)
     return functions
@@ -112,30 +120,27 @@ def nothing_to_compare(operator: str, device: torch.device, dtype: torch.dtype) 
     return f"kernels.{operator} runs its reference on {device.type} ({choice.reason})"
 
 
-def _as_references(function: Function) -> Function:
-    def run(**arguments: Any) -> Tensor:
-        with kernels.use(REFERENCE):
+def one_pass(
+    direction: Direction, function: Function, arguments: dict[str, Any], dy: Tensor
+) -> object:
+    """What is timed: y, or the gradient of every argument for this dy."""
+    if direction == "forward":
+        with torch.no_grad():
             return function(**arguments)
-
-    return run
+    return gradients(function(**arguments), arguments, dy)
 
 
 def rotating_sides(
     call: Call, direction: Direction, functions: dict[str, Function], device: torch.device
-) -> dict[str, Callable[[], object]]:
+) -> Sides:
     """Every call of any side takes the next of several copies of the arguments."""
     copies = num_copies(call.num_bytes, cache_bytes(device))
     arguments = [call.draw(device, seed) for seed in range(copies)]
     with torch.no_grad():
         y = functions[REFERENCE](**arguments[0])
-    upstream = [torch.randn_like(y) for _ in arguments]
-    turn = itertools.cycle(zip(arguments, upstream, strict=True))
+    turn = itertools.cycle([(given, torch.randn_like(y)) for given in arguments])
 
-    def once(function: Function) -> object:
-        given, dy = next(turn)
-        if direction == "forward":
-            with torch.no_grad():
-                return function(**given)
-        return gradients(function(**given), given, dy)
+    def rotating(function: Function) -> Run:
+        return lambda: one_pass(direction, function, *next(turn))
 
-    return {name: partial(once, function) for name, function in functions.items()}
+    return {name: rotating(function) for name, function in functions.items()}

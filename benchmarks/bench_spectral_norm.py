@@ -3,21 +3,18 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
-from benchmarks.bench_operators import COMPILED
 from benchmarks.calls import kinetics
 from benchmarks.correctness import Results, check
-from benchmarks.launches import parametrized, parametrized_weight
-from benchmarks.session import OURS, REFERENCE, Case, Session
-from benchmarks.timing import cache_bytes, num_copies
+from benchmarks.session import COMPILED, OURS, REFERENCE, Case, Session
+from benchmarks.timing import Run, Sides, cache_bytes, num_copies
 from engine.models import build_generator
 from engine.models.construction import compute_dtype
 from engine.models.spectral import spectral_weights
@@ -27,13 +24,12 @@ PARAMETRIZATION = "parametrizations"
 ITERATION, FORWARD, ALL = "iteration", "iteration_forward", "iteration_forward_backward"
 Lists = dict[str, list[Tensor]]
 """u, v, Ŵ and dW of all weights, and "sigma" where it is told, as far as they were computed."""
-Run = Callable[[str], Lists]
-"""A side on weights of its own: what is timed, of one of the directions."""
 Function = Callable[["Weights"], list[Tensor]]
+Pass = Callable[[str], Lists]
+"""A side on weights of its own: what is timed, of one of the directions."""
 
 
-@dataclass
-class Weights:
+class Weights(NamedTuple):
     """A network's weights, each with its vectors and an upstream gradient of Ŵ."""
 
     weights: list[Tensor]
@@ -43,30 +39,22 @@ class Weights:
 
     def copy(self, dtype: torch.dtype | None = None) -> "Weights":
         """Sharing nothing; in `dtype` if that is given."""
-
-        def cast(tensors: list[Tensor]) -> list[Tensor]:
-            return [t.detach().to(dtype or t.dtype, copy=True) for t in tensors]
-
-        weights = [weight.requires_grad_() for weight in cast(self.weights)]
-        return Weights(weights, cast(self.us), cast(self.vs), cast(self.upstream))
+        own = Weights(
+            *([t.detach().to(dtype or t.dtype, copy=True) for t in tensors] for tensors in self)
+        )
+        return own._replace(weights=[weight.requires_grad_() for weight in own.weights])
 
 
 def draw(shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> Weights:
     """Gaussian weights of standard deviation 0.02, and unit vectors."""
     random = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, device=device)
-
-    def units(lengths: list[int]) -> list[Tensor]:
-        return [torch.nn.functional.normalize(randn(length), dim=0) for length in lengths]
-
+    randn = partial(torch.randn, generator=random, device=device)
     return Weights(
-        weights=[(0.02 * randn(*shape)).requires_grad_() for shape in shapes],
-        us=units([shape[0] for shape in shapes]),
-        vs=units([shape[1:].numel() for shape in shapes]),
-        upstream=[randn(*shape).to(dtype) for shape in shapes],
-    )
+        weights=[0.02 * randn(shape) for shape in shapes],
+        us=[nn.functional.normalize(randn(shape[0]), dim=0) for shape in shapes],
+        vs=[nn.functional.normalize(randn(shape[1:].numel()), dim=0) for shape in shapes],
+        upstream=[randn(shape).to(dtype) for shape in shapes],
+    ).copy()
 
 
 # --------------------------------------------------------------------------------------- sides
@@ -81,34 +69,33 @@ def normalize(weights: Weights) -> list[Tensor]:
     """Ŵ of every weight, in the dtype of its upstream gradient."""
     dtypes = [upstream.dtype for upstream in weights.upstream]
     unfolded = [None] * len(dtypes)
-    return kernels.spectral_normalize_all(weights.weights, weights.us, weights.vs, dtypes, unfolded)
+    return kernels.spectral_normalize_all(*weights[:3], dtypes, unfolded)
 
 
 @functools.cache
-def compiled_operators() -> list[Function]:
+def compiled(function: Function) -> Function:
     """Once for all cases: a graph of so many weights compiles for many minutes."""
-    return [torch.compile(function, dynamic=False) for function in (iterate, normalize)]
+    return torch.compile(function, dynamic=False)
 
 
-def operators(setting: str, weights: Weights, *, compiled: bool = False) -> Run:
-    """This project's two operators on a copy of the weights, run as `setting` says."""
-    own = weights.copy()
-    iterate_own, normalize_own = compiled_operators() if compiled else (iterate, normalize)
-
-    def run(direction: str) -> Lists:
-        with kernels.use(setting):
-            found = {"sigma": iterate_own(own), "u": own.us, "v": own.vs}
-            if direction == ITERATION:
-                return found
-            return found | passes(normalize_own, own, direction)
-
-    return run
+def parametrized(weight: Tensor) -> nn.Module:
+    """A module whose `.weight` is torch's spectral norm of a copy of this one, read as a matrix."""
+    module = nn.Module()
+    module.weight = nn.Parameter(weight.detach().flatten(1).clone())
+    return nn.utils.parametrizations.spectral_norm(module, n_power_iterations=1)
 
 
-def torchs(weights: Weights) -> Run:
-    """torch.nn.utils' spectral norm of copies of weights, read as fp32 matrices.
+def parametrized_weight(module: nn.Module) -> Tensor:
+    """One power iteration, then W over its largest singular value."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
-    The iteration is part of its forward pass.
+
+def parametrizations(weights: Weights) -> tuple[Weights, Function]:
+    """Copies of weights in torch.nn.utils' spectral norm, as fp32 matrices, and its forward pass.
+
+    The iteration is part of that.
     """
     modules: list[Any] = [parametrized(weight) for weight in weights.weights]
     norms = [module.parametrizations.weight[0] for module in modules]
@@ -121,88 +108,81 @@ def torchs(weights: Weights) -> Run:
         vs=[norm._v for norm in norms],
         upstream=[upstream.flatten(1).float() for upstream in weights.upstream],
     )
+    return own, lambda _: [parametrized_weight(module) for module in modules]
+
+
+def make_side(name: str, weights: Weights) -> Pass:
+    """What is timed, on a copy of the weights."""
+    steps: tuple[Function, Function] = iterate, normalize
+    iterate_own, normalize_own = map(compiled, steps) if name == COMPILED else steps
+    own = weights.copy()
+    if name == PARAMETRIZATION:
+        own, normalize_own = parametrizations(weights)
 
     def run(direction: str) -> Lists:
-        def normalize_own(_: Weights) -> list[Tensor]:
-            return [parametrized_weight(module) for module in modules]
-
-        return {"u": own.us, "v": own.vs} | passes(normalize_own, own, direction)
+        found: Lists = {"u": own.us, "v": own.vs}
+        with kernels.use("auto" if name == OURS else REFERENCE):
+            if name != PARAMETRIZATION:
+                found["sigma"] = iterate_own(own)
+            if direction == ITERATION:
+                return found
+            with torch.set_grad_enabled(direction == ALL):
+                found["weight"] = normalize_own(own)
+            if direction == ALL:
+                gradients = torch.autograd.grad(found["weight"], own.weights, own.upstream)
+                found["dweight"] = list(gradients)
+        return found
 
     return run
 
 
-def passes(normalize_own: Function, own: Weights, direction: str) -> Lists:
-    """Ŵ, and dW if there is a backward pass."""
-    backward = direction == ALL
-    with torch.set_grad_enabled(backward):
-        normalized = normalize_own(own)
-    if not backward:
-        return {"weight": normalized}
-    gradients = torch.autograd.grad(normalized, own.weights, own.upstream)
-    return {"weight": normalized, "dweight": list(gradients)}
-
-
-def operator_sides(*, compiled: bool) -> dict[str, Callable[[Weights], Run]]:
-    """The sides that run this project's operators."""
-    found: dict[str, Callable[[Weights], Run]]
-    found = {OURS: partial(operators, "auto"), REFERENCE: partial(operators, REFERENCE)}
-    if compiled:
-        found[COMPILED] = partial(operators, REFERENCE, compiled=True)
-    return found
-
-
-def check_weights(weights: Weights, *, compiled: bool = False) -> None:
+def check_weights(weights: Weights, *, compiles: bool = False) -> None:
     """Every side against the reference in fp64. Raises Refused."""
 
-    def results(side: Callable[[Weights], Run], of: Weights = weights) -> Results:
-        found = side(of)(ALL)
+    def results(run: Pass) -> Results:
+        found = run(ALL)
         return {k: torch.cat([t.detach().flatten() for t in v]) for k, v in found.items()}
 
     num_terms = max(w.numel() for w in weights.weights)  # of ⟨dŴ, W⟩
-    sides, wide = operator_sides(compiled=compiled), weights.copy(torch.float64)
-    reference = sides.pop(REFERENCE)
-    usual, truth = results(reference), results(reference, wide)
-    for name, side in sides.items():
-        check(name, results(side), usual, truth, num_terms)
+    wide, narrow = weights.copy(torch.float64), weights.copy(torch.float32)
+    usual, truth = (results(make_side(REFERENCE, of)) for of in (weights, wide))
+    for name in (OURS, *[COMPILED] * compiles):
+        check(name, results(make_side(name, weights)), usual, truth, num_terms)
     # torch takes u from v before v from u: as ours of Wᵀ, whose u is v.
-    narrow = weights.copy(torch.float32)
-    usual, truth = results(of_transposed, narrow), results(of_transposed, wide)
-    check(PARAMETRIZATION, results(torchs), usual, truth, num_terms)
+    usual, truth = (results(of_transposed(of)) for of in (narrow, wide))
+    got = results(make_side(PARAMETRIZATION, weights))
+    check(PARAMETRIZATION, got, usual, truth, num_terms)
 
 
-def of_transposed(weights: Weights) -> Run:
+def of_transposed(weights: Weights) -> Pass:
     """What the reference makes of matrices Wᵀ, turned back."""
 
     def turned(tensors: list[Tensor]) -> list[Tensor]:
         return [t.detach().flatten(1).T.contiguous() for t in tensors]
 
     matrices, upstream = turned(weights.weights), turned(weights.upstream)
-    run_transposed = operators(REFERENCE, Weights(matrices, weights.vs, weights.us, upstream))
+    run = make_side(REFERENCE, Weights(matrices, weights.vs, weights.us, upstream))
 
-    def run(direction: str) -> Lists:
-        found = run_transposed(direction)
+    def run_and_turn_back(direction: str) -> Lists:
+        found = run(direction)
         back = {name: turned(found[name]) for name in ("weight", "dweight")}
         return {"u": found["v"], "v": found["u"]} | back
 
-    return run
+    return run_and_turn_back
 
 
-def make_sides(
-    weights: Weights, direction: str, *, compiled: bool = False
-) -> dict[str, Callable[[], object]]:
+def make_sides(weights: Weights, direction: str, *, compiles: bool = False) -> Sides:
     """Every call of a side takes the next of its copies, of which no cache holds all."""
-    tensors = weights.weights + weights.us + weights.vs + weights.upstream
-    num_bytes = sum(tensor.nbytes for tensor in tensors)
-    copies = num_copies(num_bytes, cache_bytes(tensors[0].device))
-    sides = operator_sides(compiled=compiled)
-    if direction != ITERATION:
-        sides[PARAMETRIZATION] = torchs
+    num_bytes = sum(tensor.nbytes for tensors in weights for tensor in tensors)
+    copies = num_copies(num_bytes, cache_bytes(weights.us[0].device))
 
-    def rotating(side: Callable[[Weights], Run]) -> Callable[[], object]:
-        turn = itertools.cycle([side(weights) for _ in range(copies)])
+    def rotating(name: str) -> Run:
+        turn = itertools.cycle([make_side(name, weights) for _ in range(copies)])
         return lambda: next(turn)(direction)
 
-    return {name: rotating(side) for name, side in sides.items()}
+    names = [OURS, REFERENCE, *[COMPILED] * compiles]
+    names += [PARAMETRIZATION] * (direction != ITERATION)
+    return {name: rotating(name) for name in names}
 
 
 @pytest.mark.parametrize("steps", [ITERATION, FORWARD, ALL])
@@ -219,18 +199,14 @@ def test_spectral_norm(session: Session, benchmark: Any, steps: str) -> None:
     dtype = compute_dtype(config.stages[2])
     weights = draw([layer.weight.shape for layer in layers], dtype, session.device)
     num_values = sum(weight.numel() for weight in weights.weights)
+    passed = {"normalize": steps != ITERATION, "backward": steps == ALL}
     case = Case(
         operator="spectral_norm",
         shape=f"{len(layers)} weights of {num_values / 1e6:.1f} M",
         direction=steps,
         dtype=dtype,
-        cost=spectral_norm_floor(
-            num_values,
-            dtype.itemsize,
-            normalize=steps != ITERATION,
-            backward=steps == ALL,
-        ),
-        check=partial(check_weights, weights, compiled=session.compile_asked),
-        sides=partial(make_sides, weights, steps, compiled=session.compile_asked),
+        cost=spectral_norm_floor(num_values, dtype.itemsize, **passed),
+        check=partial(check_weights, weights, compiles=session.compile_asked),
+        sides=partial(make_sides, weights, steps, compiles=session.compile_asked),
     )
     session.run(case, benchmark)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 import kernels
-from benchmarks.calls import CONFIGS
 from benchmarks.correctness import check_networks
 from benchmarks.session import OURS, REFERENCE, Case, Session
+from benchmarks.setups import CONFIGS
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
 from engine.models.construction import compute_dtype
@@ -35,7 +35,6 @@ def test_step(session: Session, benchmark: Any, ranks: Ranks) -> None:
         shape=f"sample.yaml stage 2 batch {stage.training.samples_per_pass}",
         direction="step",
         dtype=compute_dtype(stage),
-        cost=None,
         check=partial(check_networks, trainer, config, reference),
         sides=lambda: {OURS: trainer.train_step, REFERENCE: step_of_references},
         # Neighbouring CPU steps differ by a tenth on a machine that is shared; five rounds do not

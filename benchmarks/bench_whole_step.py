@@ -67,7 +67,6 @@ def test_whole_step_reduced(session: Session, benchmark: Any, ranks: Ranks, setu
             shape=f"{SETUPS[setup].title}, {REDUCED_CHANNELS} channels",
             direction="step",
             dtype=compute_dtype(sides[OURS].config.stages[SETUPS[setup].number]),
-            cost=None,
             check=check,
             sides=lambda: {side: iterations.at(1) for side, iterations in sides.items()},
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
-from benchmarks.setups import CONFIGS, few_channels
+from benchmarks.setups import KINETICS, few_channels
 from engine.configuration import Config, config_from_tree, load_config
 from engine.models import build_discriminators, build_generator, draw_frame_indices
 from engine.models.spectral import divided_one_by_one
@@ -31,7 +31,6 @@ from kernels.common.layout import channels_last
 
 Network = Literal["generator", "discriminators"]
 
-KINETICS = CONFIGS / "kinetics600.yaml"
 PAPER_SAMPLES = ("training.micro_batch=4",)
 # Eight channels where the paper has 128 and 96: seconds on a CPU core, shapes of the same kind.
 REDUCED = (*few_channels(2, 8), "training.micro_batch=2", "training.precision=fp32")
@@ -74,11 +73,6 @@ class Call:
         return self.x.shape[1] > 1 and self.x.stride(1) == 0
 
     @property
-    def has_shortcut(self) -> bool:
-        """Whether a shortcut is upsampled and added."""
-        return isinstance(self.arguments.get("residual_BTOHW"), kernels.UpsampledShortcut)
-
-    @property
     def name(self) -> str:
         """`4x12x512x32x32-256` for x [4, 12, 512, 32, 32] and 256 output channels; usable in -k.
 
@@ -87,7 +81,9 @@ class Call:
         parts = ["x".join(map(str, self.x.shape))]
         if self.weights and self.operator != "conv_gru":
             parts.append(str(list(self.weights.values())[-1].shape[0]))
-        return "-".join(parts + ["shortcut"] * self.has_shortcut)
+        if isinstance(self.arguments.get("residual_BTOHW"), kernels.UpsampledShortcut):
+            parts.append("shortcut")
+        return "-".join(parts)
 
     @property
     def num_bytes(self) -> int:
@@ -168,15 +164,17 @@ def network_calls(
         shapes = tuple(tuple(weight.shape) for weight in call.weights.values())
         if call.operator != operator or any(shape[1:-1] == (1, 1) for shape in shapes):
             continue
-        key = tuple(call.x.shape), shapes, call.has_shortcut
+        key = call.name, shapes
         found[key] = max(found.get(key, call), call, key=rank)
     return list(found.values())
 
 
 @cache
 def _recorded(tree: str, stage_number: int, network: Network) -> tuple[Call, ...]:
+    """Of one pass at the micro-batch; of the discriminators over reals and fakes together."""
     config = config_from_tree(json.loads(tree), "recorded configuration")
-    run = _run_generator if network == "generator" else _run_discriminators
+    stage = config.stages[stage_number]
+    batch = (1 if network == "generator" else 2) * stage.training.samples_per_pass
     calls: list[Call] = []
 
     def recording(name: str) -> Callable[..., Any]:
@@ -193,27 +191,17 @@ def _recorded(tree: str, stage_number: int, network: Network) -> tuple[Call, ...
     replaced: dict[str, Any] = {name: recording(name) for name in RECORDED}
     # Operators fold weights themselves in these benchmarks: none comes folded already.
     with mock.patch.multiple(kernels, **replaced), divided_one_by_one(), torch.device("meta"):
-        run(config, stage_number)
+        if network == "generator":
+            generator = build_generator(config, stage_number)
+            generator(*generator_inputs(config, stage_number, batch, generator.latent_size))
+        else:
+            video = torch.empty(batch, stage.num_frames, 3, stage.resolution, stage.resolution)
+            _, labels, low = generator_inputs(config, stage_number, batch, 1)
+            num_drawn = stage.discriminators.spatial_frames
+            frames = draw_frame_indices(batch, stage.num_frames, num_drawn).to(video.device)
+            windows = low if isinstance(low, Tensor) else None
+            build_discriminators(config, stage_number)(video, labels, windows, frames)
     return tuple(calls)
-
-
-def _run_generator(config: Config, stage_number: int) -> None:
-    """One pass at the micro-batch."""
-    generator = build_generator(config, stage_number)
-    batch = config.stages[stage_number].training.samples_per_pass
-    generator(*generator_inputs(config, stage_number, batch, generator.latent_size))
-
-
-def _run_discriminators(config: Config, stage_number: int) -> None:
-    """One pass over reals and fakes together, twice the micro-batch."""
-    stage = config.stages[stage_number]
-    batch = 2 * stage.training.samples_per_pass
-    video = torch.empty(batch, stage.num_frames, 3, stage.resolution, stage.resolution)
-    _, labels, low = generator_inputs(config, stage_number, batch, 1)
-    num_drawn = stage.discriminators.spatial_frames
-    frames = draw_frame_indices(batch, stage.num_frames, num_drawn)
-    discriminators = build_discriminators(config, stage_number)
-    discriminators(video, labels, low if isinstance(low, Tensor) else None, frames.to(video.device))
 
 
 def _on_videos(name: str, arguments: dict[str, Any]) -> dict[str, Any]:

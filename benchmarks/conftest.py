@@ -11,24 +11,15 @@ torch.compile and cuDNN's plain path; without one at a sixteenth of the channels
 thread, against eager PyTorch. Every run writes a JSON file to benchmarks/results/ (`--results DIR`
 writes it elsewhere).
 
-A session on a GPU in calls of less than eight minutes each, all into one file, F being what the
-first has written (benchmarks/gpu_session.sh does the same where nothing stays between the calls):
+benchmarks/gpu_session.sh runs everything in calls of less than eight minutes where nothing stays
+between them. Where the folder stays they go into one file, F being what the first has written:
 
-    pytest benchmarks/ --benchmark --budget 400 -k "frame_norm or conv_gru or spectral"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "upsample_conv or separable"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "conv2d or conv_pool or test_step"
-    pytest benchmarks/ --benchmark --budget 400 --add-to F -k "loader"
+    ... --budget 400 -k "frame_norm or conv_gru or spectral"
+    ... --budget 400 --add-to F -k "whole_step and stage2_12 and compiled"
 
-and whole iterations, one case per setup and build, up to a minute each, compiled ones several; the
-names are those of benchmarks/setups.py:
-
-    ... --add-to F -k "whole_step and stage2 and not compiled"
-    ... --add-to F -k "whole_step and (stage1 or dvdgan) and not compiled"
-    ... --add-to F -k "whole_step and stage2_12 and compiled"
-    ... --add-to F -k "whole_step and dvdgan_50 and ours"
-
-What did not fit into the budget is listed as skipped; the same command with `--add-to` and a
-narrower -k fills it in. `--quick` alone tells in a minute or two whether everything runs.
+A whole iteration is one case per setup and build of benchmarks/setups.py, up to a minute each,
+compiled ones several. What did not fit into the budget is listed as skipped; the same command with
+`--add-to` and a narrower -k fills it in.
 """
 
 import os
@@ -62,29 +53,20 @@ CUDA = torch.cuda.is_available()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Our options; those that begin with --benchmark- are pytest-benchmark's."""
-    group = parser.getgroup("SSW-GAN benchmarks")
-    group.addoption(
-        "--benchmark", action="store_true", dest="run_benchmarks", help="measure, write results"
-    )
-    group.addoption(
-        "--quick", action="store_true", help="one size per operator, forward + backward only"
-    )
-    group.addoption(
-        "--budget", type=float, metavar="SECONDS", help="start no case after so many seconds"
-    )
-    group.addoption(
+    add = parser.getgroup("SSW-GAN benchmarks").addoption
+    add("--benchmark", action="store_true", dest="run_benchmarks", help="measure, write results")
+    add("--quick", action="store_true", help="one size per operator, forward + backward only")
+    add("--budget", type=float, metavar="SECONDS", help="start no case after so many seconds")
+    add(
         "--compile",
         action="store_true",
         dest="compile_references",
         help="torch.compile also on a CPU, half a minute per size, and of the spectral norm's list"
         " of weights, many minutes",
     )
-    group.addoption(
-        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where the file goes"
-    )
-    group.addoption(
-        "--add-to", type=Path, metavar="FILE", help="add to an earlier result file of this device"
-    )
+    folder = results.FOLDER
+    add("--results", type=Path, default=folder, metavar="DIR", help="where the file goes")
+    add("--add-to", type=Path, metavar="FILE", help="add to an earlier result file of this device")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -118,10 +100,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """pytest-benchmark reads our stopwatch instead of wall time."""
+    """pytest-benchmark reads the session's clock instead of wall time."""
+    session = config.stash.get(SESSION, None)
     for item in items:
-        if SESSION in config.stash and FOLDER in item.path.parents:
-            item.add_marker(pytest.mark.benchmark(timer=config.stash[SESSION].stopwatch))
+        if session is not None and FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=lambda: session.clock))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -172,11 +155,11 @@ def _write(config: pytest.Config, document: results.Document) -> None:
 
 
 def _case_of(item: pytest.Item) -> str:
-    """As `results.case_name` where the test is of a call, else the test's own name."""
+    """As `results.Row.case` where the test is of a call, else the test's own name."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     call = parameters.get("call")
     if isinstance(call, Call):
-        return results.case_name(call.operator, call.name, parameters["direction"])
+        return f"{call.operator} {call.name} {parameters['direction']}"
     return item.name.removeprefix("test_")
 
 

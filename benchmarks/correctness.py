@@ -12,14 +12,12 @@ them: G's video, D's scores, and the gradient of every parameter.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-import kernels
 from benchmarks.calls import Call, in_dtype, storage_shape
 from engine.configuration import Config
 from engine.models.construction import compute_dtype
@@ -56,37 +54,30 @@ def passes_once(check: Callable[[int], None], seeds: Iterable[int]) -> None:
 
 def check_call(call: Call, sides: Mapping[str, Function], reference: Function, device: Any) -> None:
     """Compare every side's y and gradients at this call. Raises Refused."""
+
+    def check_drawn(seed: int) -> None:
+        arguments = call.draw(device, seed)
+        wide = in_dtype(arguments, torch.float64)
+        with torch.no_grad():
+            y = reference(**wide)
+        random = torch.Generator(y.device).manual_seed(seed)
+        dy = torch.randn(y.shape, generator=random, device=y.device).to(call.x.dtype)
+        if call.operator == "frame_norm":
+            # Where rounding decides on which side of its ReLU a value is: eight roundings of fp32
+            # of the largest value, as in tests/kernels/test_frame_norm_forms.py.
+            negated = wide | {name: -wide[name] for name in ("gain", "bias")}
+            with torch.no_grad():
+                size = y + reference(**negated)  # |v| = relu(v) + relu(-v)
+            dy = dy.masked_fill(size < 8 * 2**-24 * size.max(), 0)
+        truth = results(reference, wide, dy.double())
+        usual = results(reference, arguments, dy)
+        pixels = call.x.numel() // call.x.shape[2]
+        num_terms = max([pixels, *(weight[0].numel() for weight in call.weights.values())])
+        for name, function in sides.items():
+            check(name, results(function, arguments, dy), usual, truth, num_terms)
+
     # A ConvGRU's ReLU is inside, where nobody can keep dy away from its kink.
-    seeds = (1, 2, 3) if call.operator == "conv_gru" else (1,)
-    passes_once(partial(_check_drawn, call, sides, reference, device), seeds)
-
-
-def _check_drawn(
-    call: Call, sides: Mapping[str, Function], reference: Function, device: Any, seed: int
-) -> None:
-    arguments = call.draw(device, seed)
-    wide = in_dtype(arguments, torch.float64)
-    with torch.no_grad():
-        y = reference(**wide)
-    random = torch.Generator(y.device).manual_seed(seed)
-    dy = torch.randn(y.shape, generator=random, device=y.device).to(call.x.dtype)
-    if call.operator == "frame_norm":
-        dy = dy.masked_fill(_near_the_kink(wide), 0)
-    truth = results(reference, wide, dy.double())
-    usual = results(reference, arguments, dy)
-    pixels = call.x.numel() // call.x.shape[2]
-    num_terms = max([pixels, *(weight[0].numel() for weight in call.weights.values())])
-    for name, function in sides.items():
-        check(name, results(function, arguments, dy), usual, truth, num_terms)
-
-
-def _near_the_kink(wide: dict[str, Any]) -> Tensor:
-    """Where rounding decides on which side of frame_norm's ReLU a value is."""
-    negated = wide | {name: -wide[name] for name in ("gain", "bias")}
-    with torch.no_grad(), kernels.use("reference"):  # |v| = relu(v) + relu(-v)
-        size = kernels.frame_norm(**wide) + kernels.frame_norm(**negated)
-    # Eight roundings of fp32 of the largest value, as in tests/kernels/test_frame_norm_forms.py.
-    return size < 8 * 2**-24 * size.max()
+    passes_once(check_drawn, (1, 2, 3) if call.operator == "conv_gru" else (1,))
 
 
 def check(side: str, got: Results, usual: Results, truth: Results, num_terms: int) -> None:
@@ -114,7 +105,7 @@ def results(function: Function, arguments: dict[str, Any], dy: Tensor) -> Result
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in grads.items()}
 
 
-def gradients(y: Tensor, arguments: dict[str, Any], dy: Tensor) -> Results:
+def gradients(y: Tensor, arguments: Mapping[str, Any], dy: Tensor | None = None) -> Results:
     """Of every argument that wants one, also within tuples, by name.
 
     They are summed over what is only repeated (stride 0).
@@ -145,15 +136,6 @@ def check_networks(
     are summed. Two implementations err independently, hence twice that. Where rounding takes a
     ReLU's argument across its kink, a jump may be larger than those that the change made.
     """
-    passes_once(partial(_check_networks_drawn, trainer, config, others), seeds=(3, 4, 5))
-
-
-def _check_networks_drawn(
-    trainer: Trainer,
-    config: Config,
-    others: Callable[[], AbstractContextManager[None]],
-    seed: int,
-) -> None:
     networks = trainer.g_engine.module, trainer.d_engine.module
     weights = [p for network in networks for p in network.parameters()]
     stage = config.stages[trainer.stage_number]
@@ -162,24 +144,27 @@ def _check_networks_drawn(
     pixels = 2 * stage.training.samples_per_pass * stage.num_frames * stage.resolution**2
     forward, backward = (rounding + math.sqrt(n) * 2**-24 for n in (fan_in, max(fan_in, pixels)))
 
-    got = network_results(trainer, config, seed)
-    # With u and v, which plain operators iterate in every pass.
-    kept = [{k: v.clone() for k, v in network.state_dict().items()} for network in networks]
-    random = torch.Generator(weights[0].device).manual_seed(seed)
-    with others():
-        usual = network_results(trainer, config, seed)
-        with torch.no_grad():
-            for weight in weights:
-                drawn = torch.rand(weight.shape, generator=random, device=weight.device)
-                weight.mul_(1 + forward * (2 * drawn - 1))
-        moved = network_results(trainer, config, seed)
-    for network, state in zip(networks, kept, strict=True):
-        network.load_state_dict(state)
-    video, scores, *grads = zip(got, usual, moved, strict=True)
-    for compared in (video, scores):
-        _compare(*compared, own=forward, cancelled=0, order=math.inf)
-    for compared in grads:
-        _compare(*compared, own=backward, cancelled=forward, order=2)
+    def check_drawn(seed: int) -> None:
+        got = network_results(trainer, config, seed)
+        # With u and v, which plain operators iterate in every pass.
+        kept = [{k: v.clone() for k, v in network.state_dict().items()} for network in networks]
+        random = torch.Generator(weights[0].device).manual_seed(seed)
+        with others():
+            usual = network_results(trainer, config, seed)
+            with torch.no_grad():
+                for weight in weights:
+                    drawn = torch.rand(weight.shape, generator=random, device=weight.device)
+                    weight.mul_(1 + forward * (2 * drawn - 1))
+            moved = network_results(trainer, config, seed)
+        for network, state in zip(networks, kept, strict=True):
+            network.load_state_dict(state)
+        video, scores, *grads = zip(got, usual, moved, strict=True)
+        for compared in (video, scores):
+            _compare(*compared, own=forward, cancelled=0, order=math.inf)
+        for compared in grads:
+            _compare(*compared, own=backward, cancelled=forward, order=2)
+
+    passes_once(check_drawn, seeds=(3, 4, 5))
 
 
 def _compare(
@@ -235,18 +220,15 @@ def network_results(trainer: Trainer, config: Config, seed: int) -> list[Results
     condition = labels, low, frames
     labels_G, low_G, frames_G = (None if c is None else c[batch:] for c in condition)
 
+    def parameters(name: str, network: nn.Module) -> dict[str, Tensor]:
+        return {f"{name}'s gradients of {k}": p for k, p in network.named_parameters()}
+
     video = generator(z, labels_G, stage.num_frames if low is None else low_G)
     with frozen(discriminators):
         loss_G = generator_hinge(discriminators(video, labels_G, low_G, frames_G).all)
-        gradients_G = _parameter_gradients("G", generator, loss_G)
+        gradients_G = gradients(loss_G, parameters("G", generator))
     video = video.detach()
     scores = discriminators(torch.cat([real, video]), *condition).all
     loss_D = discriminator_hinge(*scores.chunk(2))
-    gradients_D = _parameter_gradients("D", discriminators, loss_D)
+    gradients_D = gradients(loss_D, parameters("D", discriminators))
     return [{"G's video": video}, {"D's scores": scores.detach()}, gradients_G, gradients_D]
-
-
-def _parameter_gradients(network: str, module: nn.Module, loss: Tensor) -> Results:
-    named = dict(module.named_parameters())
-    grads = torch.autograd.grad(loss, list(named.values()))
-    return {f"{network}'s gradients of {k}": g for k, g in zip(named, grads, strict=True)}

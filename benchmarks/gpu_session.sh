@@ -96,28 +96,28 @@ benchmark() {  # SECONDS ARGUMENTS...; writes after every case
   run timeout -k 15 -s INT "$1" "${PYTEST[@]}" --benchmark --results "$OUT" "${@:2}"
 }
 
-any_of() {  # "a b" → "a or b", for -k
-  local joined
-  printf -v joined '%s or ' "$@"
-  printf '%s' "${joined% or }"
-}
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
+wrong() { echo "error: $1" >&2; exit 2; }
 
 # What follows a part that fails is run all the same; the last exit code that is not 0 is ours.
 failed=0
 and_then() { "$@" || failed=$?; }
 
 case ${1:-} in
-  wheels) wheels ;;
-  versions)
-    prepare
-    and_then first_hour 90 versions
-    ;;
-  limits)
-    prepare
-    and_then first_hour 240 limits
-    ;;
+  wheels) wheels; exit ;;
+  merge) [[ $# -gt 1 ]] || wrong "merge takes result files" ;;
+  operators) [[ ${2:-} = [123] ]] || wrong "operators takes 1, 2 or 3" ;;
+  iterations | compiled) [[ $# -gt 1 ]] || wrong "$1 takes setups; see benchmarks/setups.py" ;;
+  versions | limits | correctness | steps | profile | plan | decoders | large) ;;
+  *) usage ;;
+esac
+[[ $1 = merge ]] || prepare
+
+case $1 in
+  merge) run "$PYTHON" benchmarks/merge.py "${@:2}" ;;
+  versions) and_then first_hour 90 versions ;;
+  limits) and_then first_hour 240 limits ;;
   correctness)
-    prepare
     and_then first_hour 160 correctness
     # Named, because collecting tests/video needs DALI.
     and_then pytests 200 correctness-tests -m gpu -k "not 2_to_the_31" tests/kernels tests/models \
@@ -126,49 +126,30 @@ case ${1:-} in
     and_then pytests 110 correctness-forms -k "bit_equal or nothing_unwritten or any_layout" \
       tests/kernels
     ;;
-  steps | profile)
-    prepare
-    and_then first_hour $([[ $1 = steps ]] && echo 470 || echo 240) "$@"
-    ;;
+  steps) and_then first_hour 470 "$@" ;;
+  profile) and_then first_hour 240 "$@" ;;
   plan)
-    prepare
     and_then first_hour 300 memory
     and_then pytests 160 plan-tests -m gpu tests/planning
     ;;
   decoders)
-    prepare
     and_then pytests 120 decoders-tests -m gpu tests/video/test_video_loader.py \
       tests/video/test_what_is_read.py
     and_then benchmark 340 --budget 280 benchmarks/bench_loader.py
     ;;
-  large)
-    prepare
-    and_then pytests 450 large-tests -m gpu -k 2_to_the_31 tests/kernels
-    ;;
+  large) and_then pytests 450 large-tests -m gpu -k 2_to_the_31 tests/kernels ;;
   operators)
-    prepare
-    case ${2:-} in
-      1) benchmark 470 --budget "$BUDGET" benchmarks/bench_operators.py benchmarks/bench_spectral_norm.py \
-           -k "frame_norm or conv_gru or spectral" ;;
-      2) benchmark 470 --budget "$BUDGET" benchmarks/bench_operators.py -k "upsample_conv or separable" ;;
-      3) benchmark 470 --budget "$BUDGET" benchmarks/bench_operators.py benchmarks/bench_step.py \
-           -k "conv2d or conv_pool or step" ;;
-      *) echo "error: operators takes 1, 2 or 3" >&2; exit 2 ;;
-    esac
+    parts=("frame_norm or conv_gru or spectral" "upsample_conv or separable" "conv2d or conv_pool or step")
+    benchmark 470 --budget "$BUDGET" benchmarks/bench_operators.py \
+      benchmarks/bench_spectral_norm.py benchmarks/bench_step.py -k "${parts[$2 - 1]}"
     ;;
   iterations | compiled)
-    [[ $# -gt 1 ]] || { echo "error: $1 takes setups; see benchmarks/setups.py" >&2; exit 2; }
-    prepare
     builds="not compiled"
     # The budget starts no new case; one that compiles takes minutes.
     [[ $1 = iterations ]] || { builds="compiled"; BUDGET=200; }
+    printf -v setups '%s or ' "${@:2}"
     benchmark 470 --budget "$BUDGET" benchmarks/bench_whole_step.py \
-      -k "test_whole_step and not reduced and not counted and $builds and ($(any_of "${@:2}"))"
+      -k "test_whole_step and not reduced and not counted and $builds and (${setups% or })"
     ;;
-  merge)
-    [[ $# -gt 1 ]] || { echo "error: merge takes result files" >&2; exit 2; }
-    run "$PYTHON" benchmarks/merge.py "${@:2}"
-    ;;
-  *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
 exit "$failed"

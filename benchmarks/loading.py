@@ -76,6 +76,17 @@ class Source:
         for first in itertools.count(0, self.batch_size):
             yield [sampler.request(first + k) for k in range(self.batch_size)]
 
+    def finished(self, pull: Pull) -> Pull:
+        """The same, and what it started on a GPU is done."""
+
+        def run() -> object:
+            batch = pull()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return batch
+
+        return run
+
 
 def pace(
     pull: Pull, batch_size: int, seconds: float, least_rounds: int
@@ -104,25 +115,21 @@ def pace(
 def decode(source: Source) -> Iterator[Pull]:
     """Decoding alone."""
     if source.decoder != "pyav":
-        yield _finished(_dali_decoding(source), source.device)
+        yield source.finished(_dali_decoding(source))
         return
     stage, requests = source.stage, source.requests()
     files = IndexedFiles(source.index)
-
-    def window(request: ClipRequest) -> NDArray[np.uint8]:
-        return files.window(
-            request.video,
-            start_frame=request.start_frame,
-            num_frames=stage.num_frames,
-            frame_stride=stage.frame_stride,
-        )
-
+    spacing = {"num_frames": stage.num_frames, "frame_stride": stage.frame_stride}
     in_flight: deque[list[Future[NDArray[np.uint8]]]] = deque()
     with ThreadPoolExecutor(source.settings.num_threads) as pool:
 
+        def window(request: ClipRequest) -> Future[NDArray[np.uint8]]:
+            start = request.start_frame
+            return pool.submit(files.window, request.video, start_frame=start, **spacing)
+
         def windows() -> list[NDArray[np.uint8]]:
             while len(in_flight) < 2:  # so that no thread waits for a batch
-                in_flight.append([pool.submit(window, each) for each in next(requests)])
+                in_flight.append([window(each) for each in next(requests)])
             return [future.result() for future in in_flight.popleft()]
 
         yield windows
@@ -164,14 +171,14 @@ def pipeline(source: Source) -> Iterator[Pull]:
     """The whole pipeline, uint8 clips at the configuration's resolution."""
     stream = open_stream(source.index, source.requests(), source.decoder, source.settings)
     with closing(stream):
-        yield _finished(partial(next, stream), source.device)
+        yield source.finished(partial(next, stream))
 
 
 @contextmanager
 def loader(source: Source) -> Iterator[Pull]:
     """What engine/train.py reads from."""
     with closing(source.loader()) as clips:
-        yield _finished(partial(next, clips), source.device)
+        yield source.finished(partial(next, clips))
 
 
 @contextmanager
@@ -180,22 +187,10 @@ def transfer(source: Source) -> Iterator[Pull]:
     entry = source.index.entries[0]
     shape = source.batch_size, source.stage.num_frames, entry.height, entry.width, 3
     frames = torch.zeros(shape, dtype=torch.uint8).pin_memory()
-    yield _finished(partial(frames.to, source.device, non_blocking=True), source.device)
+    yield source.finished(partial(frames.to, source.device, non_blocking=True))
 
 
 PARTS = {"decode": decode, "pipeline": pipeline, "loader": loader}
-
-
-def _finished(pull: Pull, device: torch.device) -> Pull:
-    """The same, and what it started on a GPU is done."""
-
-    def run() -> object:
-        batch = pull()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return batch
-
-    return run
 
 
 # ----------------------------------------------------------------------------------- videos
@@ -204,14 +199,10 @@ def _finished(pull: Pull, device: torch.device) -> Pull:
 # frames apart, as in videos from the web; VP9's frequent, as in videos prepared for training.
 ENCODINGS = {
     "mjpeg": ("mkv", "mjpeg", "yuvj420p", {"qmin": "3", "qmax": "3"}),
-    "vp9": (
-        "webm",
-        "libvpx-vp9",
-        "yuv420p",
-        {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "8", "g": "16"},
-    ),
+    "vp9": ("webm", "libvpx-vp9", "yuv420p",
+            {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "8", "g": "16"}),
     "h264": ("mp4", "libx264", "yuv420p", {"preset": "veryfast", "crf": "23"}),
-}
+}  # fmt: skip
 
 
 def write_video(folder: Path, codec: str, width: int, height: int, num_frames: int) -> VideoIndex:

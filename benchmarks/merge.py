@@ -15,7 +15,8 @@ if __name__ == "__main__":  # run as a file, its folder is on the path and the r
 
 from benchmarks import results
 from benchmarks.first_hour.parts import CallFile
-from benchmarks.results import Attempt, Document, Made, Rates, step_of
+from benchmarks.results import Attempt, Document, Made, Rates
+from benchmarks.setups import step_of
 from engine.command_line import ArgumentParser, run
 from engine.errors import UserError
 
@@ -28,12 +29,11 @@ example:
 def main(arguments: list[str]) -> None:
     """Read all, add one to the other, write a new file named by the first one's date."""
     parser = ArgumentParser(__doc__ or "", EPILOG)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in the calls' order")
-    parser.add_argument(
-        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where it goes"
-    )
+    add, folder = parser.add_argument, results.FOLDER
+    add("files", nargs="+", type=Path, metavar="FILE", help="in the calls' order")
+    add("--results", type=Path, default=folder, metavar="DIR", help="where it goes")
     options = parser.parse_args(arguments)
-    merged = reduce(_added, map(read, options.files))
+    merged = reduce(results.added, map(read, options.files))
     print(results.write(merged, options.results))
 
 
@@ -64,26 +64,18 @@ def document_of(file: CallFile) -> Document:
     flops = {fields["setup"]: fields["tflop_per_sample"] for fields in by_kind["flops"]}
     rates = [Rates.model_validate(fields) for fields in by_kind["rates"]]
     rate = rates[-1].matmul_tflop_per_s if rates else None
-    empty = Document.empty({name: getattr(file, name) for name in Made.model_fields}, quick=False)
-    return empty.model_copy(
-        update={
-            "seconds": round(sum(part.seconds or 0 for part in file.parts), 1),
-            "rates": rates,
-            "steps": [
-                step_of(setup, build, tried, flops[setup], rate)
-                for (setup, build), tried in attempts.items()
-                if setup in flops
-            ],
-            "failed": [
-                f"{file.call}: {p.name}" for p in file.parts if p.status in ("failed", "begun")
-            ],
-        }
+    return Document.begun(
+        {name: getattr(file, name) for name in Made.model_fields},
+        quick=False,
+        seconds=round(sum(part.seconds or 0 for part in file.parts), 1),
+        rates=rates,
+        steps=[
+            step_of(setup, build, tried, flops[setup], rate)
+            for (setup, build), tried in attempts.items()
+            if setup in flops
+        ],
+        failed=[f"{file.call}: {p.name}" for p in file.parts if p.status in ("failed", "begun")],
     )
-
-
-def _added(before: Document, more: Document) -> Document:
-    """A step that was measured is no longer one that was skipped; rows tell by themselves."""
-    return results.added(before, more, passed=[step.case for step in more.steps])
 
 
 if __name__ == "__main__":

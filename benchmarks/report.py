@@ -5,13 +5,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # run as a file, its folder is on the path and the repository is not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import results, step_report
-from benchmarks.markdown import table
-from benchmarks.results import Device, Document, Feed, Row
+from benchmarks.markdown import cell, declared, table
+from benchmarks.results import Count, Document, Feed, Row, by_case
 from engine.command_line import ArgumentParser, run
 from engine.errors import UserError
 
@@ -30,24 +31,37 @@ MEASURED_ON_A_GPU = (
     *("frame_norm", "conv_gru", "separable_conv3d", "upsample_conv", "conv2d", "conv_pool2d"),
     *("conv_pool3d", "spectral_norm", "training_step", "loader"),
 )
-Table = Iterator[Sequence[str]]
+COUNTED = {
+    "counted on the meta device": "{count.what}",
+    "of": "{count.of}",
+    "plain PyTorch": "{plain}",
+    "ours": "{ours}",
+    "unit": "{count.unit}",
+}
+FED = {
+    "loader: clips": "{clips}",
+    "decoder, threads": "{loader.decoder}, {loader.num_threads}",
+    "clips/s (p20 to p80)": "{loader.per_s:.0f}",
+    "decoding alone": "{decode.per_s.median:.0f}",
+    "needed": "{loader.needed_per_s:.3g}",
+    "times that": "{times:.2g}",
+    "CPU ms per clip: decode, to crop, all": (
+        "{decode.cpu_ms:.2f}, {pipeline.cpu_ms:.2f}, {loader.cpu_ms:.2f}"
+    ),
+    "cores to feed one GPU (for 2x)": "{cores:.2g} ({twice:.2g})",
+}
 
 
 def main(arguments: list[str]) -> None:
     """Parse, read, print or write."""
     parser = ArgumentParser(__doc__ or "", EPILOG)
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="result files instead of the newest"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=results.FOLDER, metavar="DIR", help="where the files are"
-    )
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="put the tables between this file's markers"
-    )
-    parser.add_argument(
-        "--brief", action="store_true", help="only forward + backward passes and whole steps"
-    )
+    path: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    folder = path | {"metavar": "DIR", "default": results.FOLDER}
+    add = parser.add_argument
+    add("files", nargs="*", **path, help="result files instead of the newest")
+    add("--results", **folder, help="where the files are")
+    add("--write", **path, help="put the tables between this file's markers")
+    add("--brief", action="store_true", help="only forward + backward passes and whole steps")
     options = parser.parse_args(arguments)
     found = documents(options.files, options.results)
     if options.brief:
@@ -84,19 +98,16 @@ def write_between_markers(path: Path, text: str) -> None:
         before = path.read_text()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if before.count(BEGIN) != 1 or before.count(END) != 1:
-        raise UserError(f"{path} must hold {BEGIN} and {END} once each")
-    head, rest = before.split(BEGIN)
-    if END not in rest:
-        raise UserError(f"{path} has {END} before {BEGIN}")
-    tail = rest.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}")
+    between = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
+    if before.count(BEGIN) != 1 or before.count(END) != 1 or not between.search(before):
+        raise UserError(f"{path} must hold {BEGIN} and {END} once each, in this order")
+    path.write_text(between.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", before))
 
 
 def render(found: dict[str, Document]) -> str:
     """Markdown: the GPU's tables, or that it was not run, the CPU's, then whole iterations."""
-    not_run = [("operator", "result"), *((name, "not run") for name in MEASURED_ON_A_GPU)]
-    parts = [] if "cuda" in found else ["**GPU:** not run.", table(not_run)]
+    not_run = table([("operator", "result"), *((name, "not run") for name in MEASURED_ON_A_GPU)])
+    parts = [] if "cuda" in found else ["**GPU:** not run.", not_run]
     for kind in ("cuda", "cpu"):
         parts += _parts(found[kind]) if kind in found else []
     return "\n\n".join([*parts, *step_report.parts(found)])
@@ -109,12 +120,13 @@ def render_document(document: Document) -> str:
 
 def _parts(document: Document) -> list[str]:
     parts = [_heading(document)]
-    if any(row.operator != step_report.OPERATOR for row in document.rows):
-        parts.append(table(_measured(document)))
+    rows = [row for row in document.rows if row.operator != step_report.OPERATOR]
+    if rows:
+        parts.append(_measured(rows, on_gpu=document.device.kind == "cuda"))
     if document.counts:
-        parts.append(table(_counted(document)))
+        parts.append(declared(COUNTED, map(_counted, document.counts)))
     if document.feeds:
-        parts.append(table(_fed(document)))
+        parts.append(_fed(document.feeds))
     if document.failed:
         parts.append("**Refused or broken:** " + "; ".join(sorted(document.failed)) + ".")
     if document.skipped:
@@ -123,6 +135,10 @@ def _parts(document: Document) -> list[str]:
 
 
 def _heading(document: Document) -> str:
+    device = document.device
+    where = f"{device.name}, {device.num_threads} thread{'s' * (device.num_threads != 1)}"
+    if device.kind == "cuda":
+        where = f"{device.name}, driver {device.driver or 'unknown'}"
     versions = ", ".join(f"{k} {v}" for k, v in document.versions.items() if v is not None)
     commit = "no commit known" if document.commit is None else f"commit {document.commit[:10]}"
     changed = " with changes" if document.dirty else ""
@@ -132,80 +148,53 @@ def _heading(document: Document) -> str:
         for rates in document.rates
     )
     quick = ", --quick" if document.quick else ""
-    return (
-        f"**{_device(document.device)}**, {document.date:%Y-%m-%d}, {commit}{changed}{quick}; "
-        f"{versions}." + (f" Measured in the same run: {rates}." if rates else "")
+    return f"**{where}**, {document.date:%Y-%m-%d}, {commit}{changed}{quick}; {versions}." + (
+        f" Measured in the same run: {rates}." if rates else ""
     )
 
 
-def _device(device: Device) -> str:
-    if device.kind == "cuda":
-        return f"{device.name}, driver {device.driver or 'unknown'}"
-    return f"{device.name}, {device.num_threads} thread{'s' * (device.num_threads != 1)}"
-
-
-def _measured(document: Document) -> Table:
+def _measured(rows: Sequence[Row], *, on_gpu: bool) -> str:
     """A line per case: our time, what it comes to, and the other sides' times over ours."""
-    cases: defaultdict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
-    for row in document.rows:
-        if row.operator != step_report.OPERATOR:
-            cases[row.key[:3]][row.side] = row
-    sides = [side for side in SIDES if any(side in rows for rows in cases.values())]
-    on_gpu = document.device.kind == "cuda"
-    yield [
-        *("operator", "size, direction", f"{'ms' if on_gpu else 'CPU ms'} (p20 to p80)"),
-        *("GB/s, of copy", "TFLOP/s, of matmul", *["peak MB (reference)"] * on_gpu),
-        *(f"{side} / ours" for side in sides),
-    ]
-    for (operator, shape, direction), rows in cases.items():
-        if "ours" not in rows:
-            continue
-        ours = rows["ours"]
-        memory = f"{_megabytes(ours)} ({_megabytes(rows.get('reference'))})"
-        yield [
-            *(operator, f"{shape}, {direction.replace('_', ' + ')}"),
-            ours.seconds.text(scale=1e3),
-            _rate(ours.gb_per_s, ours.share_of_copy),
-            _rate(ours.tflop_per_s, ours.share_of_matmul),
-            *[memory] * on_gpu,
-            *(step_report.ratio(rows.get(side)) for side in sides),
-        ]
+    cases = by_case(rows)
+    columns = {
+        "operator": "{ours.operator}",
+        "size, direction": "{ours.shape}, {passes}",
+        f"{'ms' if on_gpu else 'CPU ms'} (p20 to p80)": "{ms:.3g}",
+        "GB/s, of copy": "{ours.gb_per_s:.3g}, {ours.share_of_copy:.2f}",
+        "TFLOP/s, of matmul": "{ours.tflop_per_s:.3g}, {ours.share_of_matmul:.2f}",
+    }
+    if on_gpu:
+        columns["peak MB (reference)"] = "{ours.peak_mb:.0f} ({of_reference})"
+    found = {row.side for row in rows}
+    columns |= {f"{side} / ours": f"{{{side}.of_ours:.2f}}" for side in SIDES if side in found}
+    for case in cases:
+        case["passes"] = case["ours"].direction.replace("_", " + ")
+        case["ms"] = case["ours"].seconds.times(1e3)
+        case["of_reference"] = cell("{reference.peak_mb:.0f}", case)
+    return declared(columns, cases)
 
 
-def _counted(document: Document) -> Table:
-    yield ["counted on the meta device", "of", "plain PyTorch", "ours", "unit"]
-    for count in document.counts:
-        plain = "" if count.plain is None else _number(count.plain)
-        yield [count.what, count.of, plain, _number(count.ours), count.unit]
+def _counted(count: Count) -> dict[str, Any]:
+    plain = None if count.plain is None else _number(count.plain)
+    return {"count": count, "plain": plain, "ours": _number(count.ours)}
 
 
-def _fed(document: Document) -> Table:
+def _fed(feeds: Sequence[Feed]) -> str:
     """A line per data set, decoder and number of threads, from all parts of the loader."""
-    loaded: defaultdict[tuple[str, str], dict[str, Feed]] = defaultdict(dict)
-    for feed in document.feeds:
+    loaded: defaultdict[tuple[str, str, int], dict[str, Any]] = defaultdict(dict)
+    for feed in feeds:
         length = re.fullmatch(r"loader_length\[(\d+)\]", feed.case)
         clips = feed.clips + (f", from a video of {int(length[1])} frames" if length else "")
-        loaded[clips, f"{feed.decoder}, {feed.num_threads}"][feed.part] = feed
+        loaded[clips, feed.decoder, feed.num_threads][feed.part] = feed
     on_gpu = any("transfer" in parts for parts in loaded.values())
-    yield [
-        *("loader: clips", "decoder, threads", "clips/s (p20 to p80)", "decoding alone", "needed"),
-        *("times that", "CPU ms per clip: decode, to crop, all"),
-        *("cores to feed one GPU (for 2x)", *["transfer alone"] * on_gpu),
-    ]
-    for (clips, decoder), parts in loaded.items():
-        decode, pipeline, whole = (parts[name] for name in ("decode", "pipeline", "loader"))
-        median, low, high = (1 / whole.seconds[place] for place in (0, 2, 1))
-        transfer = parts.get("transfer")
-        # With NVDEC the process's CPU time is mostly waiting for the GPU.
-        cores = None if whole.decoder == "dali-gpu" else whole.needed_per_s * whole.cpu_seconds
-        yield [
-            *(clips, decoder, f"{median:.0f} ({low:.0f} to {high:.0f})"),
-            *(f"{1 / decode.seconds.median:.0f}", f"{whole.needed_per_s:.3g}"),
-            f"{median / whole.needed_per_s:.2g}",
-            ", ".join(f"{1e3 * part.cpu_seconds:.2f}" for part in (decode, pipeline, whole)),
-            "" if cores is None else f"{cores:.2g} ({2 * cores:.2g})",
-            *[f"{1 / transfer.seconds.median:.0f}" if transfer else ""] * on_gpu,
-        ]
+    for (clips, *_), parts in loaded.items():
+        whole: Feed = parts["loader"]
+        parts |= {"clips": clips, "times": 1 / whole.seconds.median / whole.needed_per_s}
+        if whole.decoder != "dali-gpu":  # with NVDEC CPU time is mostly waiting for the GPU
+            parts["cores"] = whole.needed_per_s * whole.cpu_seconds
+            parts["twice"] = 2 * parts["cores"]
+    transfer = {"transfer alone": "{transfer.per_s.median:.0f}"} if on_gpu else {}
+    return declared(FED | transfer, loaded.values())
 
 
 def _skipped(document: Document) -> Iterator[str]:
@@ -216,14 +205,6 @@ def _skipped(document: Document) -> Iterator[str]:
     for reason, cases in reasons.items():
         some = cases[0] if len(cases) == 1 else f"{len(cases)} cases ({cases[0]}, ...)"
         yield f"- {some}: {reason}"
-
-
-def _rate(rate: float | None, share: float | None) -> str:
-    return "" if rate is None or share is None else f"{rate:.3g}, {share:.2f}"
-
-
-def _megabytes(row: Row | None) -> str:
-    return "" if row is None or row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
 
 
 def _number(value: float) -> str:

@@ -5,51 +5,56 @@ GB/s (1e9 bytes) and TFLOP/s, memory bytes.
 """
 
 import json
-import math
 import platform
 import re
 import subprocess
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.setups import BUILDS, USABLE_BYTES
 from benchmarks.timing import Spread
 from engine.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent / "results"
-REPOSITORY = FOLDER.parents[1]
 PRETENDED = "pretended"
 """What the name of a device begins with whose times are nobody's: benchmarks/pretended_gpu."""
 
 Positive = Annotated[float, Field(gt=0)]
 Amount = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(ge=0)]
 
 
 class Record(BaseModel):
     """A part of the file: unknown keys are refused, nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    KEY: ClassVar[tuple[str, ...]] = ()
+    """The fields by which a later record replaces an earlier one in a file."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The values of `KEY`."""
+        return tuple(getattr(self, name) for name in self.KEY)
 
 
 class Rates(Record):
     """What the device does at best, measured in the same run."""
 
-    copy_gb_per_s: Positive
-    """A large copy, bytes read and written."""
+    copy_gb_per_s: Positive  # a large copy, bytes read and written
     matmul_tflop_per_s: Positive
-    matmul_dtype: str
-    """bfloat16 on a GPU, float32 on a CPU, as the operators there."""
+    matmul_dtype: str  # bfloat16 on a GPU, float32 on a CPU, as the operators there
 
 
 class Row(Record):
     """One side of one case."""
 
+    KEY = "operator", "shape", "direction", "side"
     operator: str
     shape: str
     direction: str
@@ -58,42 +63,44 @@ class Row(Record):
     dtype: str
     rounds: Amount
     seconds: Spread
-    of_ours: Spread | None = None
-    """This side's time over ours, within rounds; None for our own row."""
+    of_ours: Spread | None = None  # this side's time over ours, within rounds; None for our own row
     gb_per_s: Positive | None = None
-    """The floor's bytes over the median time."""
+    """The floor's bytes over the median time; shares are of the same run's `Rates`."""
     tflop_per_s: Positive | None = None
     share_of_copy: Positive | None = None
-    """Of the copy bandwidth of the same run."""
     share_of_matmul: Positive | None = None
-    peak_bytes: Annotated[int, Field(ge=0)] | None = None
+    peak_bytes: Size | None = None
     """Allocated at most beyond what was there before; None where the device does not tell."""
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """What there is one row of in a file."""
-        return self.operator, self.shape, self.direction, self.side
+    def peak_mb(self) -> float | None:
+        """In the unit of the tables."""
+        return self.peak_bytes and self.peak_bytes / 1e6
 
     @property
     def case(self) -> str:
         """How its case is named where it is skipped or fails."""
-        return case_name(*self.key[:3])
+        return " ".join(self.key[:3])
+
+
+def by_case(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """A dictionary per case, of its rows by side; cases that we have no row in are left out."""
+    cases: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for row in rows:
+        cases[row.case][row.side] = row
+    return [case for case in cases.values() if "ours" in case]
 
 
 class Count(Record):
     """Something counted on the meta device."""
 
+    KEY = "what", "of"
     what: str
     of: str
     plain: float | None
     """With the references, or with PyTorch's own; None where there is no such thing."""
     ours: float
     unit: str
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What there is one count of in a file."""
-        return self.what, self.of
 
 
 class Attempt(Record):
@@ -102,37 +109,33 @@ class Attempt(Record):
     samples: Amount
     seconds: Spread | None
     """Of two D updates and one G update of so many samples each; None where it was not run."""
-    peak_bytes: Annotated[int, Field(ge=0)] | None
-    """Allocated at most in all, weights and optimizer included."""
+    peak_bytes: Size | None  # allocated at most in all, weights and optimizer included
 
     @property
     def seconds_per_sample(self) -> float | None:
         """The median's; None where it was not run."""
         return None if self.seconds is None else self.seconds.median / self.samples
 
+    @property
+    def peak_mb(self) -> float | None:
+        """In the unit of the tables."""
+        return self.peak_bytes and self.peak_bytes / 1e6
+
 
 class WholeStep(Record):
     """The training iteration of one setup in one build; benchmarks/setups.py has both."""
 
+    KEY = "setup", "build", "how"
     setup: str
     build: str
     how: Literal["measured", "counted"]
     """On a GPU, or on the meta device, where nothing is run and there are no seconds."""
-    tflop_per_sample: Positive
-    """Executed per iteration."""
-    usual: Attempt
-    """At the paper's samples per GPU."""
-    best: Attempt | None = None
-    """The least time per sample; None where that was not looked for."""
+    tflop_per_sample: Positive  # executed per iteration
+    usual: Attempt  # at the paper's samples per GPU
+    best: Attempt | None = None  # the least time per sample; None where that was not looked for
     fits: dict[str, int | None]
     """Most samples per GPU, a power of two, by the GPU's memory; None where it is not known."""
-    matmul_tflop_per_s: Positive | None = None
-    """Measured in the same call."""
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What there is one of in a file."""
-        return self.setup, self.build, self.how
+    matmul_tflop_per_s: Positive | None = None  # measured in the same call
 
     @property
     def case(self) -> str:
@@ -144,26 +147,27 @@ class WholeStep(Record):
 class Feed(Record):
     """How fast clips come from a part of the loader, pulled as fast as they come."""
 
+    KEY = ("case",)  # all parts of a case are replaced together
     case: str
-    clips: str
-    """Which, of which videos."""
+    clips: str  # which, of which videos
     decoder: str
     num_threads: Amount
-    part: str
-    """decode, pipeline, loader or transfer; see benchmarks/loading.py."""
+    part: str  # decode, pipeline, loader or transfer; see benchmarks/loading.py
     batch_size: Amount
     rounds: Amount
-    seconds: Spread
-    """Wall time per clip."""
-    cpu_seconds: Annotated[float, Field(ge=0)]
-    """The process's CPU time per clip, all threads."""
-    needed_per_s: Positive
-    """Clips per second that a step on one device consumes."""
+    seconds: Spread  # wall time per clip
+    cpu_seconds: Annotated[float, Field(ge=0)]  # the process's CPU time per clip, all threads
+    needed_per_s: Positive  # clips per second that a step on one device consumes
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """All parts of a case are replaced together."""
-        return (self.case,)
+    def per_s(self) -> Spread:
+        """Clips per second."""
+        return Spread(1 / self.seconds.median, 1 / self.seconds.p80, 1 / self.seconds.p20)
+
+    @property
+    def cpu_ms(self) -> float:
+        """Milliseconds of CPU time per clip."""
+        return 1e3 * self.cpu_seconds
 
 
 class Skip(Record):
@@ -178,10 +182,8 @@ class Device(Record):
 
     kind: Literal["cuda", "cpu"]
     name: str
-    num_threads: int | None
-    """Of a CPU run."""
-    driver: str | None
-    """Of a GPU."""
+    num_threads: int | None  # of a CPU run
+    driver: str | None  # of a GPU
 
 
 class Made(Record):
@@ -189,12 +191,9 @@ class Made(Record):
 
     date: datetime
     device: Device
-    versions: dict[str, str | None]
-    """python, torch, triton, cuda and cudnn."""
-    commit: str | None
-    """None where the tree is no git checkout."""
-    dirty: bool | None
-    """Whether tracked files differed from the commit."""
+    versions: dict[str, str | None]  # python, torch, triton, cuda and cudnn
+    commit: str | None  # None where the tree is no git checkout
+    dirty: bool | None  # whether tracked files differed from the commit
 
 
 class Document(Made):
@@ -202,8 +201,7 @@ class Document(Made):
 
     format: Literal[1]
     quick: bool
-    seconds: float
-    """How long the run took, all calls of it together."""
+    seconds: float  # how long the run took, all calls of it together
     rates: list[Rates]
     """Of every call that added to the file; shares in `rows` are of their own call's."""
     rows: list[Row]
@@ -211,14 +209,15 @@ class Document(Made):
     steps: list[WholeStep] = []
     feeds: list[Feed] = []
     skipped: list[Skip]
-    failed: list[str]
-    """Cases that were refused or broke."""
+    failed: list[str]  # cases that were refused or broke
 
     @classmethod
-    def empty(cls, made: dict[str, Any], *, quick: bool) -> "Document":
-        """Nothing measured yet. `made`: the fields of `Made`."""
-        empty: dict[str, Any] = {"rates": [], "rows": [], "counts": [], "skipped": [], "failed": []}
-        return cls(**made, format=1, quick=quick, seconds=0, **empty)
+    def begun(cls, made: dict[str, Any], *, quick: bool, **found: Any) -> "Document":
+        """With what is found, and nothing else yet. `made`: the fields of `Made`."""
+        nothing: dict[str, Any] = {
+            name: [] for name in ("rates", "rows", "counts", "skipped", "failed")
+        }
+        return cls(**made, **{"format": 1, "quick": quick, "seconds": 0} | nothing | found)
 
     @property
     def holds_results(self) -> bool:
@@ -231,27 +230,28 @@ class Document(Made):
 
 def made_here() -> dict[str, Any]:
     """The fields of `Made`: now, on this machine, of this commit."""
-    git = "git", "-C", str(REPOSITORY)
-    commit = _output(*git, "rev-parse", "HEAD") or None
-    changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    git = "git", "-C", str(FOLDER.parent), "describe"
+    described = _output(*git, "--always", "--abbrev=40", "--exclude=*", "--dirty")
     return {
         "date": datetime.now(UTC).replace(microsecond=0),
         "device": this_device(),
         "versions": these_versions(),
-        "commit": commit,
-        "dirty": None if commit is None else bool(changes),
+        "commit": described and described.removesuffix("-dirty"),
+        "dirty": described and described.endswith("-dirty"),
     }
 
 
 def this_device() -> Device:
     """The GPU, or the CPU where there is none."""
-    if not torch.cuda.is_available():
-        threads = torch.get_num_threads()
-        return Device(kind="cpu", name=_cpu_name(), num_threads=threads, driver=None)
-    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = drivers.splitlines()[0] if drivers else None
-    name = torch.cuda.get_device_name()
-    return Device(kind="cuda", name=name, num_threads=None, driver=driver)
+    if torch.cuda.is_available():
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        name, driver = torch.cuda.get_device_name(), drivers and drivers.splitlines()[0]
+        return Device(kind="cuda", name=name, num_threads=None, driver=driver)
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = found[1].strip() if found else platform.machine()
+    return Device(kind="cpu", name=name, num_threads=torch.get_num_threads(), driver=None)
 
 
 def these_versions() -> dict[str, str | None]:
@@ -274,21 +274,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.machine()
-
-
 def _output(*command: str) -> str | None:
+    """What a command prints; None where it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() or None
 
 
 # ------------------------------------------------------------------------------------- files
@@ -319,15 +311,13 @@ def save(document: Record, path: Path) -> None:
 def read(path: Path) -> Document:
     """Read and check a file. Raises UserError with one line."""
     try:
-        tree: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    try:
-        return Document.model_validate(tree)
+        return Document.model_validate(json.loads(path.read_text()))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path} is no result file: {place}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def newest(folder: Path) -> dict[str, Document]:
@@ -351,54 +341,11 @@ def added(before: Document, more: Document, passed: Collection[str] = ()) -> Doc
         again = {record.key for record in getattr(more, name)}
         kept = [record for record in getattr(before, name) if record.key not in again]
         both[name] = kept + getattr(more, name)
-    done = {row.case for row in more.rows} | {feed.case for feed in more.feeds} | set(passed)
+    done = {row.case for row in more.rows} | {step.case for step in more.steps}
+    done |= {feed.case for feed in more.feeds} | set(passed)
     both["skipped"] = [s for s in before.skipped if s.case not in done] + more.skipped
     both["failed"] = [name for name in before.failed if name not in done] + more.failed
     both["dirty"] = more.dirty if before.dirty is None else before.dirty or bool(more.dirty)
     both["seconds"] = before.seconds + more.seconds
     both["rates"] = before.rates + more.rates
     return before.model_copy(update=both)
-
-
-def case_name(operator: str, shape: str, direction: str) -> str:
-    """How skipped and failed cases are named."""
-    return f"{operator} {shape} {direction}"
-
-
-# -------------------------------------------------------------------------- whole iterations
-
-
-def step_of(
-    setup: str,
-    build: str,
-    attempts: Sequence[Attempt],
-    tflop_per_sample: float,
-    matmul_tflop_per_s: float | None,
-    limit_bytes: int | None = None,
-) -> WholeStep:
-    """The record of a setup in a build, from the sizes that were run. `limit_bytes` as below."""
-    tried = sorted(attempts, key=lambda attempt: attempt.samples)
-    best = min(tried, key=lambda attempt: attempt.seconds_per_sample or math.inf)
-    return WholeStep(
-        setup=setup,
-        build=build,
-        how="measured",
-        tflop_per_sample=tflop_per_sample,
-        usual=tried[0],
-        best=None if BUILDS[build].usual_samples_only else best,
-        fits={gpu: most_that_fits(tried, size, limit_bytes) for gpu, size in USABLE_BYTES.items()},
-        matmul_tflop_per_s=matmul_tflop_per_s,
-    )
-
-
-def most_that_fits(
-    attempts: Sequence[Attempt], usable_bytes: int, limit_bytes: int | None = None
-) -> int | None:
-    """Most samples, a power of two or 0; None where twice as many were not tried.
-
-    `limit_bytes`: the memory into which twice the largest attempt did not fit, if that was tried.
-    """
-    fitting = [a.samples for a in attempts if (a.peak_bytes or 0) <= usable_bytes]
-    most = max(fitting, default=0)
-    twice_is_too_large = 2 * most in {attempt.samples for attempt in attempts} - set(fitting)
-    return most if twice_is_too_large or (limit_bytes or 0) >= usable_bytes else None

@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import Count, Document, Rates, Row, made_here
-from benchmarks.timing import Stopwatch, Turns, measure, num_rounds, paired_ratios, spread
+from benchmarks.results import Document, Rates, Row, made_here
+from benchmarks.timing import (
+    Run,
+    Sides,
+    measure,
+    num_rounds,
+    paired_ratios,
+    sample,
+    spread,
+    take_turns,
+)
 from kernels.common.floor import Cost
 
-OURS, REFERENCE = "ours", "reference"
+OURS, REFERENCE, COMPILED = "ours", "reference", "compiled"
 MOST_ROUNDS = 51
 
 
@@ -23,11 +32,10 @@ class Case:
     shape: str
     direction: str
     dtype: torch.dtype
-    cost: Cost | None
-    check: Callable[[], None]
-    """Raises `Refused`."""
-    sides: Callable[[], dict[str, Callable[[], object]]]
-    """Makes the sides, each to be called again and again; called after the check."""
+    check: Callable[[], None]  # raises `Refused`
+    sides: Callable[[], Sides]
+    """Makes the sides; called after the check."""
+    cost: Cost | None = None
     patience: float = 1.0
     """Times what the session gives a case. More for what few rounds do not settle."""
 
@@ -38,23 +46,21 @@ class Session:
 
     device: torch.device
     quick: bool = False
-    compiled: bool = False
-    """Whether torch.compile of the references is a side."""
+    compiled: bool = False  # whether torch.compile of the references is a side
     compile_asked: bool = False
     """Whether it is also where compilation takes longer than all other cases together."""
-    budget_seconds: float | None = None
-    """When to stop starting cases; None never."""
+    budget_seconds: float | None = None  # when to stop starting cases; None never
     seconds_per_case: float = 1.0
     """What the rounds of a case may take together, at the least number of rounds more."""
-    least_rounds: int = 5
-    """Of a case, however long they take."""
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    least_rounds: int = 5  # of a case, however long they take
+    clock: float = 0.0
+    """Seconds that our side has been measured for, which pytest-benchmark reads as its timer."""
     passed: list[str] = field(default_factory=list)
     results: Document = field(init=False)
     """Begun with the run, so its commit is that of the code that was loaded."""
 
     def __post_init__(self) -> None:
-        self.results = Document.empty(made_here(), quick=self.quick)
+        self.results = Document.begun(made_here(), quick=self.quick)
         self._started = time.monotonic()
 
     @property
@@ -67,18 +73,16 @@ class Session:
     @property
     def over_budget(self) -> bool:
         """Whether no further case is to be started."""
-        return self.budget_seconds is not None and self._seconds > self.budget_seconds
+        seconds = time.monotonic() - self._started
+        return self.budget_seconds is not None and seconds > self.budget_seconds
 
     def document(self) -> Document:
         """The result file's contents by now."""
-        return self.results.model_copy(update={"seconds": round(self._seconds, 1)})
+        seconds = round(time.monotonic() - self._started, 1)
+        return self.results.model_copy(update={"seconds": seconds})
 
     def run(self, case: Case, benchmark: Any) -> None:
-        """Check a case, then measure it through pytest-benchmark's fixture. Raises Refused.
-
-        pytest-benchmark's own statistics are of our side; they are read off the session's
-        stopwatch, so they are the same times as in the rows.
-        """
+        """Check a case, then measure it, and tell pytest-benchmark's fixture. Raises Refused."""
         case.check()
         sides = case.sides()
         for run in sides.values():  # compilation, autotuning, first allocations
@@ -86,24 +90,17 @@ class Session:
         per_round = sum(measure(run, self.device) for run in sides.values())
         allowed = case.patience * self.seconds_per_case
         rounds = num_rounds(per_round, allowed, self.least_rounds, MOST_ROUNDS)
-        turns = Turns(sides, OURS, self.device, self.stopwatch)
-        benchmark.pedantic(turns.main, setup=turns.others, teardown=turns.others, rounds=rounds)
-        # Where pytest-benchmark is switched off it calls once and does not tear down.
-        taken = {name: len(seconds) for name, seconds in turns.seconds.items()}
-        if set(taken.values()) != {rounds}:
-            raise RuntimeError(f"{rounds} rounds were asked for; pytest-benchmark ran {taken}")
-        for name, seconds in turns.seconds.items():
-            peak = peak_bytes(sides[name], self.device)
-            row = make_row(case, name, seconds, turns.seconds[OURS], self.rates, peak)
+        seconds = take_turns(sides, OURS, rounds, self.device)
+        ours = iter(seconds[OURS])
+
+        def once_more() -> None:
+            self.clock += next(ours)
+
+        benchmark.pedantic(once_more, rounds=rounds)  # its statistics are of the same times
+        for name, run in sides.items():
+            peak = peak_bytes(run, self.device)
+            row = make_row(case, name, seconds[name], seconds[OURS], self.rates, peak)
             self.results.rows.append(row)
-
-    def count(self, what: str, of: str, *, plain: float | None, ours: float, unit: str) -> None:
-        """Remember something counted."""
-        self.results.counts.append(Count(what=what, of=of, plain=plain, ours=ours, unit=unit))
-
-    @property
-    def _seconds(self) -> float:
-        return time.monotonic() - self._started
 
 
 def make_row(
@@ -135,7 +132,7 @@ def make_row(
     )
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+def peak_bytes(run: Run, device: torch.device) -> int | None:
     """Most memory that a call allocates beyond what is there; None on a CPU, which does not say."""
     if device.type != "cuda":
         return None
@@ -156,10 +153,10 @@ def measure_rates(device: torch.device) -> Rates:
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
-    def median(run: Callable[[], object]) -> float:
+    def median(run: Run) -> float:
         for _ in range(2):
             run()
-        return spread([measure(run, device) for _ in range(11)]).median
+        return spread(sample(run, device, 0, least=11, most=11)).median
 
     copy_seconds = median(lambda: target.copy_(source))
     return Rates(

@@ -17,13 +17,19 @@ The first three are the operators of benchmarks/plain.py in the same networks, w
 Adam in place of DeepSpeed.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from benchmarks.results import Attempt, WholeStep
 from engine.configuration import Config, load_config
 from engine.planning.paper import TABLE_3, MeasuredInPaper
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+KINETICS = CONFIGS / "kinetics600.yaml"
 
 
 class Setup(NamedTuple):
@@ -33,10 +39,8 @@ class Setup(NamedTuple):
     file: str
     number: int
     overrides: tuple[str, ...]
-    samples: int
-    """Per GPU and pass, in the paper where it says."""
-    paper: MeasuredInPaper | None = None
-    """The line of Table 3."""
+    samples: int  # per GPU and pass, in the paper where it says
+    paper: MeasuredInPaper | None = None  # the line of Table 3
 
 
 # x_l is free: read from a bank of samples drawn ahead, as real clips' f(x) is here.
@@ -85,14 +89,10 @@ BUILDS = {
     "bf16": Build("plain bf16", True),
     "compiled": Build("plain bf16, torch.compile", True, compiled=True),
     "ours": Build("this engine", False),
-    "graphs": Build(
-        "this engine, CUDA graphs",
-        False,
-        ("training.acceleration=cuda_graphs",),
-        usual_samples_only=True,
-    ),
+    "graphs": Build("this engine, CUDA graphs", False, ("training.acceleration=cuda_graphs",),
+                    usual_samples_only=True),
     "blocks": Build("this engine, blocks recomputed", False, ("training.checkpointing=blocks",)),
-}
+}  # fmt: skip
 
 _MIB = 1 << 20
 RESERVED_BYTES = 3 * 1024 * _MIB
@@ -120,3 +120,79 @@ def config_of(
     zero = ("training.zero_stage=0",) if build.plain else ()
     every = (*setup.overrides, *build.overrides, *overrides, *batch, *zero)
     return load_config(CONFIGS / setup.file, every)
+
+
+def step_of(
+    setup: str,
+    build: str,
+    attempts: Sequence[Attempt],
+    tflop_per_sample: float,
+    matmul_tflop_per_s: float | None,
+    limit_bytes: int | None = None,
+) -> WholeStep:
+    """The record of a setup in a build, from the sizes that were run. `limit_bytes` as below."""
+    tried = sorted(attempts, key=lambda attempt: attempt.samples)
+    best = min(tried, key=lambda attempt: attempt.seconds_per_sample or math.inf)
+    return WholeStep(
+        setup=setup,
+        build=build,
+        how="measured",
+        tflop_per_sample=tflop_per_sample,
+        usual=tried[0],
+        best=None if BUILDS[build].usual_samples_only else best,
+        fits={gpu: most_that_fits(tried, size, limit_bytes) for gpu, size in USABLE_BYTES.items()},
+        matmul_tflop_per_s=matmul_tflop_per_s,
+    )
+
+
+def most_that_fits(
+    attempts: Sequence[Attempt], usable_bytes: int, limit_bytes: int | None = None
+) -> int | None:
+    """Most samples, a power of two or 0; None where twice as many were not tried.
+
+    `limit_bytes`: the memory into which twice the largest attempt did not fit, if that was tried.
+    """
+    fitting = [a.samples for a in attempts if (a.peak_bytes or 0) <= usable_bytes]
+    most = max(fitting, default=0)
+    twice_is_too_large = 2 * most in {attempt.samples for attempt in attempts} - set(fitting)
+    return most if twice_is_too_large or (limit_bytes or 0) >= usable_bytes else None
+
+
+# ------------------------------------------------------- the paper's sizes, or whether it runs
+
+
+class Scale(NamedTuple):
+    """Sizes and device of a call of benchmarks/first_hour."""
+
+    device: torch.device
+    small: bool
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Of whole iterations, from the paper's samples per GPU up."""
+        return (1, 2) if self.small else (4, 16, 32)
+
+    def require_gpu(self) -> None:
+        """Raises RuntimeError without one."""
+        if self.device.type != "cuda":
+            raise RuntimeError("there is no CUDA device")
+
+    def overrides(self, num_stages: int) -> tuple[str, ...]:
+        """Of a configuration's first stages, as with `--set`."""
+        precision = "bf16" if self.device.type == "cuda" else "fp32"
+        small = *few_channels(num_stages), f"training.precision={precision}"
+        return small if self.small else ()
+
+    def kinetics(self, micro_batch: int) -> Config:
+        """configs/kinetics600.yaml for so many samples."""
+        batch = f"training.micro_batch={micro_batch}", f"training.global_batch={micro_batch}"
+        return load_config(KINETICS, (*self.overrides(2), *batch))
+
+
+def scale_here(*, small: bool) -> Scale:
+    """On the GPU; small ones on the CPU where there is none. Raises RuntimeError for others."""
+    if torch.cuda.is_available():
+        return Scale(torch.device("cuda", 0), small)
+    if not small:
+        raise RuntimeError("the paper's sizes need a CUDA device; --small runs on a CPU")
+    return Scale(torch.device("cpu"), small)

@@ -11,12 +11,11 @@ The paper's MB are those of its GPUs' monitor, presumably; ours are what tensors
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from benchmarks.markdown import table
-from benchmarks.results import Document, Row, WholeStep
+from benchmarks.markdown import declared
+from benchmarks.results import Attempt, Document, Row, WholeStep, by_case
 from benchmarks.setups import (
     BUILDS,
     ITERATIONS,
@@ -25,18 +24,52 @@ from benchmarks.setups import (
     PAPER_SAMPLES,
     SETUPS,
     USABLE_BYTES,
-    Setup,
 )
-from engine.planning.paper import MeasuredInPaper
+from benchmarks.timing import Spread
 
 OPERATOR = "whole_step"
 NODE_SAMPLES = PAPER_GPUS * PAPER_SAMPLES // NODE_GPUS
 STAGES_GENERATED, STAGES_READ = ("stage1", "stage2_generated"), ("stage1", "stage2_12")
 BASELINE = "dvdgan_50"
-SAMPLES_IN = [f"samples in {gpu}" for gpu in USABLE_BYTES]
+
+SIZES = {
+    "build": "{build}",
+    **{f"samples in {gpu}": f"{{fits[{gpu}]}}" for gpu in USABLE_BYTES},
+    "peak MB": "{usual.peak_mb:.0f} at {usual.samples}",
+}
+COUNTED = {
+    "counted at the paper's size": "{setup}",
+    **SIZES,
+    "executed TFLOP/sample": "{step.tflop_per_sample:.2f}",
+}
+MEASURED = {
+    "measured on a GPU": "{setup}",
+    **SIZES,
+    "s/iteration of 4": "{of_four:.3g}",
+    "best: s/iteration": "{best.seconds.median:.3g} of {best.samples}",
+    "ms/sample": "{ms:.1f}",
+    "TFLOP/s": "{tflop_per_s:.3g}",
+    "HFU": "{hfu:.2f}",
+    "naive MFU": "{mfu:.2f}",
+    f"days, {PAPER_GPUS} GPUs": "{days:.1f}",
+    f"days, {NODE_GPUS} GPUs": "{node_days:.1f}",
+}
+RATIOS = {
+    f"stage-wise / {SETUPS[BASELINE].title}, per sample": "{what}",
+    "build": "{build}",
+    "time": "{generated:.2f}",
+    "time, x_l from a bank": "{read:.2f}",
+    "memory": "{memory:.2f}",
+    "part of an 80 GB GPU": "{gpu:.2f}",
+}
+HOWS = {
+    "measured": "measured, the paper's samples per GPU",
+    "best": "measured, best micro-batch",
+    "counted": "counted, FLOPs as time",
+}
 
 Steps = dict[tuple[str, ...], WholeStep]
-Table = Iterator[Sequence[str]]
+Line = dict[str, Any]
 
 
 def parts(found: dict[str, Document]) -> list[str]:
@@ -45,76 +78,63 @@ def parts(found: dict[str, Document]) -> list[str]:
     rows = [row for d in found.values() for row in d.rows if row.operator == OPERATOR]
     if not steps and not rows:
         return []
-    tables = [_measured(steps)]
+    counted = [_sizes(step) for step in steps.values() if step.how == "counted"]
+    tables = [declared(MEASURED, _measured(steps))]
     if rows:
-        tables.append(_reduced(rows))
-    if any(step.how == "counted" for step in steps.values()):
-        tables.append(_counted(steps))
-    tables.append(_ratios(steps, rows))
-    title = "**Training step against DVD-GAN and Table 3 of the paper**"
-    return [title, *map(table, tables)]
+        sides = dict.fromkeys(row.side for row in rows if row.side != "ours")
+        columns = {
+            "measured on a CPU, fp32, one sample": "{ours.shape}",
+            "CPU s": "{ours.seconds:.3g}",
+            **{f"plain, {side} / ours": f"{{{side}.of_ours:.2f}}" for side in sides},
+        }
+        tables.append(declared(columns, by_case(rows)))
+    if counted:
+        tables.append(declared(COUNTED, counted))
+    tables.append(declared(RATIOS, _ratios(steps, rows)))
+    return ["**Training step against DVD-GAN and Table 3 of the paper**", *tables]
 
 
-def ratio(row: Row | None) -> str:
-    """A side's time over ours."""
-    return "" if row is None or row.of_ours is None else row.of_ours.text(".2f")
+def _sizes(step: WholeStep) -> Line:
+    """What a step that was only counted has too."""
+    setup, build = SETUPS[step.setup].title, BUILDS[step.build].title
+    return {"setup": setup, "build": build, "fits": step.fits, "usual": step.usual, "step": step}
 
 
-# ------------------------------------------------------------------------------- the tables
-
-
-def _measured(steps: Steps) -> Table:
-    yield [
-        *("measured on a GPU", "build", *SAMPLES_IN, "peak MB", "s/iteration of 4"),
-        *("best: s/iteration", "ms/sample", "TFLOP/s", "HFU", "naive MFU"),
-        *(f"days, {PAPER_GPUS} GPUs", f"days, {NODE_GPUS} GPUs"),
-    ]
+def _measured(steps: Steps) -> Iterator[Line]:
+    """Of every setup: the paper's line, if there is one, and those of its builds."""
     for name, setup in SETUPS.items():
-        if setup.paper is not None:
-            yield _paper_row(setup, setup.paper)
+        line: Line = {"setup": setup.title, "fits": {"32 GB": "not run", "80 GB": ""}}
+        paper = _paper(name)
+        if paper is not None and paper.seconds_per_sample is not None:
+            of_four = PAPER_SAMPLES * paper.seconds_per_sample
+            fits = {"32 GB": paper.samples, "80 GB": ""}
+            times = {"of_four": of_four, "days": _days(of_four)}
+            yield line | {"build": "the paper's", "usual": paper, "fits": fits} | times
         measured = [step for key, step in steps.items() if key[0::2] == (name, "measured")]
         for step in measured:
-            yield _measured_row(setup, step, _plain_tflop(steps, name))
+            yield _sizes(step) | _times(step, _plain_tflop(steps, name))
         if not measured:
-            yield [setup.title, "plain and this engine", "not run", *[""] * 10]
+            yield line | {"build": "plain and this engine"}
 
 
-def _paper_row(setup: Setup, paper: MeasuredInPaper) -> Sequence[str]:
-    seconds = PAPER_SAMPLES * paper.seconds_per_iteration / paper.samples_per_gpu
-    return [
-        *(setup.title, "the paper's", str(paper.samples_per_gpu), ""),
-        *(f"{paper.memory_mb} at {paper.samples_per_gpu}", f"{seconds:.3g}", *[""] * 5),
-        *(f"{_days(seconds):.1f}", ""),
-    ]
-
-
-def _measured_row(setup: Setup, step: WholeStep, plain_tflop: float | None) -> Sequence[str]:
+def _times(step: WholeStep, plain_tflop: float | None) -> Line:
+    """What a step takes; of the paper's 4 samples per GPU also where they are fewer at a time."""
     usual = step.usual.seconds_per_sample
-    # Of the paper's 4 samples per GPU, accumulated where they are fewer at a time.
-    of_four = None if usual is None else PAPER_SAMPLES * usual
-    cells = [*_counted_cells(setup, step), "" if of_four is None else f"{of_four:.3g}"]
     best = None if step.best is None else step.best.seconds_per_sample
-    if best is None or step.best is None or step.best.seconds is None:
-        return [*cells, *[""] * 7]
-    rate = step.matmul_tflop_per_s
-    shares = [
-        "" if rate is None or tflop is None else f"{tflop / best / rate:.2f}"
-        for tflop in (step.tflop_per_sample, plain_tflop)
-    ]
-    return [
-        *(*cells, f"{step.best.seconds.median:.3g} of {step.best.samples}", f"{1e3 * best:.1f}"),
-        *(f"{step.tflop_per_sample / best:.3g}", *shares),
-        "" if of_four is None else f"{_days(of_four):.1f}",
-        f"{_days(NODE_SAMPLES * best):.1f}",
-    ]
-
-
-def _counted_cells(setup: Setup, step: WholeStep) -> Sequence[str]:
-    """What a step that was only counted has too."""
-    fits = ["" if step.fits.get(gpu) is None else str(step.fits[gpu]) for gpu in USABLE_BYTES]
-    peak = step.usual.peak_bytes
-    at_peak = "" if peak is None else f"{peak / 1e6:.0f} at {step.usual.samples}"
-    return [setup.title, BUILDS[step.build].title, *fits, at_peak]
+    of_four = usual and PAPER_SAMPLES * usual
+    tflop, rate = step.tflop_per_sample, step.matmul_tflop_per_s
+    if best is None:
+        return {"of_four": of_four}
+    return {
+        "of_four": of_four,
+        "best": step.best,
+        "ms": 1e3 * best,
+        "tflop_per_s": tflop / best,
+        "hfu": rate and tflop / best / rate,
+        "mfu": rate and plain_tflop and plain_tflop / best / rate,
+        "days": of_four and _days(of_four),
+        "node_days": _days(NODE_SAMPLES * best),
+    }
 
 
 def _plain_tflop(steps: Steps, setup: str) -> float | None:
@@ -129,109 +149,70 @@ def _days(seconds_per_iteration: float) -> float:
     return ITERATIONS * seconds_per_iteration / 86_400
 
 
-def _reduced(rows: Sequence[Row]) -> Table:
-    cases: defaultdict[str, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        cases[row.shape][row.side] = row
-    sides = list(dict.fromkeys(row.side for row in rows if row.side != "ours"))
-    yield ["measured on a CPU, fp32, one sample", "CPU s", *(f"plain, {s} / ours" for s in sides)]
-    for shape, found in cases.items():
-        if "ours" in found:
-            others = [ratio(found.get(side)) for side in sides]
-            yield [shape, found["ours"].seconds.text(), *others]
-
-
-def _counted(steps: Steps) -> Table:
-    yield [
-        *("counted at the paper's size", "build", *SAMPLES_IN, "peak MB", "executed TFLOP/sample")
-    ]
-    for step in steps.values():
-        if step.how == "counted":
-            yield [*_counted_cells(SETUPS[step.setup], step), f"{step.tflop_per_sample:.2f}"]
+def _paper(setup: str) -> Attempt | None:
+    """What Table 3 says of a setup."""
+    paper = SETUPS[setup].paper
+    if paper is None:
+        return None
+    seconds = Spread(*[paper.seconds_per_iteration] * 3)
+    memory = paper.memory_mb * 10**6
+    return Attempt(samples=paper.samples_per_gpu, seconds=seconds, peak_bytes=memory)
 
 
 # ---------------------------------------------------------- stage-wise against single-stage
 
-
-class Share(NamedTuple):
-    """What one sample of an iteration takes."""
-
-    time: float | None = None
-    """Seconds, or what stands for them."""
-    memory: float | None = None
-    """Bytes or MB, weights included."""
-    gpu: float | None = None
-    """Of a GPU of 80 GB: one over the samples that fit."""
+Shares = dict[str, float | None]
+"""What one sample of an iteration takes: time in seconds, or what stands for them, memory in bytes,
+weights included, and the part of a GPU of 80 GB, one over the samples that fit."""
 
 
-def _ratios(steps: Steps, rows: Sequence[Row]) -> Table:
+def _ratios(steps: Steps, rows: Sequence[Row]) -> Iterator[Line]:
     """Training time is the sum over the stages; memory is that of the larger stage."""
-    yield [
-        *(f"stage-wise / {SETUPS[BASELINE].title}, per sample", "build", "time"),
-        *("time, x_l from a bank", "memory", "part of an 80 GB GPU"),
-    ]
-    yield ["Table 3", "the paper's", *_ratio_cells(_paper_share)]
-    hows = {
-        "measured": "measured, the paper's samples per GPU",
-        "best": "measured, best micro-batch",
-        "counted": "counted, FLOPs as time",
-    }
+    for (what, build), shares in _shares(steps, rows).items():
+        line: Line = {"what": what, "build": build}
+        for title, together, stages, part in (
+            ("generated", sum, STAGES_GENERATED, "time"),
+            ("read", sum, STAGES_READ, "time"),
+            ("memory", max, STAGES_GENERATED, "memory"),
+            ("gpu", max, STAGES_GENERATED, "gpu"),
+        ):
+            base, *those = (shares.get(name, {}).get(part) for name in (BASELINE, *stages))
+            known = [share for share in those if share is not None]
+            if base is not None and len(known) == len(those):
+                line[title] = together(known) / base
+        if len(line) > 2:
+            yield line
+
+
+def _shares(steps: Steps, rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Shares]]:
+    """By what they are taken from, by build, then by setup."""
+    found: defaultdict[tuple[str, str], dict[str, Shares]] = defaultdict(dict)
+    for name in SETUPS:
+        found["Table 3", "the paper's"][name] = _share(_paper(name))
     for build, described in BUILDS.items():
-        for how, what in hows.items():
-            cells = _ratio_cells(partial(_step_share, steps, build, how))
-            if any(cells):
-                yield [what, described.title, *cells]
-    for side in dict.fromkeys(row.side for row in rows):
-        cells = _ratio_cells(partial(_row_share, rows, side))
-        if any(cells):
-            title = "this engine" if side == "ours" else f"plain, {side}"
-            yield ["measured on a CPU, reduced", title, *cells]
-
-
-def _ratio_cells(share_of: Callable[[str], Share]) -> Sequence[str]:
-    base = share_of(BASELINE)
-    generated, read = (
-        list(zip(*map(share_of, names), strict=True)) for names in (STAGES_GENERATED, STAGES_READ)
-    )
-    return [
-        _over(sum, generated[0], base.time),
-        _over(sum, read[0], base.time),
-        _over(max, generated[1], base.memory),
-        _over(max, generated[2], base.gpu),
-    ]
-
-
-def _over(
-    together: Callable[[list[float]], float], stages: Sequence[float | None], base: float | None
-) -> str:
-    known = [value for value in stages if value is not None]
-    whole = base is not None and len(known) == len(stages)
-    return f"{together(known) / base:.2f}" if whole and base is not None else ""
-
-
-def _paper_share(name: str) -> Share:
-    paper = SETUPS[name].paper
-    if paper is None:
-        return Share()
-    samples = paper.samples_per_gpu
-    return Share(paper.seconds_per_iteration / samples, paper.memory_mb / samples)
-
-
-def _step_share(steps: Steps, build: str, how: str, name: str) -> Share:
-    step = steps.get((name, build, "counted" if how == "counted" else "measured"))
-    attempt = None if step is None else step.best if how == "best" else step.usual
-    if step is None or attempt is None:
-        return Share()
-    fits = step.fits.get("80 GB")
-    return Share(
-        time=step.tflop_per_sample if how == "counted" else attempt.seconds_per_sample,
-        memory=None if attempt.peak_bytes is None else attempt.peak_bytes / attempt.samples,
-        gpu=1 / fits if fits else None,
-    )
-
-
-def _row_share(rows: Sequence[Row], side: str, name: str) -> Share:
+        of_build = [step for step in steps.values() if step.build == build]
+        for how, what in HOWS.items():
+            for step in of_build:
+                if step.how != ("counted" if how == "counted" else "measured"):
+                    continue
+                share = _share(step.best if how == "best" else step.usual)
+                if how == "counted":
+                    share["time"] = step.tflop_per_sample
+                fits = step.fits.get("80 GB")
+                if share and fits:
+                    share["gpu"] = 1 / fits
+                found[what, described.title][step.setup] = share
+    titles = {setup.title: name for name, setup in SETUPS.items()}
     for row in rows:
-        if row.side == side and row.shape.startswith(f"{SETUPS[name].title},"):
-            return Share(row.seconds.median)
-    return Share()
+        title = "this engine" if row.side == "ours" else f"plain, {row.side}"
+        share = {"time": row.seconds.median}
+        found["measured on a CPU, reduced", title][titles[row.shape.split(",")[0]]] = share
+    return found
+
+
+def _share(attempt: Attempt | None) -> Shares:
+    if attempt is None:
+        return {}
+    peak = attempt.peak_bytes
+    memory = None if peak is None else peak / attempt.samples
+    return {"time": attempt.seconds_per_sample, "memory": memory}

@@ -9,12 +9,14 @@ slows both.
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+Run = Callable[[], object]
+Sides = Mapping[str, Run]
+"""What is compared, by name, each to be called again and again."""
 HEAD_START_CYCLES = 2_000_000  # about 1 ms of an H100
 
 
@@ -25,10 +27,14 @@ class Spread(NamedTuple):
     p20: float
     p80: float
 
-    def text(self, digits: str = ".3g", scale: float = 1) -> str:
-        """For a table: `median (p20 to p80)`."""
-        median, low, high = (f"{scale * value:{digits}}" for value in self)
+    def __format__(self, digits: str) -> str:
+        """For a table: `median (p20 to p80)`, each with these digits, such as `.3g`."""
+        median, low, high = (f"{value:{digits}}" for value in self)
         return f"{median} ({low} to {high})"
+
+    def times(self, scale: float) -> "Spread":
+        """In another unit."""
+        return Spread(*(scale * value for value in self))
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -72,7 +78,7 @@ def cache_bytes(device: torch.device) -> int:
     return min(size, 32 << 20) if size > 0 else 32 << 20
 
 
-def measure(run: Callable[[], object], device: torch.device) -> float:
+def measure(run: Run, device: torch.device) -> float:
     """Seconds of one call.
 
     The device starts with a pause in which the host queues the call, so that a GPU's time is the
@@ -93,46 +99,24 @@ def measure(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-@dataclass
-class Stopwatch:
-    """The clock that pytest-benchmark reads: it stands still except while our side is measured."""
-
-    seconds: float = 0.0
-
-    def __call__(self) -> float:
-        """Seconds so far."""
-        return self.seconds
+def sample(run: Run, device: torch.device, seconds: float, least: int, most: int) -> list[float]:
+    """Seconds of calls that take about `seconds` together, between `least` and `most` of them."""
+    once = measure(run, device)
+    rounds = num_rounds(once, seconds, least, most)
+    return [once, *(measure(run, device) for _ in range(rounds - 1))]
 
 
-class Turns:
-    """Sides that take turns, `main` among them.
+def take_turns(
+    sides: Sides, main: str, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every side in every round.
 
-    In a round pytest-benchmark calls `others`, `main`, and `others` again.
+    The main side comes after the others in one round and before them in the next, so that neither
+    is always second.
     """
-
-    def __init__(
-        self,
-        sides: Mapping[str, Callable[[], object]],
-        main: str,
-        device: torch.device,
-        stopwatch: Stopwatch,
-    ) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in sides}
-        self._sides, self._main = sides, main
-        self._device, self._stopwatch = device, stopwatch
-
-    def main(self) -> None:
-        """The main side's turn, which alone advances the stopwatch."""
-        self._stopwatch.seconds += self._take(self._main)
-
-    def others(self) -> None:
-        """Before `main` in one round and after it in the next: neither is always second."""
-        if len(self.seconds[self._main]) % 2 == 0:
-            for name in self._sides:
-                if name != self._main:
-                    self._take(name)
-
-    def _take(self, name: str) -> float:
-        taken = measure(self._sides[name], self._device)
-        self.seconds[name].append(taken)
-        return taken
+    others = [name for name in sides if name != main]
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in ((*others, main), (main, *others))[number % 2]:
+            seconds[name].append(measure(sides[name], device))
+    return seconds

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from benchmarks.correctness import check_networks
 from benchmarks.plain import PlainOperators
-from benchmarks.results import Attempt, WholeStep, step_of
+from benchmarks.results import Attempt, WholeStep
 from benchmarks.setups import (
     BUILDS,
     NODE_GPUS,
@@ -30,8 +30,9 @@ from benchmarks.setups import (
     Setup,
     config_of,
     few_channels,
+    step_of,
 )
-from benchmarks.timing import measure, num_rounds, spread
+from benchmarks.timing import sample, spread
 from benchmarks.trainers import make_engines, stage_builder, trainer_around
 from engine.errors import UserError
 from engine.planning.meta_step import Step, run_step
@@ -232,9 +233,7 @@ def try_samples(
         iteration = iterations.at(samples)
         iteration()  # compilation, autotuning, the optimizer's state
         torch.cuda.reset_peak_memory_stats(device)
-        once = measure(iteration, device)
-        rounds = num_rounds(once, seconds, 2, 20)
-        taken = [once, *(measure(iteration, device) for _ in range(rounds))]
+        taken = sample(iteration, device, seconds, least=3, most=21)
         peak = torch.cuda.max_memory_allocated(device) + recorded_bytes(device)
         return Attempt(samples=samples, seconds=spread(taken), peak_bytes=peak)
     except torch.cuda.OutOfMemoryError:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 import kernels
 from benchmarks import bench_spectral_norm
+from benchmarks.bench_accounting import LaunchCounter, count_spectral_launches
 from benchmarks.bench_operators import OPERATORS, side_functions
-from benchmarks.bench_spectral_norm import check_weights, draw
-from benchmarks.calls import CONFIGS, kinetics, network_calls
+from benchmarks.bench_spectral_norm import check_weights, draw, parametrized_weight
+from benchmarks.calls import kinetics, network_calls
 from benchmarks.correctness import Refused, check, check_call, check_networks
-from benchmarks.launches import LaunchCounter, count_spectral_launches, parametrized_weight
 from benchmarks.session import Case, Session
+from benchmarks.setups import CONFIGS
 from benchmarks.trainers import make_trainer
 from engine.configuration import load_config
 from engine.models.layers import Linear
@@ -152,29 +153,27 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(
     monkeypatch.setattr(kernels, operator, wrong)
     session, calls = Session(CPU), list[str]()
     with pytest.raises(Refused, match=f"^{whose}'s gradients of .* differ by"):
-        session.run(case(check_step, calls), Pedantic())
+        session.run(case(check_step, calls), Pedantic(session))
     assert calls == []
 
 
 class Pedantic:
-    """Stands for pytest-benchmark's fixture."""
+    """Stands for pytest-benchmark's fixture: what it reads off the session's clock."""
 
-    def pedantic(
-        self,
-        target: Callable[[], None],
-        setup: Callable[[], None],
-        teardown: Callable[[], None],
-        rounds: int,
-    ) -> None:
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.seconds: list[float] = []
+
+    def pedantic(self, target: Callable[[], None], rounds: int) -> None:
         for _ in range(rounds):
-            setup()
+            before = self.session.clock
             target()
-            teardown()
+            self.seconds.append(self.session.clock - before)
 
 
 def case(check: Callable[[], None], calls: list[str]) -> Case:
     sides = {name: (lambda name=name: calls.append(name)) for name in ("ours", "reference")}
-    return Case("op", "s", "forward", torch.float32, None, check, lambda: dict(sides))
+    return Case("op", "s", "forward", torch.float32, check, lambda: dict(sides))
 
 
 def test_a_refused_case_is_not_run_at_all() -> None:
@@ -184,7 +183,7 @@ def test_a_refused_case_is_not_run_at_all() -> None:
         raise Refused("wrong")
 
     with pytest.raises(Refused):
-        session.run(case(refuse, calls), Pedantic())
+        session.run(case(refuse, calls), Pedantic(session))
     assert calls == []
     assert session.results.rows == []
 
@@ -193,7 +192,9 @@ def test_a_right_case_is_measured_on_every_side(monkeypatch: pytest.MonkeyPatch)
     ticks = iter(range(1, 10_000))
     monkeypatch.setattr("benchmarks.timing.time.process_time", lambda: float(next(ticks)))
     session, calls = Session(CPU, least_rounds=3, seconds_per_case=0), list[str]()
-    session.run(case(lambda: None, calls), Pedantic())
+    benchmark = Pedantic(session)
+    session.run(case(lambda: None, calls), benchmark)
+    assert benchmark.seconds == [1, 1, 1], "our side's times, and no other's"
     assert [(row.side, row.rounds) for row in session.results.rows] == [
         ("ours", 3),
         ("reference", 3),
@@ -221,7 +222,7 @@ def test_spectral_launches_grow_only_where_they_must() -> None:
     with torch.device("meta"):
         one = torch.nn.Sequential(Linear(4, 5))
         three = torch.nn.Sequential(*(Linear(4, 5) for _ in range(3)))
-    assert count_spectral_launches(one, "triton").iteration == 4
-    assert count_spectral_launches(three, "triton").iteration == 4
-    plain = [count_spectral_launches(net, "reference").iteration for net in (one, three)]
+    assert count_spectral_launches(one, "triton")["iteration"] == 4
+    assert count_spectral_launches(three, "triton")["iteration"] == 4
+    plain = [count_spectral_launches(net, "reference")["iteration"] for net in (one, three)]
     assert plain[1] > 2 * plain[0]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import loading
-from benchmarks.calls import CONFIGS
 from benchmarks.loading import Source, pace
+from benchmarks.setups import CONFIGS
 from engine.configuration import load_config
 from engine.video.streams import Decoder
 from engine.views import nearest_view

@@ -13,12 +13,11 @@ from benchmarks.results import Rates
 from benchmarks.session import Case, make_row
 from benchmarks.timing import (
     Spread,
-    Stopwatch,
-    Turns,
     num_copies,
     num_rounds,
     paired_ratios,
     spread,
+    take_turns,
 )
 from kernels.common.floor import Cost
 from kernels.spectral_norm.floor import spectral_norm_floor
@@ -54,9 +53,7 @@ def test_rounds_and_copies() -> None:
     assert num_copies(1, cache_bytes=50, most=16) == 16
 
 
-def test_sides_take_turns_and_only_ours_moves_the_stopwatch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_sides_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     seconds = {"ours": 2.0, "reference": 5.0}
 
@@ -66,19 +63,11 @@ def test_sides_take_turns_and_only_ours_moves_the_stopwatch(
         return seconds[order[-1]]
 
     monkeypatch.setattr(timing, "measure", measure)
-    stopwatch = Stopwatch()
     sides = {name: (lambda name=name: order.append(name)) for name in seconds}
-    turns = Turns(sides, "ours", torch.device("cpu"), stopwatch)
-    for _ in range(4):
-        turns.others()
-        before = stopwatch()
-        turns.main()
-        assert stopwatch() - before == 2
-        turns.others()
-    assert stopwatch() == 8
+    taken = take_turns(sides, "ours", 4, torch.device("cpu"))
     # Neither is always second.
     assert order == ["reference", "ours", "ours", "reference"] * 2
-    assert turns.seconds == {"ours": [2.0] * 4, "reference": [5.0] * 4}
+    assert taken == {"ours": [2.0] * 4, "reference": [5.0] * 4}
 
 
 def test_measured_cpu_time_is_work_and_not_waiting() -> None:

@@ -14,12 +14,11 @@ from small_runs import REPOSITORY, environment
 
 from benchmarks import merge, report, results
 from benchmarks.first_hour import __main__ as first_hour
-from benchmarks.first_hour import limits
+from benchmarks.first_hour import operators
 from benchmarks.first_hour.kernel_times import Kernel, slow_path, summed
 from benchmarks.first_hour.parts import START_AGAIN, CallFile, Part, Recorder
-from benchmarks.first_hour.scale import Scale
 from benchmarks.results import Document
-from benchmarks.setups import SETUPS
+from benchmarks.setups import SETUPS, Scale
 from engine.errors import UserError
 
 SMALL = Scale(torch.device("cpu"), small=True)
@@ -157,7 +156,7 @@ def test_versions_without_a_gpu(tmp_path: Path) -> None:
 def test_convolutions_that_pass_the_limit() -> None:
     """The ConvGRU's gates at 32x32 and stage 2's convolutions at 128x128: 3 * 512 and 128 channels,
     25 and 12 frames."""
-    found = {limited.name: limited for limited in limits.passing(SMALL)}
+    found = {limited.name: limited for limited in operators.passing(SMALL)}
     gates = found["conv_gru 1x25x512x32x32"]
     assert gates.values_per_sample == 3 * 512 * 25 * 32 * 32
     assert gates.sizes() == (54, 55, 64)
@@ -172,8 +171,8 @@ def test_convolutions_that_pass_the_limit() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["torch", "kernels"])
 def test_limits_are_timed(side: str) -> None:
-    for limited in limits.passing(SMALL):
-        found = limits.time_per_sample(SMALL, limited, 1, side)
+    for limited in operators.passing(SMALL):
+        found = operators.time_per_sample(SMALL, limited, 1, side)
         assert found["forward_backward_ms"] > found["forward_ms"] > 0
         assert found["values"] < limited.values_per_sample
 

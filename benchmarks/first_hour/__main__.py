@@ -13,13 +13,12 @@ from pathlib import Path
 
 import kernels
 from benchmarks.first_hour.parts import Recorder
-from benchmarks.first_hour.scale import scale_here
-from benchmarks.setups import SETUPS
+from benchmarks.setups import SETUPS, scale_here
 
 MODULES = {
     "versions": "versions",
-    "limits": "limits",
-    "correctness": "correctness",
+    "limits": "operators",
+    "correctness": "operators",
     "steps": "iterations",
     "profile": "iterations",
     "memory": "iterations",
@@ -33,13 +32,12 @@ Each is imported when it is asked for: where DeepSpeed is missing, versions say 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_hour")
-    parser.add_argument("call", choices=MODULES)
-    parser.add_argument("setups", nargs="*", metavar="SETUP", help="of benchmarks/setups.py")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no part after these")
-    parser.add_argument(
-        "--small", action="store_true", help="few channels and samples: does it run?"
-    )
+    add = parser.add_argument
+    add("call", choices=MODULES)
+    add("setups", nargs="*", metavar="SETUP", help="of benchmarks/setups.py")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--budget", type=float, metavar="SECONDS", help="start no part after these")
+    add("--small", action="store_true", help="few channels and samples: does it run?")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.setups) - set(SETUPS)):
         parser.error(f"no setup is named {', '.join(unknown)}: there are {', '.join(SETUPS)}")

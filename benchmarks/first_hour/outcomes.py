@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.first_hour.parts import START_AGAIN, Outcome, Recorder, context_is_whole
-
-LONGEST = 2000
+from benchmarks.first_hour.parts import START_AGAIN, Recorder, context_is_whole
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,8 +35,7 @@ class _Outcomes:
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
-            error = str(report.longrepr)[-LONGEST:]
-            self._recorder.record(Outcome(name=report.nodeid, status="failed", error=error))
+            self._recorder.record(report.nodeid, "failed", error=str(report.longrepr))
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
@@ -50,19 +47,28 @@ class _Outcomes:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._reports = []
-        self._recorder.record(Outcome(name=nodeid, status="begun"))
+        self._recorder.record(nodeid, "begun")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._reports.append(report)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        outcome = outcome_of(nodeid, self._reports)
-        self._recorder.record(outcome)
-        if outcome.status != "failed":
-            return
-        forget_the_last_error()
-        if not context_is_whole():
-            pytest.exit("the GPU's context is lost", returncode=START_AGAIN)
+        """From the reports of a test's setup, call and teardown, the first that did not pass."""
+        seconds = round(sum(report.duration for report in self._reports), 3)
+        stopped = [report for report in self._reports if not report.passed]
+        if not stopped:
+            self._recorder.record(nodeid, "done", seconds=seconds)
+        elif stopped[0].skipped:
+            # (file, line, reason), but a sentence for what was expected to fail
+            told = stopped[0].longrepr
+            reason = told[2] if isinstance(told, tuple) else str(told)
+            self._recorder.record(nodeid, "left out", seconds=seconds, error=reason)
+        else:
+            error = str(stopped[0].longrepr)
+            self._recorder.record(nodeid, "failed", seconds=seconds, error=error)
+            forget_the_last_error()
+            if not context_is_whole():
+                pytest.exit("the GPU's context is lost", returncode=START_AGAIN)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Nothing is left to run where everything is recorded: that is no mistake."""
@@ -72,24 +78,9 @@ class _Outcomes:
 
 def forget_the_last_error() -> None:
     """Its frames hold a failed test's tensors, gigabytes that the next test would lack."""
-    kept = ("last_exc", "last_type", "last_value", "last_traceback")
-    found = [name for name in kept if hasattr(sys, name)]
+    names = ("last_exc", "last_type", "last_value", "last_traceback")
+    found = [name for name in names if hasattr(sys, name)]
     for name in found:
         delattr(sys, name)
     if found:
         gc.collect()
-
-
-def outcome_of(nodeid: str, reports: list[pytest.TestReport]) -> Outcome:
-    """From the reports of a test's setup, call and teardown."""
-    seconds = round(sum(report.duration for report in reports), 3)
-    for report in reports:
-        if report.failed:
-            error = str(report.longrepr)[-LONGEST:]
-            return Outcome(name=nodeid, status="failed", seconds=seconds, error=error)
-        if report.skipped:
-            # (file, line, reason), but a sentence for what was expected to fail
-            told = report.longrepr
-            reason = told[2] if isinstance(told, tuple) else str(told)
-            return Outcome(name=nodeid, status="left out", seconds=seconds, error=reason)
-    return Outcome(name=nodeid, status="done", seconds=seconds)

@@ -19,6 +19,10 @@ from pydantic import Field
 from benchmarks.results import Made, Record, made_here
 from engine.durable_files import write_json
 
+Status = Literal["begun", "done", "failed", "left out"]
+"""A part has begun where its process did not come to its end."""
+LONGEST = 2000
+"""Of an error that many last characters are kept."""
 START_AGAIN = 75
 """The exit code of a process whose GPU context is lost while parts are left."""
 
@@ -27,28 +31,24 @@ class Part(NamedTuple):
     """Something that is found out by itself."""
 
     name: str
-    run: Callable[[], Any]
-    """Gives what JSON can hold."""
+    run: Callable[[], Any]  # gives what JSON can hold
 
 
 class Outcome(Record):
     """What became of a part."""
 
     name: str
-    status: Literal["begun", "done", "failed", "left out"]
-    """Begun: its process did not come to its end."""
+    status: Status
     seconds: Annotated[float, Field(ge=0)] | None = None
     value: Any = None
-    error: str | None = None
-    """The exception's last lines, or why it was left out."""
+    error: str | None = None  # the exception's last lines, or why it was left out
 
 
 class CallFile(Made):
     """The file of a call."""
 
     call: str
-    small: bool
-    """Of a few channels and samples: to see that it runs, not to measure."""
+    small: bool  # of a few channels and samples: to see that it runs, not to measure
     parts: list[Outcome]
 
 
@@ -76,37 +76,39 @@ class Recorder:
             if part.name in self.outcomes:
                 continue
             if self._budget is not None and time.monotonic() - self._started > self._budget:
-                self.record(Outcome(name=part.name, status="left out", error="the time was up"))
+                self.record(part.name, "left out", error="the time was up")
                 continue
-            self.record(Outcome(name=part.name, status="begun"))
-            self.record(run_part(part))
+            self.record(part.name, "begun")
+            began, value, error = time.monotonic(), None, None
+            try:
+                value = part.run()
+                json.dumps(value, allow_nan=False)
+            except Exception as raised:  # whatever it is, the next part is another one
+                value, error = None, "".join(traceback.format_exception(raised)[-2:]).strip()
+            seconds = round(time.monotonic() - began, 3)
+            gc.collect()  # tensors that the exception's frames held
+            status: Status = "done" if error is None else "failed"
+            self.record(part.name, status, seconds=seconds, value=value, error=error)
             if not context_is_whole():
                 return START_AGAIN
         return 0
 
-    def record(self, outcome: Outcome) -> None:
-        """In place of what was known of the part; written before it returns."""
-        self.outcomes[outcome.name] = outcome
+    def record(self, name: str, status: Status, **found: Any) -> None:
+        """In place of what was known of the part; written before it returns.
+
+        `found` are an `Outcome`'s other fields. It is also said in a short line for whoever
+        watches, since only the end of a log may come back.
+        """
+        if found.get("error"):
+            found["error"] = found["error"][-LONGEST:]
+        outcome = self.outcomes[name] = Outcome(name=name, status=status, **found)
         file = self._file.model_copy(update={"parts": list(self.outcomes.values())})
         write_json(self._path, file.model_dump(mode="json"))
-        if outcome.status != "begun":
-            print(line(outcome), flush=True)
-
-
-def run_part(part: Part) -> Outcome:
-    """Run it; what it raises is its outcome."""
-    began = time.monotonic()
-    value, error = None, None
-    try:
-        value = part.run()
-        json.dumps(value, allow_nan=False)
-    except Exception as raised:  # whatever it is, the next part is another one
-        value, error = None, "".join(traceback.format_exception(raised)[-2:]).strip()[-2000:]
-        del raised
-    seconds = round(time.monotonic() - began, 3)
-    gc.collect()  # tensors that the exception's frames held
-    status: Literal["done", "failed"] = "done" if error is None else "failed"
-    return Outcome(name=part.name, status=status, seconds=seconds, value=value, error=error)
+        if status != "begun":
+            said = json.dumps(outcome.value) if status == "done" else str(outcome.error)
+            *_, last = said.splitlines() or [""]
+            took = "" if outcome.seconds is None else f" {outcome.seconds:.1f} s"
+            print(f"{status}{took}: {name}: {last[:160]}", flush=True)
 
 
 def context_is_whole() -> bool:
@@ -119,11 +121,3 @@ def context_is_whole() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def line(outcome: Outcome) -> str:
-    """For whoever watches: short, since only the end of a log may come back."""
-    text = json.dumps(outcome.value) if outcome.status == "done" else str(outcome.error)
-    text = text.splitlines()[-1] if text else ""
-    seconds = "" if outcome.seconds is None else f" {outcome.seconds:.1f} s"
-    return f"{outcome.status}{seconds}: {outcome.name}: {text[:160]}"

@@ -12,26 +12,21 @@ import torch
 import kernels
 from benchmarks import results
 from benchmarks.first_hour.parts import Part
-from benchmarks.first_hour.scale import Scale
+from benchmarks.setups import Scale
 
 PACKAGES = ("deepspeed", "pydantic", "numpy", "av", "nvidia-ml-py", "nvidia-dali-cuda130")
 DTYPES = (torch.bfloat16, torch.float32)
-CODECS = ("h264", "vp9", "mjpeg")
 
 
 def versions(scale: Scale, names: tuple[str, ...]) -> Iterator[Part]:
     """Nothing is trained; a few frames are decoded."""
-    yield Part("packages", packages)
+    found = {name: results.version_of(name) for name in PACKAGES}  # None: it is not installed
+    yield Part("packages", lambda: results.these_versions() | found)
     yield Part("device", partial(device, scale))
     yield Part("operators", partial(operators, scale.device))
     yield Part("NVDEC's library", nvdec_library)
-    for codec in CODECS:
+    for codec in ("h264", "vp9", "mjpeg"):
         yield Part(f"DALI decodes {codec}", partial(dali_decodes, codec, scale))
-
-
-def packages() -> dict[str, str | None]:
-    """Versions; None for what is not installed."""
-    return results.these_versions() | {name: results.version_of(name) for name in PACKAGES}
 
 
 def device(scale: Scale) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def main() -> None:
                 print(f"{ours} kernels of PyTorch's but convolutions, {triton} of Triton's")
             for build in ("ours", "graphs"):
                 ratio = paired_ratios(seconds[build], seconds["bf16"])
-                print(f"{name} {build} / bf16: {ratio.text('.2f')}", flush=True)
+                print(f"{name} {build} / bf16: {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

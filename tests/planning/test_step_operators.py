@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.launches import count_step_operators
+from benchmarks.bench_accounting import count_step_operators
 from engine.configuration import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
