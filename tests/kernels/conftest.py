@@ -1,5 +1,6 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, on CPU tensors."""
 
+import contextlib
 import os
 import sys
 
@@ -10,3 +11,7 @@ if not torch.cuda.is_available():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("triton was imported before TRITON_INTERPRET=1 was set")
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):  # Triton need not be installed
+        from quick_interpreter import patch_language_once
+
+        patch_language_once()

@@ -20,12 +20,14 @@ import traceback
 from dataclasses import replace
 from unittest import mock
 import torch
+from quick_interpreter import patch_language_once
 from small_networks import clip_generator, discriminators, upsampling_generator
 import kernels
 from engine.models import update_spectral_norm
 from engine.models.activation_checkpointing import set_checkpointing
 from kernels import dispatch
 
+patch_language_once()
 for operator in dispatch._operators.values():
     # As on CUDA: "auto" passes nothing over for being on a CPU. Not measured is still not run.
     operator._implementations = tuple(
