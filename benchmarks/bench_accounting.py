@@ -107,9 +107,11 @@ def count_spectral_launches(network: nn.Module, implementation: str) -> dict[str
     dtypes, folds = [torch.bfloat16 for _ in layers], [layer.fold for layer in layers]
     counters = {step: LaunchCounter() for step in ("iteration", "forward", "backward")}
     with counters["iteration"]:
-        kernels.power_iteration_(*lists, impl=implementation)
+        kernels.power_iteration_(*lists, implementation=implementation)
     with counters["forward"]:
-        normalized = kernels.spectral_normalize_all(*lists, dtypes, folds, impl=implementation)
+        normalized = kernels.spectral_normalize_all(
+            *lists, dtypes, folds, implementation=implementation
+        )
     upstream = [torch.empty_like(weight) for weight in normalized]
     with counters["backward"]:
         torch.autograd.grad(normalized, weights, upstream)

@@ -3,8 +3,7 @@
 Every operator names its implementations, best first, each with the reason why it cannot run on
 a given device and dtype. A choice is made in this order:
 
-1. the `impl=` argument of the operator's public function: an implementation's name, "reference"
-   or "auto";
+1. the `implementation=` argument of the operator's public function: a name, "reference" or "auto";
 2. the process's setting, "auto" or "reference": `kernels.use(...)` or `kernels.set_default(...)`,
    at first the environment variable `KERNELS`;
 3. automatically ("auto"): the first that can run and is worth running there.
@@ -66,8 +65,8 @@ class Operator:
         self._choices: dict[tuple[str, str, torch.dtype], str] = {}
         _operators[name] = self
 
-    def choose(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> str:
-        """The implementation to run for an `impl=` argument (None: the process's setting).
+    def choose(self, implementation: str | None, device: torch.device, dtype: torch.dtype) -> str:
+        """The one to run for an `implementation=` argument (None: the process's setting).
 
         Raises ImplementationError when what was asked for cannot run, ValueError when the
         environment's setting is no setting.
@@ -75,26 +74,28 @@ class Operator:
         # Every call of an operator comes here, and looking for a reason takes a CPU 10 µs. The
         # answer depends on the key and on what does not change while a process runs.
         if torch.compiler.is_compiling():  # costs nothing there, and what is kept would be guarded
-            return self._chosen(impl, device, dtype)[0]
-        asked = _setting if impl is None else impl
+            return self._chosen(implementation, device, dtype)[0]
+        asked = _setting if implementation is None else implementation
         key = asked, (_meta_as if device.type == "meta" else device).type, dtype
         if key not in self._choices:
-            self._choices[key] = self._chosen(impl, device, dtype)[0]
+            self._choices[key] = self._chosen(implementation, device, dtype)[0]
         return self._choices[key]
 
-    def explain(self, impl: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
+    def explain(
+        self, implementation: str | None, device: torch.device, dtype: torch.dtype
+    ) -> Choice:
         """As `choose`, with the reason."""
-        name, passed_over = self._chosen(impl, device, dtype)
-        if (_setting if impl is None else impl) != AUTO:
+        name, passed_over = self._chosen(implementation, device, dtype)
+        if (_setting if implementation is None else implementation) != AUTO:
             return Choice(name, "asked for")
         reasons = [f"not {implementation}: {reason}" for implementation, reason in passed_over]
         return Choice(name, "; ".join(reasons) or "the best there is")
 
     def _chosen(
-        self, impl: str | None, device: torch.device, dtype: torch.dtype
+        self, implementation: str | None, device: torch.device, dtype: torch.dtype
     ) -> tuple[str, list[tuple[str, str]]]:
         """Its name, and what "auto" passed over, with the reasons."""
-        asked = _checked(_setting) if impl is None else impl
+        asked = _checked(_setting) if implementation is None else implementation
         device = _meta_as if device.type == "meta" else device
         if asked != AUTO:
             return self._named(asked, device, dtype), []
@@ -132,19 +133,20 @@ def implementations(
 
 
 def chosen(operator: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Which of its implementations an operator runs if it is called without `impl=`."""
+    """Which of its implementations an operator runs if it is called without `implementation=`."""
     return _operators[operator].choose(None, device, dtype)
 
 
 @contextmanager
-def use(impl: str) -> Iterator[None]:
-    """Within this context, operators called without `impl=` run `impl`: "auto" or "reference".
+def use(implementation: str) -> Iterator[None]:
+    """Within this context, operators called without `implementation=` run this: "auto" or
+    "reference".
 
     In the whole process, all its threads. A backward pass runs what its forward pass ran,
     wherever it is called.
     """
     global _setting
-    before, _setting = _setting, _checked(impl)
+    before, _setting = _setting, _checked(implementation)
     try:
         yield
     finally:
@@ -165,10 +167,10 @@ def meta_as(device: torch.device | str) -> Iterator[None]:
         _meta_as = before
 
 
-def set_default(impl: str) -> None:
-    """From now on, operators called without `impl=` run `impl` (as `use`, without an end)."""
+def set_default(implementation: str) -> None:
+    """From now on, operators called without `implementation=` run this (`use` without an end)."""
     global _setting
-    _setting = _checked(impl)
+    _setting = _checked(implementation)
 
 
 def everywhere(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -212,7 +212,7 @@ def test_launches() -> None:
         (x.t().mm(x) + 1).view(36)[2:]
     assert counter.launches == 2  # the product and the sum; views launch nothing
     with LaunchCounter() as counter:
-        kernels.frame_statistics(x[:, None, :, None, None], impl="pytorch")
+        kernels.frame_statistics(x[:, None, :, None, None], implementation="pytorch")
     with pytest.raises(KeyError, match="LAUNCHES does not say what sswgan::frame_moments"):
         _ = counter.launches
 

@@ -74,7 +74,8 @@ csrc_libraries.CUDA = Path(sys.argv[1])
 assert csrc_libraries.unavailable(csrc_libraries.CUDA) is None
 assert kernels.implementations("cuda")["power_iteration_"].implementation == "cuda"
 with pytest.raises(kernels.ImplementationError, match="tensors are on cpu, not on CUDA"):
-    kernels.power_iteration_([torch.randn(3, 4)], [torch.randn(3)], [torch.randn(4)], impl="cuda")
+    vectors = [torch.randn(3)], [torch.randn(4)]
+    kernels.power_iteration_([torch.randn(3, 4)], *vectors, implementation="cuda")
 # Called past that check, it is torch's dispatcher that refuses.
 tensors = [torch.zeros(1, 3)] * 7
 with pytest.raises(NotImplementedError, match="'sswgan_csrc::power_iteration'"):

@@ -14,11 +14,11 @@ from torch import Tensor
 import kernels
 
 
-def run(x_BTIHW: Tensor, weight_OhwI: Tensor, impl: str) -> tuple[float, list[Tensor]]:
+def run(x_BTIHW: Tensor, weight_OhwI: Tensor, implementation: str) -> tuple[float, list[Tensor]]:
     """Milliseconds of a forward and backward pass, the second of two; y and both gradients."""
     for _ in range(2):
         began = time.perf_counter()
-        y_BTOHW = kernels.upsample_conv(x_BTIHW, weight_OhwI, impl=impl)
+        y_BTOHW = kernels.upsample_conv(x_BTIHW, weight_OhwI, implementation=implementation)
         gradients = torch.autograd.grad(y_BTOHW.square().mean(), (x_BTIHW, weight_OhwI))
         milliseconds = 1000 * (time.perf_counter() - began)
     return milliseconds, [y_BTOHW.detach(), *gradients]

@@ -82,13 +82,13 @@ class SpectralWeight(OperatorLayer, PreparedLayer):
 
 
 def normalized_weights(
-    network: nn.Module, dtype: torch.dtype, *, impl: str | None = None
+    network: nn.Module, dtype: torch.dtype, *, implementation: str | None = None
 ) -> Prepared:
     """All weights of a network that computes in `dtype`, divided at once, and its biases, rounded
     at once; to be used by `with`.
 
     Around one forward pass: they are those of this moment. Their gradients all come at the end of
-    the backward pass. `impl` is one of `kernels.spectral_normalize_all`'s.
+    the backward pass. `implementation` is one of `kernels.spectral_normalize_all`'s.
 
     Nothing is prepared if the weights are settled. Nothing is prepared and every layer divides its
     own weight
@@ -104,12 +104,12 @@ def normalized_weights(
     layers = spectral_weights(network)
     if _one_by_one or _are_settled(layers):
         return Prepared({})
-    if not _runs_kernels(network) or (impl is None and _run_references(layers)):
+    if not _runs_kernels(network) or (implementation is None and _run_references(layers)):
         return Prepared({})
     if any(_is_partitioned(_weight(layer)) for layer in layers):
         return Prepared({})
     prepared: dict[PreparedLayer, Tensor] = dict(
-        zip(layers, _divided(layers, dtype, impl), strict=True)
+        zip(layers, _divided(layers, dtype, implementation), strict=True)
     )
     return Prepared(prepared | rounded_biases(network, dtype))
 
@@ -152,7 +152,7 @@ def _run_references(layers: Sequence[SpectralWeight]) -> bool:
 
 
 def _divided(
-    layers: Sequence[SpectralWeight], dtype: torch.dtype, impl: str | None
+    layers: Sequence[SpectralWeight], dtype: torch.dtype, implementation: str | None
 ) -> list[Tensor]:
     return kernels.spectral_normalize_all(
         [layer.weight for layer in layers],
@@ -160,7 +160,7 @@ def _divided(
         [layer.v for layer in layers],
         [None if layer.kept_dtype else dtype for layer in layers],
         [layer.fold for layer in layers],
-        impl=impl,
+        implementation=implementation,
     )
 
 

@@ -62,13 +62,13 @@ def conv_gru(
     bias_c_C: Tensor,
     *,
     hidden_BCHW: Tensor | None = None,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Every h, [B, T, C, H, W], channels last in memory.
 
     `hidden_BCHW` is h before the first frame, where a sequence goes on whose earlier frames an
     earlier call was given: that call's last h. Where gradients are wanted, the reference takes it.
-    `impl` as in `kernels.dispatch`.
+    `implementation` as in `kernels.dispatch`.
 
     No step waits for the device or looks at a value, so a caller may capture the call and its
     backward pass in a CUDA graph.
@@ -85,20 +85,20 @@ def conv_gru(
     if hidden_BCHW is not None and hidden_BCHW.shape != x_BTCHW[:, 0].shape:
         expected, given = list(x_BTCHW[:, 0].shape), tuple(hidden_BCHW.shape)
         raise ValueError(f"h must be {expected}, not {given}")
-    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
+    implementation = OPERATOR.choose(implementation, x_BTCHW.device, x_BTCHW.dtype)
     wants_gradients = torch.is_grad_enabled() and any(
         v is not None and v.requires_grad for v in (*operands, hidden_BCHW)
     )
     continues = hidden_BCHW is not None
-    if impl == REFERENCE or x_BTCHW.numel() == 0 or (continues and wants_gradients):
+    if implementation == REFERENCE or x_BTCHW.numel() == 0 or (continues and wants_gradients):
         return conv_gru_reference(*operands, hidden_BCHW)
     num_frames = x_BTCHW.shape[1]
     if num_frames > 1 and x_BTCHW.stride(1) == 0:
         operands = operands._replace(x_BtCHW=x_BTCHW[:, :1])
     if wants_gradients:
-        y_BTCHW: Tensor = ConvGRUFunction.apply(num_frames, impl, *operands)
+        y_BTCHW: Tensor = ConvGRUFunction.apply(num_frames, implementation, *operands)
         return y_BTCHW
-    return run(operands, num_frames, impl, keep_gates=False, hidden_BCHW=hidden_BCHW)[0]
+    return run(operands, num_frames, implementation, keep_gates=False, hidden_BCHW=hidden_BCHW)[0]
 
 
 def _check(x_BTCHW: Tensor, *parameters: Tensor) -> None:

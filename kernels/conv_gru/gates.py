@@ -15,9 +15,9 @@ from kernels.conv_gru import pytorch as conv_gru_pytorch
 from kernels.registration import operator
 
 
-def passes(impl: str) -> ModuleType | SimpleNamespace:
+def passes(implementation: str) -> ModuleType | SimpleNamespace:
     """`reset_update`, `candidate`, `candidate_grad` and `reset_grad` of an implementation."""
-    return conv_gru_pytorch if impl == "pytorch" else _REGISTERED
+    return conv_gru_pytorch if implementation == "pytorch" else _REGISTERED
 
 
 def _kernels() -> ModuleType:

@@ -60,12 +60,12 @@ class ConvGRUFunction(torch.autograd.Function):
     """`run`, and its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, num_frames: int, impl: str, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, num_frames: int, implementation: str, *tensors: Tensor) -> Tensor:
         """Every h, [B, T, C, H, W]."""
-        y_BTCHW, gates = run(GRUOperands(*tensors), num_frames, impl, keep_gates=True)
+        y_BTCHW, gates = run(GRUOperands(*tensors), num_frames, implementation, keep_gates=True)
         assert gates is not None
         ctx.save_for_backward(*tensors, y_BTCHW, *gates)
-        ctx.num_frames, ctx.impl = num_frames, impl
+        ctx.num_frames, ctx.implementation = num_frames, implementation
         return y_BTCHW
 
     @staticmethod
@@ -76,14 +76,14 @@ class ConvGRUFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of the backward pass is wanted
             grads = _differentiable_gradients(operands, wants, ctx.num_frames, dy_BTCHW)
         else:
-            grads = gradients(operands, wants, y_BTCHW, Gates(ru, c), dy_BTCHW, ctx.impl)
+            grads = gradients(operands, wants, y_BTCHW, Gates(ru, c), dy_BTCHW, ctx.implementation)
         return None, None, *grads
 
 
 def run(
     operands: GRUOperands,
     num_frames: int,
-    impl: str,
+    implementation: str,
     *,
     keep_gates: bool,
     hidden_BCHW: Tensor | None = None,
@@ -93,7 +93,7 @@ def run(
     Before the first frame h is 0 if it is not given; `gradients` are of that case.
     """
     x_BtCHW, *weights = operands[:4]
-    gate_passes, T = passes(impl), num_frames
+    gate_passes, T = passes(implementation), num_frames
     B, _, C, H, W = x_BtCHW.shape
     parts = _parts(*weights)
     biases = torch.cat(operands[4:])
@@ -129,10 +129,10 @@ def gradients(
     y_BTCHW: Tensor,
     gates: Gates,
     dy_BTCHW: Tensor,
-    impl: str,
+    implementation: str,
 ) -> list[Tensor | None]:
     """Those of the operands that are wanted."""
-    gate_passes, parts = passes(impl), _parts(*operands[1:4])
+    gate_passes, parts = passes(implementation), _parts(*operands[1:4])
     h_TBHWC = _time_major(y_BTCHW[:, :-1])
     ru_TBHW2C, c_TBHWC = gates
 

@@ -19,9 +19,9 @@ the moments that the next norm wants, if the implementation computes them withou
 `residual_BTOHW` is added: a video of y's size or, in `conv2d`, a shortcut that is upsampled
 (`UpsampledShortcut`). `skip` is x_l and its projection (`LowSkip`). `only_graph` is for the last
 operator of a block that is computed again for its backward pass, where nobody reads y: y has its
-gradient, but its values may be anything, because our own Functions do not compute them. `impl` is
-as in `kernels.dispatch`. All raise ValueError for a residual or an x_l that does not fit, and
-ImplementationError for an implementation that cannot run.
+gradient, but its values may be anything, because our own Functions do not compute them.
+`implementation` is as in `kernels.dispatch`. All raise ValueError for a residual or an x_l that
+does not fit, and ImplementationError for an implementation that cannot run.
 
 FLOPs: 2·k·I·O per pixel of y, k taps; 2·(3·I·O + 9·O²) separably; resampling as in `resampling.py`.
 Bytes: x, y and the residual once each, and separably the intermediate twice. `fused.py` has the
@@ -69,7 +69,7 @@ def conv2d(
     skip: LowSkip | None = None,
     relu: bool = False,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor: ...
 
 
@@ -83,7 +83,7 @@ def conv2d(
     skip: LowSkip | None = None,
     relu: bool = False,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Measured: ...
 
 
@@ -96,7 +96,7 @@ def conv2d(
     skip: LowSkip | None = None,
     relu: bool = False,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor | Measured:
     """Convolve every frame by itself; returns [B, T, O, H, W], with `relu` the ReLU of the sum.
 
@@ -117,7 +117,7 @@ def conv2d(
         skip=skip,
         relu=relu,
         only_graph=only_graph,
-        impl=impl,
+        implementation=implementation,
     )
     return Measured(y_BTOHW, moments) if isinstance(x_BTIHW, Normalized) else y_BTOHW
 
@@ -130,7 +130,7 @@ def conv3d(
     residual_BTOHW: Tensor | None = None,
     relu: bool = False,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Convolve in time and space at once; returns [B, T, O, H, W].
 
@@ -145,7 +145,7 @@ def conv3d(
         residual=residual_BTOHW,
         relu=relu,
         only_graph=only_graph,
-        impl=impl,
+        implementation=implementation,
     )
     return y_BTOHW
 
@@ -160,7 +160,7 @@ def separable_conv3d(
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor: ...
 
 
@@ -174,7 +174,7 @@ def separable_conv3d(
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Measured: ...
 
 
@@ -187,7 +187,7 @@ def separable_conv3d(
     residual_BTOHW: Tensor | None = None,
     skip: LowSkip | None = None,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor | Measured:
     """Three taps in time, then 3x3 in space; returns [B, T, O, H, W].
 
@@ -205,7 +205,12 @@ def separable_conv3d(
     size = size_of(x_BTIHW)
     time = Layout(size, columns=True)
     mixed_BTOHW, _ = convolve(
-        x_BTIHW, temporal_weight_OtI.unsqueeze(2), None, time, moments=False, impl=impl
+        x_BTIHW,
+        temporal_weight_OtI.unsqueeze(2),
+        None,
+        time,
+        moments=False,
+        implementation=implementation,
     )
     y_BTOHW, moments = convolve(
         mixed_BTOHW,
@@ -216,7 +221,7 @@ def separable_conv3d(
         skip=skip,
         moments=isinstance(x_BTIHW, Normalized) and x_BTIHW.wants_moments,
         only_graph=only_graph,
-        impl=impl,
+        implementation=implementation,
     )
     return Measured(y_BTOHW, moments) if isinstance(x_BTIHW, Normalized) else y_BTOHW
 
@@ -227,7 +232,7 @@ def upsample_conv(
     weight_OhwI: Tensor | Folded,
     bias_O: Tensor | None = None,
     *,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor: ...
 
 
@@ -237,7 +242,7 @@ def upsample_conv(
     weight_OhwI: Tensor | Folded,
     bias_O: Tensor | None = None,
     *,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Measured: ...
 
 
@@ -246,16 +251,16 @@ def upsample_conv(
     weight_OhwI: Tensor | Folded,
     bias_O: Tensor | None = None,
     *,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor | Measured:
     """Upsample every frame by two and convolve it; returns [B, T, O, 2H, 2W] in the dtype of x.
 
-    `impl` is "folded" or "reference".
+    `implementation` is "folded" or "reference".
 
     >>> kernels.upsample_conv(torch.randn(2, 3, 8, 6, 6), torch.randn(16, 3, 3, 8)).shape
     torch.Size([2, 3, 16, 12, 12])
     """
-    y_BTOHW, moments = upsampled(x_BTIHW, weight_OhwI, bias_O, impl)
+    y_BTOHW, moments = upsampled(x_BTIHW, weight_OhwI, bias_O, implementation)
     return Measured(y_BTOHW, moments) if isinstance(x_BTIHW, Normalized) else y_BTOHW
 
 
@@ -266,11 +271,12 @@ def conv_pool2d(
     *,
     residual_BTOHW: Tensor | None = None,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Convolve every frame, pool 2x2, add the (already pooled) residual.
 
-    Returns [B, T, O, H // 2, W // 2] in the dtype of x. `impl` is "folded" or "reference".
+    Returns [B, T, O, H // 2, W // 2] in the dtype of x. `implementation` is "folded" or
+    "reference".
 
     >>> kernels.conv_pool2d(torch.randn(2, 3, 8, 6, 6), torch.randn(16, 3, 3, 8)).shape
     torch.Size([2, 3, 16, 3, 3])
@@ -283,7 +289,7 @@ def conv_pool2d(
         volume=False,
         residual=residual_BTOHW,
         only_graph=only_graph,
-        impl=impl,
+        implementation=implementation,
     )
 
 
@@ -295,12 +301,12 @@ def conv_pool3d(
     residual_BTOHW: Tensor | None = None,
     pooling: Pooling = (1, 2, 2),
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Convolve in time and space, pool, add the (already pooled) residual.
 
     Returns [B, T // pooling[0], O, H // 2, W // 2] in the dtype of x. `pooling` is (1, 2, 2), which
-    keeps time, or (2, 2, 2). `impl` is "folded" or "reference".
+    keeps time, or (2, 2, 2). `implementation` is "folded" or "reference".
 
     >>> kernels.conv_pool3d(torch.randn(2, 4, 8, 6, 6), torch.randn(16, 3, 3, 3, 8)).shape
     torch.Size([2, 4, 16, 3, 3])
@@ -313,5 +319,5 @@ def conv_pool3d(
         volume=True,
         residual=residual_BTOHW,
         only_graph=only_graph,
-        impl=impl,
+        implementation=implementation,
     )

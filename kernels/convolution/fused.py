@@ -81,7 +81,7 @@ class ConvolutionMethod(NamedTuple):
     layout: Layout
     norm: NormMethod | None
     """Of the norm in front; None: there is none."""
-    impl: str
+    implementation: str
     relu: bool
     moments: bool
     """Whether y's are computed too."""
@@ -137,7 +137,7 @@ def convolve(
     relu: bool = False,
     moments: bool | None = None,
     only_graph: bool = False,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """Returns y, [B, T', O, H', W'] in the dtype of x, channels last in memory, and its moments.
 
@@ -151,15 +151,15 @@ def convolve(
     cannot run.
     """
     video = source_of(x_BTIHW)
-    impl = OPERATOR.choose(impl, video.device, video.dtype)
-    if impl == "triton" and layout.resamples:
+    implementation = OPERATOR.choose(implementation, video.device, video.dtype)
+    if implementation == "triton" and layout.resamples:
         raise ImplementationError("convolutions that resample have no implementation in Triton")
     norm_method: NormMethod | None = None
     x_operands: tuple[Any, ...] | None = None
     if isinstance(x_BTIHW, Normalized):
         moments = x_BTIHW.wants_moments if moments is None else moments
         # If the reference convolution was asked for, its norm is the reference too.
-        norm_impl = REFERENCE if impl == REFERENCE else AUTO
+        norm_impl = REFERENCE if implementation == REFERENCE else AUTO
         if x_BTIHW.kept:
             video = x_BTIHW.value(norm_impl)
         else:
@@ -168,7 +168,7 @@ def convolve(
     shape = (len(video), num_frames, weight_OabI.shape[0], *layout.out_size)
     if not isinstance(residual, UpsampledShortcut):
         _check_residual(residual, shape)
-        if impl == "pytorch" and skip is None and _is_pytorchs_own(x_BTIHW, layout):
+        if implementation == "pytorch" and skip is None and _is_pytorchs_own(x_BTIHW, layout):
             y_BTOHW = convolution_pytorch.convolve_video(
                 layout, video, weight_OabI, bias_O, residual, relu
             )
@@ -177,10 +177,10 @@ def convolve(
         *(x_operands or (norms.rows(video), None, None, None, None)),
         weight_OabI,
         bias_O,
-        _residual_rows(residual, shape, impl, only_graph),
+        _residual_rows(residual, shape, implementation, only_graph),
         *(skip or (None, None, None)),
     )
-    method = ConvolutionMethod(layout, norm_method, impl, relu, bool(moments))
+    method = ConvolutionMethod(layout, norm_method, implementation, relu, bool(moments))
     y_BTSO, own_moments = _compute(method, ConvolutionOperands(*tensors), only_graph)
     return as_video(y_BTSO, layout.out_size), own_moments
 
@@ -200,13 +200,13 @@ def _compute(
     method: ConvolutionMethod, operands: ConvolutionOperands, only_graph: bool
 ) -> tuple[Tensor, Moments | None]:
     """y, and its moments where they are asked for and cost little."""
-    if method.impl == REFERENCE or operands.x.numel() == 0:
+    if method.implementation == REFERENCE or operands.x.numel() == 0:
         return _compose(method, operands), None
     if only_graph and torch.is_grad_enabled():
         assert not method.relu, "its gradient reads the values"
-        method = method._replace(impl=_GRAPH_ONLY, moments=False)
+        method = method._replace(implementation=_GRAPH_ONLY, moments=False)
         return _Convolution.apply(method, *operands), None
-    if method.impl == "pytorch":
+    if method.implementation == "pytorch":
         method = method._replace(moments=False)
     # A Function costs some 50 µs of Python, also where nothing is to be kept.
     run = _Convolution.apply if torch.is_grad_enabled() else _forward
@@ -220,7 +220,7 @@ def _compute(
 def _residual_rows(
     residual: Tensor | UpsampledShortcut | None,
     shape: tuple[int, ...],
-    impl: str,
+    implementation: str,
     only_graph: bool,
 ) -> Tensor | None:
     """Rows of y's `shape`, or of half its height and width where they are to be upsampled."""
@@ -229,10 +229,12 @@ def _residual_rows(
         half = (*shape[:2], video.shape[2], *(size // 2 for size in shape[3:]))
         if video.shape != half or any(size % 2 for size in shape[3:]):
             raise ValueError(f"the shortcut to {shape} must be of {half}, not {tuple(video.shape)}")
-        if impl == REFERENCE:
+        if implementation == REFERENCE:
             return norms.rows(upsampled_shortcut(residual))
         layout = Layout(size_of(video))
-        residual, _ = convolve(video, weight, bias, layout, only_graph=only_graph, impl=impl)
+        residual, _ = convolve(
+            video, weight, bias, layout, only_graph=only_graph, implementation=implementation
+        )
     return None if residual is None else norms.rows(residual)
 
 
@@ -248,20 +250,20 @@ def _is_half(residual_BTSO: Tensor | None, layout: Layout) -> bool:
 
 def _forward(method: ConvolutionMethod, *tensors: Any) -> Any:
     """y, and its mean and variance if the method says so, of operands; without derivatives."""
-    layout, _, impl, relu, moments = method
+    layout, _, implementation, relu, moments = method
     operands = ConvolutionOperands(*tensors)
-    if impl == _GRAPH_ONLY:
+    if implementation == _GRAPH_ONLY:
         num_frames, (height, width) = layout.out_frames(operands.x.shape[1]), layout.out_size
         num_channels = operands.weight.shape[0]
         return operands.x.new_empty(len(operands.x), num_frames, height * width, num_channels)
     a, weight, bias = _prologue(method, operands), operands.weight, operands.bias
     size = layout.out_size
     own: Sequence[Tensor] = ()
-    if impl == "triton":
+    if implementation == "triton":
         y_BTSO, *own = fused_convolution(
             a, weight, bias, *operands.terms, size, layout.columns, relu, moments
         )
-    elif impl == "epilogue":
+    elif implementation == "epilogue":
         y_BTSO = convolution_pytorch.convolution(layout, a, weight, None)
         if relu or moments or any(term is not None for term in (bias, *operands.terms)):
             y = convolution_pytorch.changeable(y_BTSO)

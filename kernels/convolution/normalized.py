@@ -36,14 +36,20 @@ class Normalized:
     """Whether a norm comes next. If so the convolution also returns the moments of its result,
     which saves that norm a pass."""
 
-    def value(self, impl: str | None = None) -> Tensor:
+    def value(self, implementation: str | None = None) -> Tensor:
         """The normalised video itself."""
-        return norms.apply(*self.prepare(impl), self.video.shape[3:])
+        return norms.apply(*self.prepare(implementation), self.video.shape[3:])
 
-    def prepare(self, impl: str | None) -> tuple[NormOperands, NormMethod]:
+    def prepare(self, implementation: str | None) -> tuple[NormOperands, NormMethod]:
         """What the norm's passes take."""
         return norms.prepare(
-            self.video, self.gain, self.bias, self.statistics, self.group, impl, self.moments
+            self.video,
+            self.gain,
+            self.bias,
+            self.statistics,
+            self.group,
+            implementation,
+            self.moments,
         )
 
 

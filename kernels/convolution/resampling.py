@@ -47,7 +47,7 @@ def upsampled(
     x_BTIHW: Tensor | Normalized,
     weight_OhwI: Tensor | Folded,
     bias_O: Tensor | None,
-    impl: str | None,
+    implementation: str | None,
 ) -> tuple[Tensor, Moments | None]:
     """`upsample_conv`, and the moments of the result where `Normalized` wants them."""
     kernel_OabI = weight_OhwI.kernel if isinstance(weight_OhwI, Folded) else weight_OhwI
@@ -57,13 +57,13 @@ def upsampled(
             f"the weight must be [O, 3, 3, I], folded [O, 4, 4, I], not {[*kernel_OabI.shape]}"
         )
     video = source_of(x_BTIHW)
-    impl = UPSAMPLE.choose(impl, video.device, video.dtype)
-    if impl == REFERENCE and not isinstance(weight_OhwI, Folded):
+    implementation = UPSAMPLE.choose(implementation, video.device, video.dtype)
+    if implementation == REFERENCE and not isinstance(weight_OhwI, Folded):
         x = x_BTIHW.value(REFERENCE) if isinstance(x_BTIHW, Normalized) else x_BTIHW
         return upsample_conv_reference(x, weight_OhwI, bias_O), None
     kernel, bias = _cast(folded(weight_OhwI, "upsampling"), bias_O, video.dtype)
     layout = Layout(size_of(x_BTIHW), upsample=True)
-    return convolve(x_BTIHW, kernel, bias, layout, impl=_of_convolution(impl))
+    return convolve(x_BTIHW, kernel, bias, layout, implementation=_of_convolution(implementation))
 
 
 def upsample_conv_reference(
@@ -85,7 +85,7 @@ def pooled(
     volume: bool,
     residual: Tensor | None,
     only_graph: bool,
-    impl: str | None,
+    implementation: str | None,
 ) -> Tensor:
     """`conv_pool2d` and, of a `volume`, `conv_pool3d`."""
     _check_pooling(x_BTIHW, pooling)
@@ -94,8 +94,8 @@ def pooled(
         axes = "[O, kt, kh, kw, I]" if volume else "[O, kh, kw, I]"
         raise ValueError(f"the weight must be {axes}, not {[*shape]}")
     operator = POOL3D if volume else POOL2D
-    impl = operator.choose(impl, x_BTIHW.device, x_BTIHW.dtype)
-    if impl == REFERENCE and not isinstance(weight_OkI, Folded):
+    implementation = operator.choose(implementation, x_BTIHW.device, x_BTIHW.dtype)
+    if implementation == REFERENCE and not isinstance(weight_OkI, Folded):
         y_BTOHW = conv_pool_reference(x_BTIHW, weight_OkI, bias_O, pooling)
         return y_BTOHW if residual is None else y_BTOHW + residual
     how = pooling if volume else pooling[1:]
@@ -108,7 +108,7 @@ def pooled(
         layout,
         residual=residual,
         only_graph=only_graph,
-        impl=_of_convolution(impl),
+        implementation=_of_convolution(implementation),
     )
     return y_BTOHW
 
@@ -119,7 +119,7 @@ def conv_pool_reference(
     """As the equation stands, of a 2D or a 3D weight."""
     weight, bias = _cast(weight_OkI, bias_O, x_BTIHW.dtype)
     layout = Layout(size_of(x_BTIHW), volume=weight.ndim == 5)
-    y_BTOHW, _ = convolve(x_BTIHW, weight, bias, layout, impl=REFERENCE)
+    y_BTOHW, _ = convolve(x_BTIHW, weight, bias, layout, implementation=REFERENCE)
     return average_pool(y_BTOHW, pooling)
 
 
@@ -140,9 +140,9 @@ def average_pool(x_BTCHW: Tensor, pooling: Pooling = (1, 2, 2)) -> Tensor:
     return unfold_frames(F.avg_pool2d(fold_frames(x_BTCHW), 2), x_BTCHW.shape[1])
 
 
-def _of_convolution(impl: str) -> str | None:
+def _of_convolution(implementation: str) -> str | None:
     """The convolution's implementation: its reference, or what it chooses itself."""
-    return REFERENCE if impl == REFERENCE else None
+    return REFERENCE if implementation == REFERENCE else None
 
 
 def _check_pooling(x_BTCHW: Tensor, pooling: Pooling) -> None:

@@ -59,11 +59,13 @@ OPERATOR = Operator(
 )
 
 
-def frame_statistics(x_BTCHW: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
+def frame_statistics(
+    x_BTCHW: Tensor, *, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every (time step, channel), each [T, C], differentiable.
 
-    fp32, and fp64 for fp64. `impl` as in `kernels.dispatch`. Raises ValueError for an empty
-    video, ImplementationError for an implementation that cannot run.
+    fp32, and fp64 for fp64. `implementation` as in `kernels.dispatch`. Raises ValueError for an
+    empty video, ImplementationError for an implementation that cannot run.
 
     >>> mean_TC, var_TC = kernels.frame_statistics(torch.randn(2, 3, 8, 4, 4))
     >>> mean_TC.shape
@@ -71,8 +73,12 @@ def frame_statistics(x_BTCHW: Tensor, *, impl: str | None = None) -> tuple[Tenso
     """
     x_BTSC = rows(x_BTCHW)
     _require_values(x_BTCHW)
-    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
-    return frame_norm_pytorch.moments(x_BTSC) if impl == REFERENCE else frame_moments(x_BTSC, impl)
+    implementation = OPERATOR.choose(implementation, x_BTCHW.device, x_BTCHW.dtype)
+    return (
+        frame_norm_pytorch.moments(x_BTSC)
+        if implementation == REFERENCE
+        else frame_moments(x_BTSC, implementation)
+    )
 
 
 def frame_norm(
@@ -82,7 +88,7 @@ def frame_norm(
     *,
     statistics: tuple[Tensor, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Normalise per (time step, channel), scale, shift, ReLU; same shape and dtype as x.
 
@@ -90,7 +96,7 @@ def frame_norm(
     var_TC) replaces the batch's own: gradients reach them if they require some, and pass through
     them to x only if they were computed from x. With `group` mean and variance are over the samples
     of all its ranks, which must hold batches of one size: an all-reduce of [2, T, C] forward, in
-    fp64, and one backward. `impl` as in `kernels.dispatch`.
+    fp64, and one backward. `implementation` as in `kernels.dispatch`.
 
     Raises ValueError for shapes that do not fit, an empty video without `statistics`, and
     `statistics` together with `group`; ImplementationError for an implementation that cannot run.
@@ -101,13 +107,13 @@ def frame_norm(
     >>> torch.equal(y_BTCHW, kernels.frame_norm(x_BTCHW, gain_BC, bias_BC, statistics=fixed))
     True
     """
-    operands, method = prepare(x_BTCHW, gain, bias, statistics, group, impl)
+    operands, method = prepare(x_BTCHW, gain, bias, statistics, group, implementation)
     return apply(operands, method, x_BTCHW.shape[3:])
 
 
 def apply(operands: NormOperands, method: NormMethod, size: tuple[int, ...]) -> Tensor:
     """y of H x W = `size`, from the operands and the method that `prepare` returns."""
-    if method.impl == REFERENCE:
+    if method.implementation == REFERENCE:
         y_BTSC = frame_norm_pytorch.normalize(operands)
     elif torch.is_grad_enabled():
         y_BTSC = frame_normalize(*operands, *method)
@@ -122,7 +128,7 @@ def prepare(
     bias: Tensor,
     statistics: tuple[Tensor, Tensor] | None,
     group: dist.ProcessGroup | None,
-    impl: str | None,
+    implementation: str | None,
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[NormOperands, NormMethod]:
     """Operands and method of a norm. Arguments as `frame_norm`'s; `moments` are mean and variance
@@ -132,19 +138,19 @@ def prepare(
         _require_values(x_BTCHW)
     elif group is not None:
         raise ValueError("given statistics are not synchronised: pass either them or a group")
-    impl = OPERATOR.choose(impl, x_BTCHW.device, x_BTCHW.dtype)
-    impl = impl if x_BTCHW.numel() else REFERENCE
-    method = NormMethod(statistics is None, group_name(group), impl)
+    implementation = OPERATOR.choose(implementation, x_BTCHW.device, x_BTCHW.dtype)
+    implementation = implementation if x_BTCHW.numel() else REFERENCE
+    method = NormMethod(statistics is None, group_name(group), implementation)
     x_BTSC = rows(x_BTCHW)
     gain_BtC, bias_BtC = (v[:, None] if v.dim() == 2 else v for v in (gain, bias))
     if statistics is not None:
         dtype = torch.promote_types(x_BTCHW.dtype, torch.float32)
         mean_TC, var_TC = (v.to(dtype).contiguous() for v in statistics)
-    elif impl == REFERENCE:
+    elif implementation == REFERENCE:
         mean_TC, var_TC = frame_norm_pytorch.moments(x_BTSC, method.group)
     else:
         with torch.no_grad():  # frame_normalize takes the gradient through them as well
-            mean_TC, var_TC = moments or untracked_moments(x_BTSC, impl)
+            mean_TC, var_TC = moments or untracked_moments(x_BTSC, implementation)
             mean_TC, var_TC = _synchronized(mean_TC, var_TC, method.group)
     operands = NormOperands(x_BTSC, gain_BtC.contiguous(), bias_BtC.contiguous(), mean_TC, var_TC)
     return operands, method

@@ -20,11 +20,11 @@ from kernels.registration import operator
 # -------------------------------------------------------------------- operators and fakes
 
 
-def _passes(impl: str) -> ModuleType:
+def _passes(implementation: str) -> ModuleType:
     """The module with the four passes; Triton is imported when first used."""
-    if impl == "pytorch":
+    if implementation == "pytorch":
         return frame_norm_pytorch
-    if impl == "cpu":
+    if implementation == "cpu":
         return frame_norm_cpu
     from kernels.frame_norm import triton as frame_norm_triton
 
@@ -32,13 +32,13 @@ def _passes(impl: str) -> ModuleType:
 
 
 @operator("frame_moments")
-def frame_moments(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def frame_moments(x_BTSC: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, each [T, C]."""
-    return _passes(impl).moments(x_BTSC)
+    return _passes(implementation).moments(x_BTSC)
 
 
 @torch.library.register_fake(frame_moments)
-def _(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def _(x_BTSC: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     statistic = widened(x_BTSC.new_empty(x_BTSC.shape[1], x_BTSC.shape[3]))
     return statistic, torch.empty_like(statistic)
 
@@ -52,10 +52,12 @@ def frame_normalize(
     var_TC: Tensor,
     own_statistics: bool,
     group: str,
-    impl: str,
+    implementation: str,
 ) -> Tensor:
     """y, of `NormOperands` and a `NormMethod`."""
-    return _passes(impl).normalize(NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC))
+    return _passes(implementation).normalize(
+        NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC)
+    )
 
 
 @torch.library.register_fake(frame_normalize)
@@ -71,10 +73,12 @@ def frame_norm_sums(
     bias_BtC: Tensor,
     mean_TC: Tensor,
     var_TC: Tensor,
-    impl: str,
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """(S1, S2) as [2, B, T, C], and their sums over the batch weighted by the gain, [2, T, C]."""
-    return _passes(impl).sums(dy_BTSC, NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC))
+    return _passes(implementation).sums(
+        dy_BTSC, NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC)
+    )
 
 
 @torch.library.register_fake(frame_norm_sums)
@@ -92,11 +96,11 @@ def frame_norm_dx(
     mean_TC: Tensor,
     var_TC: Tensor,
     terms_2TC: Tensor | None,
-    impl: str,
+    implementation: str,
 ) -> Tensor:
     """dx; `terms` are Σ_b gain·(S1, S2) / n, None where the statistics do not depend on x."""
     operands = NormOperands(x_BTSC, gain_BtC, bias_BtC, mean_TC, var_TC)
-    return _passes(impl).dx(dy_BTSC, operands, terms_2TC)
+    return _passes(implementation).dx(dy_BTSC, operands, terms_2TC)
 
 
 @torch.library.register_fake(frame_norm_dx)
@@ -108,42 +112,46 @@ def _(dy_BTSC: Tensor, x_BTSC: Tensor, *arguments: Any) -> Tensor:
 # costs 20 µs of Python and more. A compiler may see PyTorch's operators, but not the library's.
 
 
-def _unregistered(impl: str) -> ModuleType | None:
+def _unregistered(implementation: str) -> ModuleType | None:
     """The passes where they need not be operators; None where they must."""
-    if impl == "pytorch" or (impl == "cpu" and not torch.compiler.is_compiling()):
-        return _passes(impl)
+    if implementation == "pytorch" or (
+        implementation == "cpu" and not torch.compiler.is_compiling()
+    ):
+        return _passes(implementation)
     return None
 
 
-def untracked_moments(x_BTSC: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def untracked_moments(x_BTSC: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     """`frame_moments` without a gradient."""
-    passes = _unregistered(impl)
-    return frame_moments(x_BTSC, impl) if passes is None else passes.moments(x_BTSC)
+    passes = _unregistered(implementation)
+    return frame_moments(x_BTSC, implementation) if passes is None else passes.moments(x_BTSC)
 
 
 def untracked_normalize(operands: NormOperands, method: NormMethod) -> Tensor:
     """`frame_normalize` without a gradient."""
-    passes = _unregistered(method.impl)
+    passes = _unregistered(method.implementation)
     if passes is None:
         return frame_normalize(*operands, *method)
     return passes.normalize(operands)
 
 
-def _untracked_sums(dy_BTSC: Tensor, operands: NormOperands, impl: str) -> tuple[Tensor, Tensor]:
+def _untracked_sums(
+    dy_BTSC: Tensor, operands: NormOperands, implementation: str
+) -> tuple[Tensor, Tensor]:
     """`frame_norm_sums`."""
-    passes = _unregistered(impl)
+    passes = _unregistered(implementation)
     if passes is None:
-        return frame_norm_sums(dy_BTSC, *operands, impl)
+        return frame_norm_sums(dy_BTSC, *operands, implementation)
     return passes.sums(dy_BTSC, operands)
 
 
 def _untracked_dx(
-    dy_BTSC: Tensor, operands: NormOperands, terms_2TC: Tensor | None, impl: str
+    dy_BTSC: Tensor, operands: NormOperands, terms_2TC: Tensor | None, implementation: str
 ) -> Tensor:
     """`frame_norm_dx`."""
-    passes = _unregistered(impl)
+    passes = _unregistered(implementation)
     if passes is None:
-        return frame_norm_dx(dy_BTSC, *operands, terms_2TC, impl)
+        return frame_norm_dx(dy_BTSC, *operands, terms_2TC, implementation)
     return passes.dx(dy_BTSC, operands, terms_2TC)
 
 
@@ -188,14 +196,16 @@ def gradients(
     wants_x, *wants_rest = wanted
     dy_BTSC = dy_BTSC.contiguous()
     # Both halves in PyTorch share what they recompute.
-    shared = frame_norm_pytorch.passed(dy_BTSC, operands) if method.impl == "pytorch" else None
+    shared = (
+        frame_norm_pytorch.passed(dy_BTSC, operands) if method.implementation == "pytorch" else None
+    )
     grads: dict[str, Tensor] = {}
     terms = None
     if method.own_statistics or any(wants_rest):
         if shared:
             sums, weighted = shared.sums(gain)
         else:
-            sums, weighted = _untracked_sums(dy_BTSC, operands, method.impl)
+            sums, weighted = _untracked_sums(dy_BTSC, operands, method.implementation)
             if gain.shape == bias.shape:  # both sums over time at once
                 sums = sums.sum_to_size(2, *gain.shape)
         grads["bias"], grads["gain"] = (
@@ -211,7 +221,7 @@ def gradients(
     if wants_x and shared:
         grads["x"] = shared.dx_(terms).to(x.dtype)
     elif wants_x:
-        grads["x"] = _untracked_dx(dy_BTSC, operands, terms, method.impl)
+        grads["x"] = _untracked_dx(dy_BTSC, operands, terms, method.implementation)
     return [grads.get(name) for name in ("x", "gain", "bias", "mean", "var")]
 
 

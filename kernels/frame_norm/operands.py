@@ -26,4 +26,4 @@ class NormMethod(NamedTuple):
     """Whether mean and variance are x's own, so that its gradient passes through them."""
     group: str
     """The ranks whose samples share the statistics, by name; "" for this rank alone."""
-    impl: str
+    implementation: str

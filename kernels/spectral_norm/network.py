@@ -135,13 +135,13 @@ class _Method(NamedTuple):
     dtype: torch.dtype
     lows: tuple[bool, ...]
     folds: tuple[int, ...]
-    impl: str
+    implementation: str
 
 
 def _forward(method: _Method, *tensors: Tensor) -> tuple[list[Tensor], Tensor]:
     """(K of every weight, σ [L]) without derivatives, of all weights, then all u, then all v."""
     weights, us, vs = _thirds(tensors)
-    if method.impl == "triton":
+    if method.implementation == "triton":
         return normalize_all_operator(weights, us, vs, method.dtype, method.lows, method.folds)
     dtypes, hows = _dtypes(weights, method.dtype, method.lows), [FOLDS[i] for i in method.folds]
     return network_pytorch.normalize(weights, us, vs, dtypes, hows)
@@ -166,7 +166,7 @@ class _NormalizeAll(torch.autograd.Function):
         method: _Method = ctx.method
         weights, us, vs = _thirds(tensors)
         dws: Sequence[Tensor]
-        if method.impl == "triton" and not torch.is_grad_enabled():
+        if method.implementation == "triton" and not torch.is_grad_enabled():
             dys = tuple(dy.contiguous() for dy in dys)
             dws = gradients_operator(dys, weights, us, vs, sigma_L, method.folds)
         else:
@@ -194,7 +194,7 @@ def spectral_normalize_all(
     dtypes: Sequence[torch.dtype | None],
     folds: Sequence[Fold],
     *,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> list[Tensor]:
     """fold(W / (uᵀ W v)) of every weight, cast; differentiable in the weights.
 
@@ -204,8 +204,8 @@ def spectral_normalize_all(
     (2, 2) for [O, h, w, I], (1, 2, 2) or (2, 2, 2) for [O, t, h, w, I].
 
     u and v are constants, and must be as they are until the backward pass is done. Gradients of
-    all weights come at once, when those of all kernels are there. Runs are bit-equal. `impl` as in
-    `kernels.dispatch`.
+    all weights come at once, when those of all kernels are there. Runs are bit-equal.
+    `implementation` as in `kernels.dispatch`.
 
     Raises ValueError for lists that do not fit, an empty list or weight, and dtypes and folds that
     cannot be; ImplementationError for an implementation that cannot run.
@@ -232,14 +232,14 @@ def spectral_normalize_all(
         raise ValueError(f"kernels are of their weights' {own} and one 16-bit dtype, not {names}")
 
     us, vs = ([v.detach() if v.requires_grad else v for v in vectors] for vectors in (us, vs))
-    impl = SPECTRAL_NORMALIZE_ALL.choose(impl, weights[0].device, own)
-    if impl == REFERENCE:
+    implementation = SPECTRAL_NORMALIZE_ALL.choose(implementation, weights[0].device, own)
+    if implementation == REFERENCE:
         return spectral_normalize_all_reference(weights, us, vs, wanted, folds)
     method = _Method(
         next(iter(others), own),
         tuple(dtype != own for dtype in wanted),
         tuple(FOLDS.index(how) for how in folds),
-        impl,
+        implementation,
     )
     tensors = *(weight.contiguous() for weight in weights), *us, *vs
     if torch.is_grad_enabled():

@@ -52,10 +52,10 @@ def power_iteration_operator(
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
     num_iterations: int,
-    impl: str,
+    implementation: str,
 ) -> Tensor:
     """σ [L]; u and v in place."""
-    if impl == "cuda":
+    if implementation == "cuda":
         return cuda.power_iteration(weights, us, vs, num_iterations)
     from kernels.spectral_norm import power_iteration_triton
 
@@ -74,13 +74,13 @@ def power_iteration_(
     vs: Sequence[Tensor],
     num_iterations: int = 1,
     *,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """Bring every (u, v) closer to its weight's leading singular vectors, in place, untracked.
 
     All weights in one call, of any number and any shapes [R, ...] of one dtype on one device: a
     whole network's iteration is four launches. Returns σ = uᵀWv of each with its new u and v, [L].
-    Runs are bit-equal. `impl` as in `kernels.dispatch`.
+    Runs are bit-equal. `implementation` as in `kernels.dispatch`.
 
     Raises ValueError for lists that do not fit, an empty list or weight, vectors that are not
     contiguous or not of their weight's dtype and device, and less than one iteration;
@@ -95,9 +95,13 @@ def power_iteration_(
     check_lists(weights, us, vs)
     if num_iterations < 1:
         raise ValueError(f"{num_iterations} power iterations")
-    impl = POWER_ITERATION.choose(impl, weights[0].device, weights[0].dtype)
-    if impl == REFERENCE:
+    implementation = POWER_ITERATION.choose(implementation, weights[0].device, weights[0].dtype)
+    if implementation == REFERENCE:
         return power_iteration_reference(weights, us, vs, num_iterations)
     return power_iteration_operator(
-        [weight.contiguous() for weight in weights], list(us), list(vs), num_iterations, impl
+        [weight.contiguous() for weight in weights],
+        list(us),
+        list(vs),
+        num_iterations,
+        implementation,
     )

@@ -50,11 +50,11 @@ def spectral_normalize_reference(
 
 @operator("spectral_normalize")
 def normalize_operator(
-    weight: Tensor, u_R: Tensor, v_K: Tensor, dtype: torch.dtype, impl: str
+    weight: Tensor, u_R: Tensor, v_K: Tensor, dtype: torch.dtype, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """(Ŵ, σ). The weight as it is, not a view: what is saved must be the parameter itself, so that
     ZeRO-3 can drop and gather its values between the forward and the backward pass."""
-    if impl == "pytorch":
+    if implementation == "pytorch":
         sigma = torch.dot(u_R, weight.flatten(1).mv(v_K))
         return (weight / sigma).to(dtype), sigma
     from kernels.spectral_norm import weight_triton
@@ -64,17 +64,17 @@ def normalize_operator(
 
 @torch.library.register_fake(normalize_operator)
 def _(
-    weight: Tensor, u_R: Tensor, v_K: Tensor, dtype: torch.dtype, impl: str
+    weight: Tensor, u_R: Tensor, v_K: Tensor, dtype: torch.dtype, implementation: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=dtype), weight.new_empty(())
 
 
 @operator("spectral_normalize_dw")
 def gradient_operator(
-    dy: Tensor, weight: Tensor, u_R: Tensor, v_K: Tensor, sigma: Tensor, impl: str
+    dy: Tensor, weight: Tensor, u_R: Tensor, v_K: Tensor, sigma: Tensor, implementation: str
 ) -> Tensor:
     """dW, from dŴ."""
-    if impl == "pytorch":
+    if implementation == "pytorch":
         dy = dy.to(weight.dtype)
         inner = torch.dot(dy.flatten(), weight.flatten()) / sigma
         dw_RK = torch.addr(dy.flatten(1), u_R, v_K * -inner).div_(sigma)
@@ -93,7 +93,7 @@ def _(dy: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weight, u_R, v_K, _, ctx.impl = inputs
+    weight, u_R, v_K, _, ctx.implementation = inputs
     ctx.save_for_backward(weight, u_R, v_K, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else a zero for σ is made per weight and pass
@@ -106,7 +106,7 @@ def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None,
     if torch.is_grad_enabled():  # a graph of the backward pass is wanted
         dw = _differentiable_gradient(dy, weight, u_R, v_K)
     else:
-        dw = gradient_operator(dy.contiguous(), weight, u_R, v_K, sigma, ctx.impl)
+        dw = gradient_operator(dy.contiguous(), weight, u_R, v_K, sigma, ctx.implementation)
     return dw, None, None, None, None
 
 
@@ -129,12 +129,12 @@ def spectral_normalize(
     v_K: Tensor,
     dtype: torch.dtype | None = None,
     *,
-    impl: str | None = None,
+    implementation: str | None = None,
 ) -> Tensor:
     """W / (uᵀ W v), cast to `dtype` (None keeps the weight's); differentiable in W.
 
     The weight is [R, ...]. u and v are constants: no gradient reaches them, and they must be as
-    they are until the backward pass is done. `impl` as in `kernels.dispatch`.
+    they are until the backward pass is done. `implementation` as in `kernels.dispatch`.
 
     Raises ValueError for vectors that do not fit the weight and for an empty one;
     ImplementationError for an implementation that cannot run.
@@ -148,8 +148,10 @@ def spectral_normalize(
     check(weight, u_R, v_K)
     dtype = dtype or weight.dtype
     u_R, v_K = u_R.detach(), v_K.detach()
-    impl = SPECTRAL_NORMALIZE.choose(impl, weight.device, weight.dtype)
-    if impl == REFERENCE:
+    implementation = SPECTRAL_NORMALIZE.choose(implementation, weight.device, weight.dtype)
+    if implementation == REFERENCE:
         return spectral_normalize_reference(weight, u_R, v_K, dtype)
-    y, _ = normalize_operator(weight.contiguous(), u_R.contiguous(), v_K.contiguous(), dtype, impl)
+    y, _ = normalize_operator(
+        weight.contiguous(), u_R.contiguous(), v_K.contiguous(), dtype, implementation
+    )
     return y

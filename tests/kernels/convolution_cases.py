@@ -65,13 +65,15 @@ def draw(
     return {name: value.to(DEVICE, dtype) for name, value in drawn.items()}
 
 
-def run(kind: str, tensors: Tensors, impl: str | None = None) -> Tensor:
+def run(kind: str, tensors: Tensors, implementation: str | None = None) -> Tensor:
     """The operator `kind` on whatever of its inputs are there."""
-    y = run_operator(kind, tensors, impl)
+    y = run_operator(kind, tensors, implementation)
     return y if isinstance(y, Tensor) else y.video
 
 
-def run_operator(kind: str, tensors: Tensors, impl: str | None) -> Tensor | kernels.Measured:
+def run_operator(
+    kind: str, tensors: Tensors, implementation: str | None
+) -> Tensor | kernels.Measured:
     """As `run`, with what an operator behind a norm returns besides."""
     x: Any = tensors["x"]
     if "gain" in tensors:
@@ -79,9 +81,9 @@ def run_operator(kind: str, tensors: Tensors, impl: str | None) -> Tensor | kern
         x = kernels.Normalized(x, tensors["gain"], tensors["shift"], statistics)
     bias = tensors.get("bias")
     if kind == "upsample":
-        return kernels.upsample_conv(x, tensors["weight"], bias, impl=impl)
+        return kernels.upsample_conv(x, tensors["weight"], bias, implementation=implementation)
     if kind in POOLINGS:
-        return pooled(kind, tensors, impl)
+        return pooled(kind, tensors, implementation)
     skip = None
     if "low" in tensors:
         skip = kernels.LowSkip(*(tensors[k] for k in ("low", "low_weight", "low_bias")))
@@ -91,27 +93,33 @@ def run_operator(kind: str, tensors: Tensors, impl: str | None) -> Tensor | kern
     terms: dict[str, Any] = {"residual_BTOHW": residual, "skip": skip}
     if kind == "separable":
         weights = tensors["weight"], tensors["spatial"]
-        return kernels.separable_conv3d(x, *weights, bias, **terms, impl=impl)
-    terms |= {"relu": "relu" in kind, "impl": impl}
+        return kernels.separable_conv3d(x, *weights, bias, **terms, implementation=implementation)
+    terms |= {"relu": "relu" in kind, "implementation": implementation}
     if "3x3x3" in kind:
         del terms["skip"]
         return kernels.conv3d(x, tensors["weight"], bias, **terms)
     return kernels.conv2d(x, tensors["weight"], bias, **terms)
 
 
-def pooled(kind: str, tensors: Tensors, impl: str | None) -> Tensor:
+def pooled(kind: str, tensors: Tensors, implementation: str | None) -> Tensor:
     """By the public function, or by the implementation of the convolution that is named."""
     x, weight, bias = tensors["x"], tensors["weight"], tensors.get("bias")
     residual, pooling = tensors.get("residual"), POOLINGS[kind]
-    if impl not in (None, "reference"):
+    if implementation not in (None, "reference"):
         volume = kind != "pool 2d"
         kernel = fold(weight, pooling if volume else pooling[1:]).to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         layout = Layout((x.shape[3], x.shape[4]), volume=volume, pooling=pooling)
-        return convolve(x, kernel, bias, layout, residual=residual, impl=impl)[0]
+        return convolve(x, kernel, bias, layout, residual=residual, implementation=implementation)[
+            0
+        ]
     if kind == "pool 2d":
-        return kernels.conv_pool2d(x, weight, bias, residual_BTOHW=residual, impl=impl)
-    return kernels.conv_pool3d(x, weight, bias, residual_BTOHW=residual, pooling=pooling, impl=impl)
+        return kernels.conv_pool2d(
+            x, weight, bias, residual_BTOHW=residual, implementation=implementation
+        )
+    return kernels.conv_pool3d(
+        x, weight, bias, residual_BTOHW=residual, pooling=pooling, implementation=implementation
+    )
 
 
 NORM, GIVEN = ["gain", "shift"], ["gain", "shift", "mean", "var"]

@@ -27,12 +27,12 @@ def draw(
     return [v.to(dtype).requires_grad_() for v in tensors]
 
 
-def function(impl: str, num_frames: int = 3) -> Callable[..., Tensor]:
+def function(implementation: str, num_frames: int = 3) -> Callable[..., Tensor]:
     """Of the tensors of `draw`."""
 
     def gru(x: Tensor, *parameters: Tensor) -> Tensor:
         x = x.expand(-1, num_frames, -1, -1, -1)
-        return kernels.conv_gru(x, *parameters, impl=impl)
+        return kernels.conv_gru(x, *parameters, implementation=implementation)
 
     return gru
 
@@ -64,20 +64,20 @@ def test_operators_are_registered_right() -> None:
 
 
 @CONSTANT
-@pytest.mark.parametrize("impl", ["reference", "pytorch"])
-def test_first_and_second_derivatives(impl: str, constant: bool) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "pytorch"])
+def test_first_and_second_derivatives(implementation: str, constant: bool) -> None:
     """In fp64, by finite differences, of everything."""
     leaves = draw((1, 3, 1, 2, 2), constant=constant, dtype=torch.float64)
-    assert torch.autograd.gradcheck(function(impl), leaves)
-    assert torch.autograd.gradgradcheck(function(impl), leaves)
+    assert torch.autograd.gradcheck(function(implementation), leaves)
+    assert torch.autograd.gradgradcheck(function(implementation), leaves)
 
 
 @CONSTANT
 def test_second_derivatives_of_the_triton_form(constant: bool) -> None:
     """They are the reference's: in fp32 equal up to the forward pass's own rounding."""
     leaves, second = draw((2, 3, 3, 4, 4), constant=constant), []
-    for impl in ("reference", "triton"):
-        y = function(impl)(*leaves)
+    for implementation in ("reference", "triton"):
+        y = function(implementation)(*leaves)
         grads = torch.autograd.grad(y, leaves, 2 * y, create_graph=True)
         total = torch.stack([g.square().sum() for g in grads]).sum()
         second.append(torch.autograd.grad(total, leaves))
@@ -89,9 +89,11 @@ def test_second_derivatives_of_the_triton_form(constant: bool) -> None:
 
 
 @CONSTANT
-@pytest.mark.parametrize("impl", FORMS)
-def test_checkpointed_and_without_gradients_equal_eager(impl: str, constant: bool) -> None:
-    gru, leaves = function(impl), draw((2, 3, 4, 5, 5), constant=constant)
+@pytest.mark.parametrize("implementation", FORMS)
+def test_checkpointed_and_without_gradients_equal_eager(
+    implementation: str, constant: bool
+) -> None:
+    gru, leaves = function(implementation), draw((2, 3, 4, 5, 5), constant=constant)
     y, dy = gru(*leaves), torch.randn(2, 3, 4, 5, 5)
     again = checkpoint(gru, *leaves, use_reentrant=False)
     with torch.no_grad():
@@ -103,11 +105,11 @@ def test_checkpointed_and_without_gradients_equal_eager(impl: str, constant: boo
 
 
 @pytest.mark.parametrize(
-    ("impl", "constant"), [("pytorch", False), ("pytorch", True), ("triton", True)]
+    ("implementation", "constant"), [("pytorch", False), ("pytorch", True), ("triton", True)]
 )
-def test_compiled_equals_eager(impl: str, constant: bool) -> None:
+def test_compiled_equals_eager(implementation: str, constant: bool) -> None:
     """In one graph. Few of the combinations: each takes seconds."""
-    gru, leaves = function(impl), draw((2, 3, 4, 5, 5), constant=constant)
+    gru, leaves = function(implementation), draw((2, 3, 4, 5, 5), constant=constant)
     torch.compiler.reset()
     compiled = torch.compile(gru, fullgraph=True, backend="aot_eager")
     y, other, dy = gru(*leaves), compiled(*leaves), torch.randn(2, 3, 4, 5, 5)
@@ -145,14 +147,14 @@ def test_the_gates_are_saved_and_no_more(device: str, constant: bool) -> None:
     tensors[0] = tensors[0].expand(-1, T, -1, -1, -1)
     y = 2 * B * T * C * H * W
     assert saved_bytes(*tensors) == inputs + y + 3 * y
-    assert saved_bytes(*tensors, impl="reference") > inputs + 7 * y
+    assert saved_bytes(*tensors, implementation="reference") > inputs + 7 * y
     with torch.no_grad():
         assert saved_bytes(*tensors) == 0
 
 
 @CONSTANT
-@pytest.mark.parametrize("impl", FORMS)
-def test_flops(impl: str, constant: bool) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_flops(implementation: str, constant: bool) -> None:
     """Forward as the docstring counts; backward twice that, less what nobody wants."""
     B, T, C, H, W = shape = 2, 5, 16, 6, 7
     with torch.device("meta"):
@@ -163,7 +165,7 @@ def test_flops(impl: str, constant: bool) -> None:
 
     def count(*leaves: Tensor) -> tuple[int, int]:
         with FlopCounterMode(display=False) as forward:
-            y = function(impl, T)(*leaves)
+            y = function(implementation, T)(*leaves)
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(y, [v for v in leaves if v.requires_grad], dy)
         return forward.get_total_flops(), backward.get_total_flops()
@@ -174,11 +176,11 @@ def test_flops(impl: str, constant: bool) -> None:
     assert count(fixed_x, *parameters) == (inputs + hidden, inputs + 2 * hidden)
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_meta_tensors_have_the_results_layout(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_meta_tensors_have_the_results_layout(implementation: str) -> None:
     with torch.device("meta"):
         leaves = draw((2, 3, 4, 5, 6), dtype=torch.bfloat16)
-    y = function(impl)(*leaves)
+    y = function(implementation)(*leaves)
     assert y.permute(0, 1, 3, 4, 2).is_contiguous()
     assert (y.shape, y.dtype) == (leaves[0].shape, torch.bfloat16)
     for grad, leaf in zip(torch.autograd.grad(y, leaves, torch.empty_like(y)), leaves, strict=True):

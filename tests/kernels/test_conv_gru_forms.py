@@ -66,11 +66,11 @@ def draw(
     return Case(tuple(v.to(DEVICE, dtype) for v in tensors), T, randn(*shape).to(DEVICE, dtype))
 
 
-def run(case: Case, impl: str) -> dict[str, Tensor]:
+def run(case: Case, implementation: str) -> dict[str, Tensor]:
     """The output and every input's gradient, by name."""
     leaves = [v.detach().requires_grad_() for v in case.tensors]
     x = leaves[0].expand(-1, case.num_frames, -1, -1, -1)
-    y = kernels.conv_gru(x, *leaves[1:], impl=impl)
+    y = kernels.conv_gru(x, *leaves[1:], implementation=implementation)
     grads = torch.autograd.grad(y, leaves, case.dy)
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(NAMES, grads, strict=True)}
 
@@ -91,10 +91,10 @@ def floors(case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
     return found | {f"d{n}": sums * (value if "weight" in n else 1.0) for n in NAMES[1:]}
 
 
-def assert_as_good_as_reference(case: Case, impl: str) -> None:
+def assert_as_good_as_reference(case: Case, implementation: str) -> None:
     """Errors, against fp64, at most twice those of the reference in the same dtype."""
     truth = run(case.double(), "reference")
-    reference, got = run(case, "reference"), run(case, impl)
+    reference, got = run(case, "reference"), run(case, implementation)
     allowed = floors(case, truth)
     for name, exact in truth.items():
         assert got[name].dtype == reference[name].dtype, name
@@ -105,30 +105,30 @@ def assert_as_good_as_reference(case: Case, impl: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("impl", FORMS)
-def test_sizes(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_as_good_as_reference(draw(shape, dtype), impl)
+@pytest.mark.parametrize("implementation", FORMS)
+def test_sizes(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_as_good_as_reference(draw(shape, dtype), implementation)
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["moving", "constant"])
-@pytest.mark.parametrize("impl", FORMS)
-def test_a_constant_x(impl: str, constant: bool) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_a_constant_x(implementation: str, constant: bool) -> None:
     for shape in ((2, 4, 5, 3, 4), (2, 1, 5, 3, 4)):
-        assert_as_good_as_reference(draw(shape, torch.float32, constant=constant), impl)
+        assert_as_good_as_reference(draw(shape, torch.float32, constant=constant), implementation)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 4, 40, 6, 7))),
     dtype=st.sampled_from(DTYPES),
-    impl=st.sampled_from(FORMS),
+    implementation=st.sampled_from(FORMS),
     constant=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_drawn(
-    shape: tuple[int, ...], dtype: torch.dtype, impl: str, constant: bool, seed: int
+    shape: tuple[int, ...], dtype: torch.dtype, implementation: str, constant: bool, seed: int
 ) -> None:
-    assert_as_good_as_reference(draw(shape, dtype, constant=constant, seed=seed), impl)
+    assert_as_good_as_reference(draw(shape, dtype, constant=constant, seed=seed), implementation)
 
 
 @pytest.mark.parametrize("wanted", NAMES)
@@ -139,7 +139,7 @@ def test_one_gradient_alone_is_as_with_the_others(wanted: str) -> None:
     inputs = [
         v.clone().requires_grad_(n == wanted) for n, v in zip(NAMES, case.tensors, strict=True)
     ]
-    kernels.conv_gru(*inputs, impl="pytorch").backward(case.dy)
+    kernels.conv_gru(*inputs, implementation="pytorch").backward(case.dy)
     for name, value in zip(NAMES, inputs, strict=True):
         if name == wanted:
             assert value.grad is not None
@@ -148,8 +148,8 @@ def test_one_gradient_alone_is_as_with_the_others(wanted: str) -> None:
             assert value.grad is None
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_any_layout_gives_the_same_bits(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_any_layout_gives_the_same_bits(implementation: str) -> None:
     """Plain contiguous, channels last, a slice; and an upstream gradient of stride 0."""
     case = draw((2, 3, 6, 4, 5), torch.float32)
     x, *parameters = case.tensors
@@ -158,44 +158,44 @@ def test_any_layout_gives_the_same_bits(impl: str) -> None:
         "slice": torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
     }
     constant = torch.ones((), device=DEVICE).expand_as(case.dy)
-    expected = run(case, impl)
-    expected_constant = run(replace(case, dy=constant.contiguous()), impl)
+    expected = run(case, implementation)
+    expected_constant = run(replace(case, dy=constant.contiguous()), implementation)
     for other in layouts.values():
         assert other.stride() != x.stride()
         for dy, bits in ((case.dy, expected), (constant, expected_constant)):
             leaves = [v.detach().requires_grad_() for v in (other, *parameters)]
-            y = kernels.conv_gru(*leaves, impl=impl)
+            y = kernels.conv_gru(*leaves, implementation=implementation)
             got = [y, *torch.autograd.grad(y, leaves, dy)]
             assert all(torch.equal(*pair) for pair in zip(got, bits.values(), strict=True))
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["moving", "constant"])
-@pytest.mark.parametrize("impl", FORMS)
+@pytest.mark.parametrize("implementation", FORMS)
 @torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-def test_runs_are_bit_equal_and_read_nothing_unwritten(impl: str, constant: bool) -> None:
+def test_runs_are_bit_equal_and_read_nothing_unwritten(implementation: str, constant: bool) -> None:
     """The second run finds NaN in all memory that it allocates."""
     case = draw((2, 4, 33, 3, 5), torch.float32, constant=constant)
-    first = run(case, impl)
+    first = run(case, implementation)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
         assert case.dy.new_empty(3).isnan().all()
-        second = run(case, impl)
+        second = run(case, implementation)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(value.isfinite().all() for value in first.values())
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_nan_is_not_hidden_by_the_relu(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_nan_is_not_hidden_by_the_relu(implementation: str) -> None:
     """One pixel spoils those beside it at once, and two further at every later frame.
 
     Three at once in the reference, which multiplies a NaN r by h = 0.
     """
     case = draw((1, 2, 3, 7, 7), torch.float32)
     case.tensors[0][0, 0, 1, 0, 0] = torch.nan
-    y = run(case, impl)["y"].isnan()
+    y = run(case, implementation)["y"].isnan()
     for frame, reach in ((y[0, 0], 2), (y[0, 1], 4)):
         expected = torch.zeros(7, 7, dtype=torch.bool, device=DEVICE)
         expected[:reach, :reach] = True
@@ -203,24 +203,24 @@ def test_nan_is_not_hidden_by_the_relu(impl: str) -> None:
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["first frame", "later frame"])
-@pytest.mark.parametrize("impl", FORMS)
-def test_nan_in_the_candidate_alone_reaches_h(impl: str, later: bool) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_nan_in_the_candidate_alone_reaches_h(implementation: str, later: bool) -> None:
     """With r, u and the h before finite: in a network one NaN reaches all gates at once."""
     shares = torch.tensor([0.0, 0.0, torch.nan], device=DEVICE).view(1, 1, 1, 3)
     h, c, y = torch.ones(3, 1, 1, 1, 1, device=DEVICE)
     ru = torch.full((1, 1, 1, 2), 0.5, device=DEVICE)
-    passes(impl).candidate(shares, torch.zeros_like(h) if later else None, ru, h, c, y)
+    passes(implementation).candidate(shares, torch.zeros_like(h) if later else None, ru, h, c, y)
     assert all(value.isnan().all() for value in (h, c, y))
     assert ru.flatten().tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_the_candidate_s_gradient_passes_where_c_is_nan(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_the_candidate_s_gradient_passes_where_c_is_nan(implementation: str) -> None:
     """By c > 0 it would be 0 there, and a broken network would stop learning without a word."""
     values = torch.tensor([torch.nan, -0.0, 1e-40, 2.0], device=DEVICE).view(1, 1, 1, 4)
     half = torch.full_like(values, 0.5)
     dz_c, dz_ru = torch.empty_like(values), values.new_empty(1, 1, 1, 8)
-    forms = passes(impl)
+    forms = passes(implementation)
     forms.candidate_grad(half, half.clone(), None, None, dz_ru + torch.nan, values, dz_ru, dz_c)
     assert dz_c.isnan().tolist() == [[[[True, False, True, True]]]]  # u was NaN, the relu closed
     ru = torch.full_like(dz_ru, 0.25)

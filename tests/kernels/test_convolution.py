@@ -41,8 +41,8 @@ from kernels.convolution.pytorch import Layout
 def test_equals_the_operators_one_by_one(kind: str, more: list[str]) -> None:
     tensors = case(kind, more)
     expected = gradients(partial(plain, kind), tensors)
-    for impl in (None, "reference"):  # by name too, which the norm in front must follow
-        got = gradients(partial(run, kind, impl=impl), tensors)
+    for implementation in (None, "reference"):  # by name too, which the norm in front must follow
+        got = gradients(partial(run, kind, implementation=implementation), tensors)
         assert expected.keys() == got.keys() == {"y", *tensors}
         for name, value in expected.items():
             scale = value.abs().max().item()
@@ -72,14 +72,14 @@ def test_as_close_to_the_truth_as_one_by_one(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("impl", ["triton", "epilogue"])
+@pytest.mark.parametrize("implementation", ["triton", "epilogue"])
 @pytest.mark.parametrize(("kind", "more"), CASES, ids=str)
-def test_bf16_on_a_gpu(kind: str, more: list[str], impl: str) -> None:
-    assert_close_to_the_truth(kind, more, impl, torch.bfloat16, 0)
+def test_bf16_on_a_gpu(kind: str, more: list[str], implementation: str) -> None:
+    assert_close_to_the_truth(kind, more, implementation, torch.bfloat16, 0)
 
 
 def assert_close_to_the_truth(
-    kind: str, more: list[str], impl: str, dtype: torch.dtype, seed: int
+    kind: str, more: list[str], implementation: str, dtype: torch.dtype, seed: int
 ) -> None:
     """As one by one, in the same dtype; statistics, gain and shift are fp32, as in models."""
     tensors = case(kind, more, dtype=dtype, seed=seed)
@@ -87,10 +87,10 @@ def assert_close_to_the_truth(
     tensors |= kept
     truth = gradients(partial(plain, kind), {k: v.double() for k, v in tensors.items()})
     usual = gradients(partial(plain, kind), tensors)
-    form = None if kind == "upsample" else impl
-    if kind in POOLINGS and impl == "triton":
+    form = None if kind == "upsample" else implementation
+    if kind in POOLINGS and implementation == "triton":
         form = "epilogue"
-    got = gradients(partial(run, kind, impl=form), tensors)
+    got = gradients(partial(run, kind, implementation=form), tensors)
     for name, exact in truth.items():
         error, plain_error = ((v[name].double() - exact).norm().item() for v in (got, usual))
         # Upsampling's folded kernel is rounded in place of the weight, and sums of four taps.
@@ -98,35 +98,44 @@ def assert_close_to_the_truth(
         assert error <= 2 * plain_error + floor, name
 
 
-@pytest.mark.parametrize("impl", ["triton", "epilogue"])
-def test_moments_are_those_of_the_result(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["triton", "epilogue"])
+def test_moments_are_those_of_the_result(implementation: str) -> None:
     tensors = case("separable", NORM, dtype=torch.float32)
     norm = tensors["x"], tensors["gain"], tensors["shift"]
     weights = tensors["weight"], tensors["spatial"], tensors["bias"]
     x = kernels.Normalized(*norm, wants_moments=True)
-    y, moments = kernels.separable_conv3d(x, *weights, impl=impl)
+    y, moments = kernels.separable_conv3d(x, *weights, implementation=implementation)
     assert moments is not None
     for got, expected in zip(moments, kernels.frame_statistics(y), strict=True):
         torch.testing.assert_close(got, expected)
-    assert kernels.separable_conv3d(x, *weights, impl="pytorch").moments is None
-    unwanted = kernels.separable_conv3d(kernels.Normalized(*norm), *weights, impl=impl)
+    assert kernels.separable_conv3d(x, *weights, implementation="pytorch").moments is None
+    unwanted = kernels.separable_conv3d(
+        kernels.Normalized(*norm), *weights, implementation=implementation
+    )
     assert torch.equal(unwanted.video, y)
     assert unwanted.moments is None
     kernel = torch.randn(OUT, 4, 4, IN, device=DEVICE)
     y, moments = convolve(
-        tensors["x"], kernel, None, Layout((H, W), upsample=True), moments=True, impl="epilogue"
+        tensors["x"],
+        kernel,
+        None,
+        Layout((H, W), upsample=True),
+        moments=True,
+        implementation="epilogue",
     )
     assert moments is not None
     for got, expected in zip(moments, kernels.frame_statistics(y), strict=True):
         torch.testing.assert_close(got, expected)
     with pytest.raises(kernels.ImplementationError, match="no implementation in Triton"):
-        convolve(tensors["x"], kernel, None, Layout((H, W), upsample=True), impl="triton")
+        convolve(tensors["x"], kernel, None, Layout((H, W), upsample=True), implementation="triton")
     with pytest.raises(kernels.ImplementationError, match="no implementation in Triton"):
-        convolve(tensors["x"], kernel, None, Layout((H, W), pooling=(1, 2, 2)), impl="triton")
+        convolve(
+            tensors["x"], kernel, None, Layout((H, W), pooling=(1, 2, 2)), implementation="triton"
+        )
 
 
 @pytest.mark.parametrize(
-    ("taps", "layout", "impl"),
+    ("taps", "layout", "implementation"),
     [
         ((3, 3), Layout((H, W)), "triton"),
         ((3, 3), Layout((H, W)), "epilogue"),
@@ -135,11 +144,13 @@ def test_moments_are_those_of_the_result(impl: str) -> None:
     ],
     ids=str,
 )
-def test_moments_are_those_of_the_relu(taps: tuple[int, ...], layout: Layout, impl: str) -> None:
+def test_moments_are_those_of_the_relu(
+    taps: tuple[int, ...], layout: Layout, implementation: str
+) -> None:
     tensors = draw(["x", "weight", "bias"], taps, torch.float32)
     arguments = tensors["x"], tensors["weight"], tensors["bias"], layout
-    y, moments = convolve(*arguments, relu=True, moments=True, impl=impl)
-    plain_y, _ = convolve(*arguments, impl=impl)
+    y, moments = convolve(*arguments, relu=True, moments=True, implementation=implementation)
+    plain_y, _ = convolve(*arguments, implementation=implementation)
     assert torch.equal(y, plain_y.clamp(min=0))
     assert 0.2 < (y == 0).float().mean() < 0.8
     assert moments is not None
@@ -147,14 +158,14 @@ def test_moments_are_those_of_the_relu(taps: tuple[int, ...], layout: Layout, im
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("impl", ["triton", "epilogue", "pytorch", "reference"])
+@pytest.mark.parametrize("implementation", ["triton", "epilogue", "pytorch", "reference"])
 @pytest.mark.parametrize("more", [[], ["residual"]], ids=str)
 @pytest.mark.parametrize("kind", ["relu 3x3", "relu 3x3x3"])
-def test_nan_passes_a_relu_there_and_back(kind: str, more: list[str], impl: str) -> None:
+def test_nan_passes_a_relu_there_and_back(kind: str, more: list[str], implementation: str) -> None:
     """A run that has gone wrong must not look healthy."""
     tensors = case(kind, more, dtype=torch.float32)
     tensors["x"][1, 2, 3, 1, 4] = torch.nan
-    found = gradients(partial(run, kind, impl=impl), tensors)
+    found = gradients(partial(run, kind, implementation=implementation), tensors)
     near = torch.zeros(B, T, OUT, H, W, dtype=torch.bool, device=DEVICE)
     near[1, slice(1, 4) if "3x3x3" in kind else 2, :, :3, 3:] = True
     assert torch.equal(found["y"].isnan(), near)
@@ -234,21 +245,21 @@ def test_moments_given_by_the_maker_of_x_are_used_as_its_own(kind: str) -> None:
         ("mean", (slice(1),), r"mean must be \[4, 5\]"),
     ],
 )
-@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("implementation", [None, "reference"])
 def test_what_does_not_fit_is_refused(
-    name: str, part: tuple[Any, ...], message: str, impl: str | None
+    name: str, part: tuple[Any, ...], message: str, implementation: str | None
 ) -> None:
     tensors = case("conv 3x3", [*GIVEN, *TERMS])
     tensors[name] = tensors[name][part]
     with pytest.raises(ValueError, match=message):
-        run("conv 3x3", tensors, impl)
+        run("conv 3x3", tensors, implementation)
 
 
-@pytest.mark.parametrize("impl", [None, "reference"])
-def test_a_shortcut_of_another_size_is_refused(impl: str | None) -> None:
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_a_shortcut_of_another_size_is_refused(implementation: str | None) -> None:
     tensors = case("conv 3x3", SHORTCUT)
     cases = {"shortcut": tensors | {"shortcut": tensors["shortcut"][..., 1:]}}
     cases["odd"] = tensors | {"x": tensors["x"][..., 1:], "shortcut": tensors["shortcut"][..., 1:]}
     for wrong in cases.values():
         with pytest.raises(ValueError, match=r"the shortcut to \(2, 4, 6, 4, .\) must be of"):
-            run("conv 3x3", wrong, impl)
+            run("conv 3x3", wrong, implementation)

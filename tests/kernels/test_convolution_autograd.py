@@ -75,7 +75,7 @@ def test_gradcheck(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "impl"),
+    ("kind", "more", "implementation"),
     [
         ("conv 3x3", GIVEN, None),
         ("conv 3x3", ["residual"], "pytorch"),
@@ -101,10 +101,10 @@ def test_gradcheck(kind: str) -> None:
     ids=str,
 )
 def test_compiled_and_checkpointed_equal_eager(
-    kind: str, more: list[str], impl: str | None
+    kind: str, more: list[str], implementation: str | None
 ) -> None:
     tensors = case(kind, more, dtype=torch.float32)
-    function = partial(run, kind, impl=impl)
+    function = partial(run, kind, implementation=implementation)
     torch.compiler.reset()  # every case is a program of its own
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
 
@@ -192,11 +192,13 @@ def test_a_relu_keeps_what_comes_next_keeps(
     kind: str, more: list[str], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x, y, and no third video."""
-    monkeypatch.setitem(globals(), "run", partial(run, impl=form))
+    monkeypatch.setitem(globals(), "run", partial(run, implementation=form))
     tensors = case(kind, more, dtype=torch.float32)
     tensors["x"] = tensors["x"].permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     weight = torch.randn(OUT, 3, 3, OUT, device=DEVICE)
-    got = kept(kind, tensors, lambda y: kernels.conv2d(y, weight.requires_grad_(), impl=form))
+    got = kept(
+        kind, tensors, lambda y: kernels.conv2d(y, weight.requires_grad_(), implementation=form)
+    )
     assert got == Kept(tensors["x"].nbytes, B * T * OUT * H * W * 4 + weight.nbytes)
 
 
@@ -216,9 +218,11 @@ def test_a_residual_alone_may_want_a_gradient(kind: str) -> None:
     torch.testing.assert_close(dbias, 2 * y.sum((0, 1, 3, 4)))
 
 
-@pytest.mark.parametrize("impl", ["pytorch", "epilogue"])
+@pytest.mark.parametrize("implementation", ["pytorch", "epilogue"])
 @pytest.mark.parametrize("more", [[*NORM, *TERMS], [*NORM, *SHORTCUT, *LOW]], ids=str)
-def test_a_graph_alone_has_the_same_gradients_and_costs_nothing(more: list[str], impl: str) -> None:
+def test_a_graph_alone_has_the_same_gradients_and_costs_nothing(
+    more: list[str], implementation: str
+) -> None:
     """But for the shortcut's projection, where that is PyTorch's own convolution."""
     tensors = case("conv 3x3", more, dtype=torch.float32)
 
@@ -234,7 +238,7 @@ def test_a_graph_alone_has_the_same_gradients_and_costs_nothing(more: list[str],
             residual_BTOHW=residual,
             skip=kernels.LowSkip(*(leaves[k] for k in LOW)),
             only_graph=only_graph,
-            impl=impl,
+            implementation=implementation,
         )
         return y.video
 
@@ -247,5 +251,5 @@ def test_a_graph_alone_has_the_same_gradients_and_costs_nothing(more: list[str],
     with FlopCounterMode(display=False) as counter:
         function(leaves, only_graph=True)
     projection = 2 * B * T * H * W // 4 * IN * OUT
-    its_own = projection if "shortcut" in more and impl == "pytorch" else 0
+    its_own = projection if "shortcut" in more and implementation == "pytorch" else 0
     assert counter.get_total_flops() == its_own

@@ -76,11 +76,13 @@ def test_conv3d_adds_the_residual() -> None:
     torch.testing.assert_close(got, expected.clamp(min=0))
 
 
-@pytest.mark.parametrize("impl", ["reference", "folded"])
-def test_upsample_conv(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "folded"])
+def test_upsample_conv(implementation: str) -> None:
     x, weight, bias = randn(2, 3, 5, 4, 6), randn(7, 3, 3, 5), randn(7)
     expected = naive_conv(naive_up(x), weight[:, None], bias)
-    torch.testing.assert_close(kernels.upsample_conv(x, weight, bias, impl=impl), expected)
+    torch.testing.assert_close(
+        kernels.upsample_conv(x, weight, bias, implementation=implementation), expected
+    )
 
 
 @pytest.mark.parametrize("setting", ["auto", "reference"])
@@ -138,15 +140,15 @@ def test_an_upsampled_shortcut_to_more_than_2_to_the_31_values() -> None:
     assert torch.equal(dlow, 4 * low)
 
 
-@pytest.mark.parametrize("impl", ["reference", "folded"])
-def test_conv_pool_2d_and_3d_keep_every_frame(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "folded"])
+def test_conv_pool_2d_and_3d_keep_every_frame(implementation: str) -> None:
     x, bias, residual = randn(2, 3, 5, 4, 6), randn(7), randn(2, 3, 7, 2, 3)
     flat, deep = randn(7, 3, 3, 5), randn(7, 3, 3, 3, 5)
     expected = naive_pool(naive_conv(x, flat[:, None], bias)) + residual
-    got = kernels.conv_pool2d(x, flat, bias, residual_BTOHW=residual, impl=impl)
+    got = kernels.conv_pool2d(x, flat, bias, residual_BTOHW=residual, implementation=implementation)
     torch.testing.assert_close(got, expected)
     expected = naive_pool(naive_conv(x, deep, bias)) + residual
-    got = kernels.conv_pool3d(x, deep, bias, residual_BTOHW=residual, impl=impl)
+    got = kernels.conv_pool3d(x, deep, bias, residual_BTOHW=residual, implementation=implementation)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(kernels.average_pool(x), naive_pool(x))
 
@@ -169,9 +171,9 @@ def test_conv_pool_3d_takes_its_weights_gradient_over_frames(num_frames: int) ->
     """On a CPU; a bias's, asked for beside x's, would cost all of the weight's over the volume."""
     leaves = randn(2, num_frames, 5, 4, 6), randn(7, 3, 3, 3, 5), randn(7)
     found = []
-    for impl in ("reference", None):
+    for implementation in ("reference", None):
         x, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
-        y = kernels.conv_pool3d(x, weight, bias, impl=impl)
+        y = kernels.conv_pool3d(x, weight, bias, implementation=implementation)
         with WholeVolumes() as volumes:
             found.append(torch.autograd.grad(y.square().sum(), (x, weight, bias)))
     assert volumes.asked == [[True, False, False]]

@@ -70,8 +70,8 @@ def assert_the_references(
     with torch.backends.cudnn.flags(enabled=False):
         truth = gradients(partial(plain, kind), tensors, whole=True)
         operands = {name: value.to(dtype) for name, value in tensors.items()}
-        for impl in ("folded",) if kind == "upsample" else (form,):
-            got = gradients(partial(run, kind, impl=impl), operands, whole=True)
+        for implementation in ("folded",) if kind == "upsample" else (form,):
+            got = gradients(partial(run, kind, implementation=implementation), operands, whole=True)
             for name, exact in truth.items():
                 assert got[name].dtype == dtype
                 assert torch.equal(got[name].double(), exact), name

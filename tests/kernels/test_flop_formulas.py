@@ -17,24 +17,26 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def counted(impl: str, operator: str, skip: kernels.LowSkip | None) -> int:
+def counted(implementation: str, operator: str, skip: kernels.LowSkip | None) -> int:
     x = empty(B, T, I, H, W)
     with FlopCounterMode(display=False) as counter:
         if operator == "separable_conv3d":
             weights = empty(O, 3, I), empty(O, 3, 3, O), empty(O)
-            kernels.separable_conv3d(x, *weights, skip=skip, impl=impl)
+            kernels.separable_conv3d(x, *weights, skip=skip, implementation=implementation)
         elif operator == "conv3d":
-            kernels.conv3d(x, empty(O, 3, 3, 3, I), empty(O), relu=True, impl=impl)
+            kernels.conv3d(
+                x, empty(O, 3, 3, 3, I), empty(O), relu=True, implementation=implementation
+            )
         else:
-            kernels.conv2d(x, empty(O, 3, 3, I), empty(O), skip=skip, impl=impl)
+            kernels.conv2d(x, empty(O, 3, 3, I), empty(O), skip=skip, implementation=implementation)
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("impl", ["triton", "epilogue"])
+@pytest.mark.parametrize("implementation", ["triton", "epilogue"])
 @pytest.mark.parametrize("operator", ["conv2d", "separable_conv3d"])
 @pytest.mark.parametrize("low_frames", [None, T, T // 2])
 def test_triton_operators_count_what_pytorchs_do(
-    impl: str, operator: str, low_frames: int | None
+    implementation: str, operator: str, low_frames: int | None
 ) -> None:
     skip = None
     if low_frames is not None:
@@ -45,10 +47,10 @@ def test_triton_operators_count_what_pytorchs_do(
     more = 2 * LOW_CHANNELS * O * B * frames_more * H * W
     plain = counted("pytorch", operator, skip)
     assert plain > 0
-    assert counted(impl, operator, skip) == plain + more
+    assert counted(implementation, operator, skip) == plain + more
 
 
 def test_a_convolution_by_hand() -> None:
     assert counted("triton", "conv2d", None) == 2 * 9 * I * O * B * T * H * W
-    for impl in ("triton", "epilogue", "pytorch"):
-        assert counted(impl, "conv3d", None) == 2 * 27 * I * O * B * T * H * W
+    for implementation in ("triton", "epilogue", "pytorch"):
+        assert counted(implementation, "conv3d", None) == 2 * 27 * I * O * B * T * H * W

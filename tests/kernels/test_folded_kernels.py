@@ -13,7 +13,7 @@ from kernels.convolution.folding import Fold, Folded, fold
 
 Operator = Callable[[Tensor, Any, Tensor], Tensor]
 CASES: dict[str, tuple[Operator, Any, tuple[int, ...]]] = {
-    f"{name}, {impl}": (partial(run, impl=impl), how, taps)
+    f"{name}, {implementation}": (partial(run, implementation=implementation), how, taps)
     for name, run, how, taps in (
         ("upsample", kernels.upsample_conv, "upsampling", (3, 3)),
         ("pool2d", kernels.conv_pool2d, (2, 2), (3, 3)),
@@ -21,7 +21,7 @@ CASES: dict[str, tuple[Operator, Any, tuple[int, ...]]] = {
         ("pool3d", kernels.conv_pool3d, (1, 2, 2), (3, 3, 3)),
         ("pool3d, time too", partial(kernels.conv_pool3d, pooling=(2, 2, 2)), (2, 2, 2), (3, 3, 3)),
     )
-    for impl in ("folded", "reference")
+    for implementation in ("folded", "reference")
 }
 
 

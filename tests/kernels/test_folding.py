@@ -18,7 +18,7 @@ Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # name: (operator, its reference, taps)
 OPERATORS: dict[str, tuple[Operator, Operator, tuple[int, ...]]] = {
-    name: (partial(run, impl="folded"), partial(run, impl="reference"), taps)
+    name: (partial(run, implementation="folded"), partial(run, implementation="reference"), taps)
     for name, run, taps in (
         ("upsample", kernels.upsample_conv, (3, 3)),
         ("pool2d", kernels.conv_pool2d, (3, 3)),
@@ -69,7 +69,7 @@ def test_equals_reference_with_every_gradient(name: str, shape: tuple[int, ...])
 def test_one_pixel() -> None:
     """4x4 from 1x1: nothing but borders."""
     x, weight, bias = inputs((3, 3), (1, 1, 2, 1, 1))
-    expected = kernels.upsample_conv(x, weight, bias, impl="reference")
+    expected = kernels.upsample_conv(x, weight, bias, implementation="reference")
     torch.testing.assert_close(kernels.upsample_conv(x, weight, bias), expected)
 
 
@@ -161,15 +161,17 @@ def test_implementations_are_chosen_by_name() -> None:
     )
     for name, public, as_it_stands, weight in operators:
         reference = as_it_stands(x, weight, bias)
-        assert torch.equal(public(x, weight, bias, impl="reference"), reference)
-        assert torch.equal(public(x, weight, bias), public(x, weight, bias, impl="folded"))
+        assert torch.equal(public(x, weight, bias, implementation="reference"), reference)
+        assert torch.equal(
+            public(x, weight, bias), public(x, weight, bias, implementation="folded")
+        )
         # Bit for bit the two differ: each is known to have run.
         assert not torch.equal(public(x, weight, bias), reference)
         with kernels.use("reference"):
             assert torch.equal(public(x, weight, bias), reference)
         assert kernels.implementations("cpu")[name].implementation == "folded"
         with pytest.raises(kernels.ImplementationError, match=f"{name} has no implementation"):
-            public(x, weight, bias, impl="fastest")
+            public(x, weight, bias, implementation="fastest")
 
 
 def test_refusals() -> None:
@@ -177,23 +179,25 @@ def test_refusals() -> None:
     _, deep, _ = inputs((3, 3, 3))
     with pytest.raises(ValueError, match=r"must be \[O, 3, 3, I\], .* not \[7, 5, 5, 5\]"):
         kernels.upsample_conv(x, torch.zeros(7, 5, 5, 5), bias)
-    for impl in ("reference", "folded"):
+    for implementation in ("reference", "folded"):
         with pytest.raises(ValueError, match=r"pooling must be .* not \(2, 1, 1\)"):
-            kernels.conv_pool3d(x, deep, bias, pooling=(2, 1, 1), impl=impl)
+            kernels.conv_pool3d(x, deep, bias, pooling=(2, 1, 1), implementation=implementation)
         with pytest.raises(ValueError, match=r"\(1, 4, 6\) .* is smaller than \(2, 2, 2\)"):
-            kernels.conv_pool3d(x[:, :1], deep, bias, pooling=(2, 2, 2), impl=impl)
+            kernels.conv_pool3d(
+                x[:, :1], deep, bias, pooling=(2, 2, 2), implementation=implementation
+            )
         with pytest.raises(ValueError, match=r"\(4, 4, 1\) .* is smaller than \(1, 2, 2\)"):
-            kernels.conv_pool2d(x[..., :1], deep[:, 0], bias, impl=impl)
+            kernels.conv_pool2d(x[..., :1], deep[:, 0], bias, implementation=implementation)
 
 
-@pytest.mark.parametrize("impl", ["reference", "folded"])
-def test_time_is_pooled_in_pairs(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "folded"])
+def test_time_is_pooled_in_pairs(implementation: str) -> None:
     x, weight, bias = inputs((3, 3, 3), (2, 5, 3, 4, 4))
     y = kernels.conv3d(x, weight, bias)
     expected = F.avg_pool3d(y.transpose(1, 2), 2).transpose(1, 2)
     residual = kernels.average_pool(torch.randn_like(y), (2, 2, 2))
     got = kernels.conv_pool3d(
-        x, weight, bias, residual_BTOHW=residual, pooling=(2, 2, 2), impl=impl
+        x, weight, bias, residual_BTOHW=residual, pooling=(2, 2, 2), implementation=implementation
     )
     torch.testing.assert_close(got, expected + residual, check_stride=False)
 

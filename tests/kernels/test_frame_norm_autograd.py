@@ -28,24 +28,24 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_operators_are_registered_right(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_operators_are_registered_right(implementation: str) -> None:
     x, dy = (randn(2, 3, 6, 4) for _ in range(2))
     gain, bias = randn(2, 1, 4), randn(2, 3, 4)
     mean, var = randn(3, 4), randn(3, 4).square()
     leaves = [v.requires_grad_() for v in (x, gain, bias, mean, var)]
-    for own_statistics in (False,) if impl == "triton" else (False, True):
-        torch.library.opcheck(OPS.frame_norm.default, (*leaves, own_statistics, "", impl))
-    torch.library.opcheck(OPS.frame_moments.default, (x, impl))
+    for own_statistics in (False,) if implementation == "triton" else (False, True):
+        torch.library.opcheck(OPS.frame_norm.default, (*leaves, own_statistics, "", implementation))
+    torch.library.opcheck(OPS.frame_moments.default, (x, implementation))
     arguments = [v.detach() for v in (dy, *leaves)]
-    torch.library.opcheck(OPS.frame_norm_sums.default, (*arguments, impl))
+    torch.library.opcheck(OPS.frame_norm_sums.default, (*arguments, implementation))
     terms = randn(2, 3, 4)
-    torch.library.opcheck(OPS.frame_norm_dx.default, (*arguments, terms, impl))
+    torch.library.opcheck(OPS.frame_norm_dx.default, (*arguments, terms, implementation))
 
 
-@pytest.mark.parametrize("impl", ["reference", "pytorch"])
+@pytest.mark.parametrize("implementation", ["reference", "pytorch"])
 @pytest.mark.parametrize("given", [False, True], ids=["own", "given"])
-def test_first_and_second_derivatives(impl: str, given: bool) -> None:
+def test_first_and_second_derivatives(implementation: str, given: bool) -> None:
     """In fp64, by finite differences, of everything."""
     double = torch.float64
     inputs = [randn(2, 2, 2, 2, 1, dtype=double), *randn(2, 2, 2, dtype=double)]
@@ -54,7 +54,9 @@ def test_first_and_second_derivatives(impl: str, given: bool) -> None:
 
     def norm(x: Tensor, gain: Tensor, bias: Tensor, *fixed: Tensor) -> Tensor:
         statistics = (fixed[0], fixed[1]) if fixed else None
-        return kernels.frame_norm(x, gain, bias, statistics=statistics, impl=impl)
+        return kernels.frame_norm(
+            x, gain, bias, statistics=statistics, implementation=implementation
+        )
 
     leaves = [v.requires_grad_() for v in inputs]
     assert torch.autograd.gradcheck(norm, leaves)
@@ -63,10 +65,10 @@ def test_first_and_second_derivatives(impl: str, given: bool) -> None:
 
 def test_statistics_derivatives() -> None:
     x = randn(2, 2, 2, 2, 1, dtype=torch.float64).requires_grad_()
-    for impl in ("reference", "pytorch"):
+    for implementation in ("reference", "pytorch"):
 
-        def statistics(x: Tensor, impl: str = impl) -> tuple[Tensor, Tensor]:
-            return kernels.frame_statistics(x, impl=impl)
+        def statistics(x: Tensor, implementation: str = implementation) -> tuple[Tensor, Tensor]:
+            return kernels.frame_statistics(x, implementation=implementation)
 
         assert torch.autograd.gradcheck(statistics, x)
         assert torch.autograd.gradgradcheck(statistics, x)
@@ -76,9 +78,9 @@ def test_second_derivatives_of_the_forms_without_fp64() -> None:
     """They are the reference's: in fp32 equal up to the forward pass's own rounding."""
     x, gain, bias = randn(2, 2, 3, 4, 4), randn(2, 3), randn(2, 3)
     second = []
-    for impl in ("reference", *FORMS[1:]):
+    for implementation in ("reference", *FORMS[1:]):
         leaves = [v.detach().requires_grad_() for v in (x, gain, bias)]
-        y = kernels.frame_norm(*leaves, impl=impl)
+        y = kernels.frame_norm(*leaves, implementation=implementation)
         second.append(second_derivatives(y, leaves, 2 * y))
     assert all(g.abs().max() > 0.1 for g in second[0])
     for form in second[1:]:
@@ -96,12 +98,12 @@ def test_the_backward_operators_refuse_derivatives() -> None:
         assert not OPS.frame_norm_dx(*arguments).requires_grad
 
 
-@pytest.mark.parametrize("impl", ["reference", *FORMS])
-def test_compiled_and_checkpointed_equal_eager(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", *FORMS])
+def test_compiled_and_checkpointed_equal_eager(implementation: str) -> None:
     x, gain, bias = randn(2, 3, 4, 5, 5), randn(2, 4), randn(2, 4)
 
     def norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-        return kernels.frame_norm(x, gain, bias, impl=impl)
+        return kernels.frame_norm(x, gain, bias, implementation=implementation)
 
     def rerun(*inputs: Tensor) -> Tensor:
         result: Tensor = checkpoint(norm, *inputs, use_reentrant=False)
@@ -143,17 +145,17 @@ def test_only_x_and_the_statistics_are_saved(device: str) -> None:
     least = x.numel() * 2 + 2 * T * C * 4 + 2 * B * C * 4
     x = x.requires_grad_()
     assert saved_bytes(x, gain, bias) == least
-    assert saved_bytes(x, gain, bias, impl="reference") > 3 * least
+    assert saved_bytes(x, gain, bias, implementation="reference") > 3 * least
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_meta_tensors_have_the_results_layout(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_meta_tensors_have_the_results_layout(implementation: str) -> None:
     x = torch.empty(2, 3, 4, 5, 6, device="meta", dtype=torch.bfloat16).requires_grad_()
     gain = torch.empty(2, 4, device="meta").requires_grad_()
-    y = kernels.frame_norm(x, gain, gain, impl=impl)
+    y = kernels.frame_norm(x, gain, gain, implementation=implementation)
     assert y.permute(0, 1, 3, 4, 2).is_contiguous()
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
-    mean, var = kernels.frame_statistics(x, impl=impl)
+    mean, var = kernels.frame_statistics(x, implementation=implementation)
     assert mean.shape == var.shape == (3, 4)
     assert mean.dtype == var.dtype == torch.float32
     dx, dgain = torch.autograd.grad(y, (x, gain), torch.empty_like(y))
@@ -191,28 +193,28 @@ def _compare_ranks(rank: int, store: Path) -> None:
     x = randn(4, 2, 3, 5, 5) + torch.arange(4.0)[:, None, None, None, None]
     gain, bias, dy = randn(4, 3), randn(4, 3), randn(4, 2, 3, 5, 5)
     whole = [v.detach().requires_grad_() for v in (x, gain, bias)]
-    y = kernels.frame_norm(*whole, impl="reference")
+    y = kernels.frame_norm(*whole, implementation="reference")
     expected = [y.detach(), *torch.autograd.grad(y, whole, dy, retain_graph=True)]
     expected += second_derivatives(y, whole, dy)
     mine = slice(2 * rank, 2 * rank + 2)
-    for impl in ("reference", *FORMS):
+    for implementation in ("reference", *FORMS):
         half = [v[mine].detach().requires_grad_() for v in (x, gain, bias)]
-        y = kernels.frame_norm(*half, group=dist.group.WORLD, impl=impl)
+        y = kernels.frame_norm(*half, group=dist.group.WORLD, implementation=implementation)
         got = [y.detach(), *torch.autograd.grad(y, half, dy[mine], retain_graph=True)]
         got += second_derivatives(y, half, dy[mine])
         for value, full in zip(got, expected, strict=True):
             torch.testing.assert_close(value, full[mine], rtol=1e-4, atol=1e-4)
 
     one_frame = x[mine, :1]
-    for impl in FORMS:
+    for implementation in FORMS:
         half = [v.detach().requires_grad_() for v in (one_frame, gain[mine], bias[mine])]
         with AllReduces() as forward:
-            y = kernels.frame_norm(*half, group=dist.group.WORLD, impl=impl)
+            y = kernels.frame_norm(*half, group=dist.group.WORLD, implementation=implementation)
         with AllReduces() as backward:
             torch.autograd.grad(y, half, dy[mine, :1])
         # Mean and second moment, in fp64 because they cancel; and the gain's S1 and S2.
-        assert forward.seen == [((2, 1, 3), torch.float64)], impl
-        assert backward.seen == [((2, 1, 3), torch.float32)], impl
+        assert forward.seen == [((2, 1, 3), torch.float64)], implementation
+        assert backward.seen == [((2, 1, 3), torch.float32)], implementation
 
     compiled = torch.compile(kernels.frame_norm, fullgraph=True, backend="aot_eager")
     half = [v[mine].detach().requires_grad_() for v in (x, gain, bias)]

@@ -81,7 +81,7 @@ def draw(
     )
 
 
-def run(case: Case, impl: str) -> dict[str, Tensor]:
+def run(case: Case, implementation: str) -> dict[str, Tensor]:
     """The output and every input's gradient, by name."""
     inputs = {"x": case.x, "gain": case.gain, "bias": case.bias}
     if case.statistics is not None:
@@ -92,7 +92,7 @@ def run(case: Case, impl: str) -> dict[str, Tensor]:
         leaves["gain"],
         leaves["bias"],
         statistics=None if case.statistics is None else (leaves["mean"], leaves["var"]),
-        impl=impl,
+        implementation=implementation,
     )
     grads = torch.autograd.grad(y, list(leaves.values()), case.dy)
     return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
@@ -104,7 +104,7 @@ def floors(case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
     Needed because terms cancel (of one value, dx is 0 = 100 - 100), and the reference may be
     lucky. Sums of n terms leave √n times as much.
     """
-    var = kernels.frame_statistics(case.x, impl="reference")[1]
+    var = kernels.frame_statistics(case.x, implementation="reference")[1]
     var = var if case.statistics is None else case.statistics[1]
     rstd = 1 / (var.min().item() + 1e-4) ** 0.5
     # Largest |x̂| in the making: x and its mean are rounded before they are subtracted.
@@ -123,10 +123,10 @@ def floors(case: Case, truth: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def assert_as_good_as_reference(case: Case, impl: str) -> None:
+def assert_as_good_as_reference(case: Case, implementation: str) -> None:
     """Errors, against fp64, at most twice those of the reference in the same dtype."""
     truth = run(case.double(), "reference")
-    reference, got = run(case, "reference"), run(case, impl)
+    reference, got = run(case, "reference"), run(case, implementation)
     allowed = floors(case, truth)
     assert got.keys() == truth.keys()
     for name, exact in truth.items():
@@ -137,18 +137,18 @@ def assert_as_good_as_reference(case: Case, impl: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize(("impl", "dtype"), TYPED_FORMS, ids=str)
-def test_sizes(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_as_good_as_reference(draw(shape, dtype), impl)
+@pytest.mark.parametrize(("implementation", "dtype"), TYPED_FORMS, ids=str)
+def test_sizes(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_as_good_as_reference(draw(shape, dtype), implementation)
 
 
 OPTIONS = ("gain_per_frame", "bias_per_frame", "given_statistics")
 
 
 @pytest.mark.parametrize("options", [{option: True} for option in OPTIONS], ids=str)
-@pytest.mark.parametrize(("impl", "dtype"), TYPED_FORMS, ids=str)
-def test_each_option(impl: str, dtype: torch.dtype, options: dict[str, bool]) -> None:
-    assert_as_good_as_reference(draw((2, 3, 5, 3, 4), dtype, **options), impl)
+@pytest.mark.parametrize(("implementation", "dtype"), TYPED_FORMS, ids=str)
+def test_each_option(implementation: str, dtype: torch.dtype, options: dict[str, bool]) -> None:
+    assert_as_good_as_reference(draw((2, 3, 5, 3, 4), dtype, **options), implementation)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -161,19 +161,19 @@ def test_each_option(impl: str, dtype: torch.dtype, options: dict[str, bool]) ->
 def test_drawn(
     shape: tuple[int, ...], form: tuple[str, torch.dtype], options: dict[str, bool], seed: int
 ) -> None:
-    impl, dtype = form
-    assert_as_good_as_reference(draw(shape, dtype, seed=seed, **options), impl)
+    implementation, dtype = form
+    assert_as_good_as_reference(draw(shape, dtype, seed=seed, **options), implementation)
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_statistics(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_statistics(implementation: str) -> None:
     """Values, and the gradient that reaches x from both."""
     x = (100 + torch.randn(3, 2, 5, 6, 7)).to(DEVICE)
     upstream = [torch.randn(2, 5, device=DEVICE) for _ in range(2)]
     results = []
-    for v, form in ((x, impl), (x.double(), "reference")):
+    for v, form in ((x, implementation), (x.double(), "reference")):
         leaf = v.detach().requires_grad_()
-        statistics = kernels.frame_statistics(leaf, impl=form)
+        statistics = kernels.frame_statistics(leaf, implementation=form)
         [dx] = torch.autograd.grad(statistics, leaf, [u.to(leaf.dtype) for u in upstream])
         results.append([*statistics, dx])
     # 100 is rounded to 2⁻¹⁸: means and centred values err by that, the variance by twice it.
@@ -182,8 +182,10 @@ def test_statistics(impl: str) -> None:
 
 
 @pytest.mark.parametrize("first", [0.0, 10.0, 1000.0])
-@pytest.mark.parametrize("impl", FORMS)
-def test_statistics_of_frames_whose_first_pixel_is_not_typical(impl: str, first: float) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_statistics_of_frames_whose_first_pixel_is_not_typical(
+    implementation: str, first: float
+) -> None:
     """Zero padding makes corners that are not; sums must not be of what is far from the others.
 
     Eight roundings of the largest of the values that are added, each as part of their sum.
@@ -191,15 +193,15 @@ def test_statistics_of_frames_whose_first_pixel_is_not_typical(impl: str, first:
     x = torch.randn(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x[..., 0, 0] = first
     exact = x.double()
-    mean, var = kernels.frame_statistics(x, impl=impl)
+    mean, var = kernels.frame_statistics(x, implementation=implementation)
     std = exact.var((0, 3, 4), correction=0).sqrt()
     rounding = 8 * 2**-24
     assert ((mean - exact.mean((0, 3, 4))) / std).abs().max() <= rounding
     assert (var / std.square() - 1).abs().max() <= rounding
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_any_layout_gives_the_same_bits(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_any_layout_gives_the_same_bits(implementation: str) -> None:
     """Plain contiguous, channels last, a slice; and an upstream gradient of stride 0."""
     case = draw((2, 3, 6, 4, 5), torch.float32)
     wide = torch.cat([case.x, case.x], dim=-1)
@@ -208,51 +210,53 @@ def test_any_layout_gives_the_same_bits(impl: str) -> None:
         "slice": wide[..., : case.x.shape[-1]],
     }
     constant = torch.ones((), device=DEVICE).expand_as(case.dy)
-    expected = run(case, impl)
-    expected_constant = run(replace(case, dy=constant.contiguous()), impl)
+    expected = run(case, implementation)
+    expected_constant = run(replace(case, dy=constant.contiguous()), implementation)
     for x in layouts.values():
         assert x.stride() != case.x.stride()
         for dy, bits in ((case.dy, expected), (constant, expected_constant)):
-            got = run(replace(case, x=x, dy=dy), impl)
+            got = run(replace(case, x=x, dy=dy), implementation)
             assert all(torch.equal(got[name], bits[name]) for name in bits)
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_runs_are_bit_equal_and_read_nothing_unwritten(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_runs_are_bit_equal_and_read_nothing_unwritten(implementation: str) -> None:
     """The second run finds NaN in all memory that it allocates."""
     case = draw(SIZES["three splits of each frame, more frames than merge in one step"], DTYPES[0])
-    first = run(case, impl)
+    first = run(case, implementation)
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
         assert case.x.new_empty(3).isnan().all()
-        second = run(case, impl)
+        second = run(case, implementation)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_nan_is_not_hidden_by_the_relu(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_nan_is_not_hidden_by_the_relu(implementation: str) -> None:
     case = draw((2, 1, 4, 3, 3), torch.float32)
     x = case.x.clone()
     x[0, 0, 1, 2, 2] = torch.nan
-    got = run(replace(case, x=x), impl)
+    got = run(replace(case, x=x), implementation)
     for name in ("y", "dx"):
         assert got[name][:, :, 1].isnan().all()
         assert got[name][:, :, [0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("impl", FORMS)
-def test_given_statistics_take_no_gradient_from_the_value(impl: str, value: float) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_given_statistics_take_no_gradient_from_the_value(
+    implementation: str, value: float
+) -> None:
     """dx is scale·dy where the ReLU is open, whatever x is."""
     case = draw((2, 1, 4, 3, 3), torch.float32, given_statistics=True)
     place = 0, 0, 1, 2, 2
     opened, x = case.x.clone(), case.x.clone()
     opened[place] = 1e3 * case.gain[0, 1].sign()
     x[place] = value if value != value else value * case.gain[0, 1].sign()
-    expected, got = (run(replace(case, x=v), impl)["dx"] for v in (opened, x))
+    expected, got = (run(replace(case, x=v), implementation)["dx"] for v in (opened, x))
     if value < 0:
         expected[place] = 0
     else:
@@ -306,7 +310,7 @@ def test_more_than_2_to_the_31_values() -> None:
     x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3).requires_grad_()
     assert x.numel() > 2**31
     gain, bias = torch.randn(2, 1, 64, device="cuda")
-    y = kernels.frame_norm(x, gain, bias, impl="triton")
+    y = kernels.frame_norm(x, gain, bias, implementation="triton")
     [dx] = torch.autograd.grad(y, x, y.detach())
     for result in (y.detach(), dx):
         assert all(torch.equal(result[:, t], result[:, 0]) for t in (64, 128))

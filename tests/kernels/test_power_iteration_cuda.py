@@ -79,7 +79,7 @@ def test_against_fp64_and_bit_equal(iterate: Iterate) -> None:
     again_us, again_vs = [u.clone() for u in us], [v.clone() for v in vs]
     exact_us, exact_vs = [u.double() for u in us], [v.double() for v in vs]
     doubles = [weight.double() for weight in weights]
-    exact = kernels.power_iteration_(doubles, exact_us, exact_vs, impl="reference")
+    exact = kernels.power_iteration_(doubles, exact_us, exact_vs, implementation="reference")
     sigma = iterate(weights, us, vs)
     assert torch.equal(sigma, iterate(weights, again_us, again_vs))
     for shape, *pairs in zip(

@@ -82,27 +82,29 @@ def test_iterations_against_fp64_bit_equal_and_reading_nothing_unwritten(poisone
     doubles, exact_us, exact_vs = copies(weights, us, vs, dtype=torch.float64)
     again_us, again_vs = copies(us, vs)
     exact = kernels.power_iteration_(doubles, exact_us, exact_vs)
-    sigma_L = kernels.power_iteration_(weights, us, vs, impl="triton")
+    sigma_L = kernels.power_iteration_(weights, us, vs, implementation="triton")
     for i, weight in enumerate(weights):
         pairs = (us[i], exact_us[i]), (vs[i], exact_vs[i]), (sigma_L[i], exact[i])
         for got, true in pairs:
             error = (got - true).abs().max().item()
             assert error <= rounding(weight) * max(1, true.abs().max().item()), weight.shape
         alone = [weight], [again_us[i]], [again_vs[i]]
-        assert torch.equal(kernels.power_iteration_(*alone, impl="triton"), sigma_L[i : i + 1])
+        assert torch.equal(
+            kernels.power_iteration_(*alone, implementation="triton"), sigma_L[i : i + 1]
+        )
         assert torch.equal(again_us[i], us[i])
         assert torch.equal(again_vs[i], vs[i])
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_sigma_is_the_largest_singular_value(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_sigma_is_the_largest_singular_value(implementation: str) -> None:
     """Of matrices whose second is half of it: the error falls by four with each iteration."""
     left, _ = torch.linalg.qr(torch.randn(12, 12))
     right, _ = torch.linalg.qr(torch.randn(20, 12))
     values = 3 * 0.5 ** torch.arange(12.0)
     weight = (left * values @ right.T).to(DEVICE)
     us, vs = [randn(12)], [torch.zeros(20, device=DEVICE)]
-    sigma_L = kernels.power_iteration_([weight], us, vs, 14, impl=impl)
+    sigma_L = kernels.power_iteration_([weight], us, vs, 14, implementation=implementation)
     assert sigma_L.item() == pytest.approx(3, rel=rounding(weight))
     assert abs(us[0].cpu() @ left[:, 0]).item() == pytest.approx(1, abs=rounding(weight))
     assert abs(vs[0].cpu() @ right[:, 0]).item() == pytest.approx(1, abs=rounding(weight))
@@ -143,14 +145,14 @@ def test_launches_for_the_whole_stage_2_generator(monkeypatch: pytest.MonkeyPatc
     weights = [layer.weight.to(DEVICE) for layer in layers]
     us, vs = ([getattr(layer, name).to(DEVICE) for layer in layers] for name in "uv")
     exact_us, exact_vs = copies(us, vs)
-    sigma_L = kernels.power_iteration_(weights, us, vs, impl="triton")
+    sigma_L = kernels.power_iteration_(weights, us, vs, implementation="triton")
     assert launches == [
         "column_sums_kernel",
         "merge_columns_kernel",
         "row_sums_kernel",
         "finish_kernel",
     ]
-    exact = kernels.power_iteration_(weights, exact_us, exact_vs, impl="reference")
+    exact = kernels.power_iteration_(weights, exact_us, exact_vs, implementation="reference")
     torch.testing.assert_close(sigma_L, exact, rtol=1e-5, atol=0)
 
 
@@ -159,13 +161,13 @@ def test_weights_off_the_alignment_and_strided() -> None:
     weights, us, vs = draw([(20, 264)])
     moved_us, moved_vs = copies(us, vs)
     strided_us, strided_vs = copies(us, vs)
-    kernels.power_iteration_(weights, us, vs, impl="triton")
+    kernels.power_iteration_(weights, us, vs, implementation="triton")
     buffer = torch.cat([weights[0].new_zeros(1), weights[0].flatten()])
     moved = buffer[1:].view(20, 264)
     assert moved.data_ptr() % 16 == 4
-    kernels.power_iteration_([moved], moved_us, moved_vs, impl="triton")
+    kernels.power_iteration_([moved], moved_us, moved_vs, implementation="triton")
     strided = weights[0].T.contiguous().T
-    kernels.power_iteration_([strided], strided_us, strided_vs, impl="triton")
+    kernels.power_iteration_([strided], strided_us, strided_vs, implementation="triton")
     for got in (moved_us + moved_vs, strided_us + strided_vs):
         assert all(torch.equal(a, b) for a, b in zip(got, us + vs, strict=True))
 
@@ -176,8 +178,8 @@ def test_a_moved_weight_is_found_again() -> None:
     other_weights, other_us, other_vs = draw([(6, 10)])
     for w, u, v in ((weights, us, vs), (other_weights, other_us, other_vs), (weights, us, vs)):
         exact_u, exact_v = copies(u, v)
-        kernels.power_iteration_(w, exact_u, exact_v, impl="reference")
-        kernels.power_iteration_(w, u, v, impl="triton")
+        kernels.power_iteration_(w, exact_u, exact_v, implementation="reference")
+        kernels.power_iteration_(w, u, v, implementation="triton")
         torch.testing.assert_close(u, exact_u, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(v, exact_v, rtol=1e-5, atol=1e-6)
 
@@ -187,7 +189,7 @@ def test_nan_and_zero() -> None:
     weights, us, vs = draw([(20, 30), (20, 30)])
     weights[0][3, 4] = torch.nan
     weights[1].zero_()
-    sigma_L = kernels.power_iteration_(weights, us, vs, impl="triton")
+    sigma_L = kernels.power_iteration_(weights, us, vs, implementation="triton")
     for broken in (sigma_L[0], us[0], vs[0]):
         assert broken.isnan().all()
     for zero in (sigma_L[1], us[1], vs[1]):
@@ -229,7 +231,7 @@ def test_what_runs_and_why() -> None:
     weights, us, vs = draw([(3, 4)])
     if not CUDA:
         with pytest.raises(kernels.ImplementationError, match="cannot run as cuda"):
-            kernels.power_iteration_(weights, us, vs, impl="cuda")
+            kernels.power_iteration_(weights, us, vs, implementation="cuda")
 
 
 # ------------------------------------------------------------------------ W / σ, its gradient
@@ -242,23 +244,27 @@ NORMALIZED = SHAPES | {
 
 
 def normalized(
-    weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype, upstream: Tensor, impl: str
+    weight: Tensor, u: Tensor, v: Tensor, dtype: torch.dtype, upstream: Tensor, implementation: str
 ) -> list[Tensor]:
     """Ŵ and dW."""
     leaf = weight.detach().requires_grad_()
-    y = kernels.spectral_normalize(leaf, u, v, dtype, impl=impl)
+    y = kernels.spectral_normalize(leaf, u, v, dtype, implementation=implementation)
     return [y.detach(), *torch.autograd.grad(y, leaf, upstream.to(dtype))]
 
 
-def assert_as_good_as_reference(shape: tuple[int, ...], dtype: torch.dtype, impl: str) -> None:
+def assert_as_good_as_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, implementation: str
+) -> None:
     """Errors, against fp64, at most twice those of the reference, and a floor."""
     [weight], [u], [v] = draw([shape])
-    kernels.power_iteration_([weight], [u], [v], 2, impl="reference")
+    kernels.power_iteration_([weight], [u], [v], 2, implementation="reference")
     upstream = randn(*shape).to(dtype)
     truth = normalized(
         weight.double(), u.double(), v.double(), torch.float64, upstream.double(), "reference"
     )
-    reference, got = (normalized(weight, u, v, dtype, upstream, i) for i in ("reference", impl))
+    reference, got = (
+        normalized(weight, u, v, dtype, upstream, i) for i in ("reference", implementation)
+    )
     assert got[0].dtype == dtype
     assert got[1].dtype == torch.float32
     assert got[0].shape == got[1].shape == shape
@@ -275,46 +281,47 @@ def truth_sigma(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", NORMALIZED.values(), ids=NORMALIZED.keys())
-@pytest.mark.parametrize("impl", FORMS)
-def test_sizes(impl: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_as_good_as_reference(shape, dtype, impl)
+@pytest.mark.parametrize("implementation", FORMS)
+def test_sizes(implementation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_as_good_as_reference(shape, dtype, implementation)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     shape=st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple),
     dtype=st.sampled_from([torch.float32, torch.float16]),
-    impl=st.sampled_from(FORMS),
+    implementation=st.sampled_from(FORMS),
 )
-def test_drawn(shape: tuple[int, ...], dtype: torch.dtype, impl: str) -> None:
+def test_drawn(shape: tuple[int, ...], dtype: torch.dtype, implementation: str) -> None:
     torch.manual_seed(sum(shape))
-    assert_as_good_as_reference(shape, dtype, impl)
+    assert_as_good_as_reference(shape, dtype, implementation)
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_any_layout_gives_the_same_bits(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_any_layout_gives_the_same_bits(implementation: str) -> None:
     """A strided weight, and upstream gradients that are strided or of stride 0."""
     [weight], [u], [v] = draw([(6, 3, 5)])
-    kernels.power_iteration_([weight], [u], [v], impl="reference")
+    kernels.power_iteration_([weight], [u], [v], implementation="reference")
     upstream = randn(6, 3, 5)
-    expected = normalized(weight, u, v, torch.float32, upstream, impl)
+    expected = normalized(weight, u, v, torch.float32, upstream, implementation)
     strided = weight.transpose(0, 2).contiguous().transpose(0, 2)
     flipped = upstream.transpose(0, 1).contiguous().transpose(0, 1)
     for result in (
-        normalized(strided, u, v, torch.float32, upstream, impl),
-        normalized(weight, u, v, torch.float32, flipped, impl),
+        normalized(strided, u, v, torch.float32, upstream, implementation),
+        normalized(weight, u, v, torch.float32, flipped, implementation),
     ):
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     constant = torch.ones((), device=DEVICE).expand(6, 3, 5)
     results = [
-        normalized(weight, u, v, torch.float32, g, impl) for g in (constant, constant.contiguous())
+        normalized(weight, u, v, torch.float32, g, implementation)
+        for g in (constant, constant.contiguous())
     ]
     assert torch.equal(results[0][1], results[1][1])
 
 
 def test_runs_are_bit_equal_and_read_nothing_unwritten(poisoned: None) -> None:
     [weight], [u], [v] = draw([(65, 300)])
-    kernels.power_iteration_([weight], [u], [v], impl="reference")
+    kernels.power_iteration_([weight], [u], [v], implementation="reference")
     upstream = randn(65, 300)
     first, second = (normalized(weight, u, v, torch.float16, upstream, "triton") for _ in range(2))
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(first, second, strict=True))
@@ -322,25 +329,28 @@ def test_runs_are_bit_equal_and_read_nothing_unwritten(poisoned: None) -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("impl", FORMS)
-def test_bf16_on_a_gpu(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_bf16_on_a_gpu(implementation: str) -> None:
     for shape in (*NORMALIZED.values(), (1024, 9216)):
-        assert_as_good_as_reference(shape, torch.bfloat16, impl)
+        assert_as_good_as_reference(shape, torch.bfloat16, implementation)
 
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
-def test_a_whole_generator_on_a_gpu(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_a_whole_generator_on_a_gpu(implementation: str) -> None:
     """At full size, in both GPU forms: agreement with fp64 and equal bits."""
-    if impl == "cuda" and (reason := power_iteration_cuda.unavailable()):
+    if implementation == "cuda" and (reason := power_iteration_cuda.unavailable()):
         pytest.skip(reason)
     weights, us, vs = draw([tuple(s.weight.shape) for s in spectral_weights(stage2_generator(128))])
     again_us, again_vs = copies(us, vs)
     doubles, exact_us, exact_vs = copies(weights, us, vs, dtype=torch.float64)
     exact = kernels.power_iteration_(doubles, exact_us, exact_vs)
-    sigma_L = kernels.power_iteration_(weights, us, vs, impl=impl)
-    assert torch.equal(sigma_L, kernels.power_iteration_(weights, again_us, again_vs, impl=impl))
+    sigma_L = kernels.power_iteration_(weights, us, vs, implementation=implementation)
+    assert torch.equal(
+        sigma_L,
+        kernels.power_iteration_(weights, again_us, again_vs, implementation=implementation),
+    )
     assert all(torch.equal(a, b) for a, b in zip(us + vs, again_us + again_vs, strict=True))
     for i, weight in enumerate(weights):
         pairs = (

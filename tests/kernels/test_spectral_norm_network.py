@@ -90,18 +90,20 @@ def draw(
     weights = [randn(*shape) for shape, _ in cases]
     us = [torch.nn.functional.normalize(randn(shape[0]), dim=0) for shape, _ in cases]
     vs = [torch.zeros_like(weight[0].flatten()) for weight in weights]
-    kernels.power_iteration_(weights, us, vs, impl="reference")
+    kernels.power_iteration_(weights, us, vs, implementation="reference")
     folds = [how for _, how in cases]
     upstream = [randn(*fold(w, how).shape).to(dtype) for w, how in zip(weights, folds, strict=True)]
     return Drawn(weights, us, vs, folds, upstream)
 
 
 def results(
-    drawn: Drawn, dtypes: Sequence[torch.dtype | None], impl: str
+    drawn: Drawn, dtypes: Sequence[torch.dtype | None], implementation: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(Every kernel, every dW)."""
     leaves = [weight.detach().requires_grad_() for weight in drawn.weights]
-    ys = kernels.spectral_normalize_all(leaves, drawn.us, drawn.vs, dtypes, drawn.folds, impl=impl)
+    ys = kernels.spectral_normalize_all(
+        leaves, drawn.us, drawn.vs, dtypes, drawn.folds, implementation=implementation
+    )
     upstream = [g.to(y.dtype) for g, y in zip(drawn.upstream, ys, strict=True)]
     return [y.detach() for y in ys], list(torch.autograd.grad(ys, leaves, upstream))
 
@@ -116,7 +118,7 @@ def equal(first: Any, second: Any) -> bool:
 
 
 def assert_as_good_as_reference(
-    drawn: Drawn, dtypes: Sequence[torch.dtype | None], impl: str
+    drawn: Drawn, dtypes: Sequence[torch.dtype | None], implementation: str
 ) -> None:
     """Errors, against fp64, at most twice those of the reference, and a floor.
 
@@ -124,7 +126,7 @@ def assert_as_good_as_reference(
     scale everything that is subtracted. A folded tap is a sum of eight at most.
     """
     truth = results(drawn.double(), [None] * len(dtypes), "reference")
-    reference, got = (results(drawn, dtypes, form) for form in ("reference", impl))
+    reference, got = (results(drawn, dtypes, form) for form in ("reference", implementation))
     for i, weight in enumerate(drawn.weights):
         assert got[0][i].dtype == (dtypes[i] or torch.float32)
         assert got[1][i].dtype == torch.float32
@@ -142,20 +144,20 @@ def assert_as_good_as_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("impl", FORMS)
-def test_all_sizes_and_folds_in_one_list(impl: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_all_sizes_and_folds_in_one_list(implementation: str, dtype: torch.dtype) -> None:
     drawn = draw(list(SHAPES.values()), dtype)
-    assert_as_good_as_reference(drawn, [dtype] * len(drawn.weights), impl)
+    assert_as_good_as_reference(drawn, [dtype] * len(drawn.weights), implementation)
 
 
-@pytest.mark.parametrize("impl", FORMS)
-def test_every_weight_has_its_own_dtype(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_every_weight_has_its_own_dtype(implementation: str) -> None:
     """None is the weight's own; here fp16 stands for either that has 16 bits."""
     names = ("one row", "odd convolution", "pooling 1x2x2", "pooling 2x2x2, odd channels")
     drawn = draw([SHAPES[name] for name in names])
     dtypes = [None, torch.float16] * 2
-    assert_as_good_as_reference(drawn, dtypes, impl)
-    alone, mixed = (results(drawn, which, impl) for which in ([None] * 4, dtypes))
+    assert_as_good_as_reference(drawn, dtypes, implementation)
+    alone, mixed = (results(drawn, which, implementation) for which in ([None] * 4, dtypes))
     assert all(torch.equal(mixed[0][i], alone[0][i]) for i in (0, 2))
     assert all(torch.equal(mixed[0][i], alone[0][i].half()) for i in (1, 3))
 
@@ -168,10 +170,10 @@ def test_every_weight_has_its_own_dtype(impl: str) -> None:
         max_size=3,
     ),
     dtype=st.sampled_from([torch.float32, torch.float16]),
-    impl=st.sampled_from(FORMS),
+    implementation=st.sampled_from(FORMS),
 )
 def test_drawn_lists(
-    sizes: list[tuple[int, int, kernels.Fold]], dtype: torch.dtype, impl: str
+    sizes: list[tuple[int, int, kernels.Fold]], dtype: torch.dtype, implementation: str
 ) -> None:
     torch.manual_seed(len(sizes))
     cases = [
@@ -179,7 +181,7 @@ def test_drawn_lists(
         for rows, channels, how in sizes
     ]
     drawn = draw(cases, dtype)
-    assert_as_good_as_reference(drawn, [dtype] * len(cases), impl)
+    assert_as_good_as_reference(drawn, [dtype] * len(cases), implementation)
 
 
 def test_many_small_weights_and_a_large_one_each_as_alone(poisoned: None) -> None:
@@ -293,14 +295,16 @@ def test_six_launches_for_the_whole_stage_2_generator(monkeypatch: pytest.Monkey
     folded = {m for n, m in generator.named_modules() if n.endswith("block2.conv1.normalized")}
     folds: list[kernels.Fold] = ["upsampling" if layer in folded else None for layer in layers]
     assert folds.count("upsampling") == 5
-    kernels.power_iteration_(weights, us, vs, impl="triton")
+    kernels.power_iteration_(weights, us, vs, implementation="triton")
     dtypes = [torch.float16] * len(weights)
-    ys = kernels.spectral_normalize_all(weights, us, vs, dtypes, folds, impl="triton")
+    ys = kernels.spectral_normalize_all(weights, us, vs, dtypes, folds, implementation="triton")
     assert launches[4:] == ["sigma_kernel", "normalize_kernel"]
     assert len(launches) == 6
     torch.autograd.grad(ys, weights, [torch.ones_like(y) for y in ys])
     assert launches[6:] == ["inner_kernel", "dw_kernel"]
-    expected = kernels.spectral_normalize_all(weights, us, vs, dtypes, folds, impl="reference")
+    expected = kernels.spectral_normalize_all(
+        weights, us, vs, dtypes, folds, implementation="reference"
+    )
     for y, other in zip(ys, expected, strict=True):
         # Both are within half a unit of fp16 of nearly the same number.
         torch.testing.assert_close(y, other, rtol=2**-10, atol=2**-24)
@@ -364,8 +368,8 @@ def test_which_form_runs_and_why() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("impl", FORMS)
-def test_bf16_lists_on_a_gpu(impl: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_bf16_lists_on_a_gpu(implementation: str) -> None:
     cases = [*SHAPES.values(), ((1024, 3, 3, 1024), "upsampling"), ((600, 9216), None)]
     drawn = draw(cases, torch.bfloat16)
-    assert_as_good_as_reference(drawn, [torch.bfloat16] * len(cases), impl)
+    assert_as_good_as_reference(drawn, [torch.bfloat16] * len(cases), implementation)

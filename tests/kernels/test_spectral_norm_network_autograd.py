@@ -31,7 +31,7 @@ def draw(
     us = [torch.randn(len(weight), dtype=dtype, device=device) for weight in weights]
     vs = [torch.zeros(weight[0].numel(), dtype=dtype, device=device) for weight in weights]
     if device != "meta":
-        kernels.power_iteration_(weights, us, vs, 3, impl="reference")
+        kernels.power_iteration_(weights, us, vs, 3, implementation="reference")
     return [weight.requires_grad_() for weight in weights], us, vs
 
 
@@ -39,11 +39,13 @@ def normalize(
     weights: Sequence[Tensor],
     us: Sequence[Tensor],
     vs: Sequence[Tensor],
-    impl: str | None,
+    implementation: str | None,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     dtypes = [dtype] * (len(weights) - 1) + [None]
-    return kernels.spectral_normalize_all(weights, us, vs, dtypes, FOLDS[: len(weights)], impl=impl)
+    return kernels.spectral_normalize_all(
+        weights, us, vs, dtypes, FOLDS[: len(weights)], implementation=implementation
+    )
 
 
 def test_the_list_operators_are_registered_right() -> None:
@@ -58,13 +60,13 @@ def test_the_list_operators_are_registered_right() -> None:
     torch.library.opcheck(OPS.spectral_normalize_all_dw.default, arguments)
 
 
-@pytest.mark.parametrize("impl", ["reference", "pytorch"])
-def test_first_and_second_derivatives_of_lists(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", "pytorch"])
+def test_first_and_second_derivatives_of_lists(implementation: str) -> None:
     """In fp64, by finite differences, u and v constant."""
     weights, us, vs = draw(torch.float64)
 
     def run(*weights: Tensor) -> tuple[Tensor, ...]:
-        return tuple(normalize(weights, us, vs, impl))
+        return tuple(normalize(weights, us, vs, implementation))
 
     assert torch.autograd.gradcheck(run, weights)
     assert torch.autograd.gradgradcheck(run, weights)
@@ -74,8 +76,8 @@ def test_second_derivatives_of_the_triton_list() -> None:
     """They are the reference's: in fp32 equal up to rounding, of terms as large as the largest."""
     weights, us, vs = draw()
     second = []
-    for impl in ("reference", "triton"):
-        ys = normalize(weights, us, vs, impl)
+    for implementation in ("reference", "triton"):
+        ys = normalize(weights, us, vs, implementation)
         dws = torch.autograd.grad(ys, weights, [y.detach() ** 2 for y in ys], create_graph=True)
         total = sum((dw.square().sum() for dw in dws), torch.zeros(()))
         second.append(torch.autograd.grad(total, weights))
@@ -84,20 +86,22 @@ def test_second_derivatives_of_the_triton_list() -> None:
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-5 * reference.abs().max())
 
 
-@pytest.mark.parametrize("impl", ["reference", *FORMS])
-def test_what_has_no_gradient(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", *FORMS])
+def test_what_has_no_gradient(implementation: str) -> None:
     """u, v, and weights whose kernel is not used; a weight that needs none changes nothing."""
     weights, us, vs = draw()
     weights[1].requires_grad_(False)
     for vector in us + vs:
         vector.requires_grad_()
-    ys = normalize(weights, us, vs, impl)
+    ys = normalize(weights, us, vs, implementation)
     (ys[0].sum() + ys[2].sum() + ys[1].sum()).backward()
     assert all(vector.grad is None for vector in us + vs)
     assert weights[1].grad is None
     for i in (0, 2):
         alone = weights[i].detach().requires_grad_()
-        y = fold(kernels.spectral_normalize(alone, us[i], vs[i], impl="reference"), FOLDS[i])
+        y = fold(
+            kernels.spectral_normalize(alone, us[i], vs[i], implementation="reference"), FOLDS[i]
+        )
         y.sum().backward()
         torch.testing.assert_close(weights[i].grad, alone.grad, rtol=1e-5, atol=1e-6)
     assert weights[4].grad is None or not weights[4].grad.any()
@@ -112,22 +116,24 @@ def test_the_list_backward_operator_refuses_derivatives() -> None:
         OPS.spectral_normalize_all_dw(*arguments)
 
 
-@pytest.mark.parametrize(("impl", "update"), [("pytorch", "reference"), ("triton", "triton")])
-def test_an_iteration_before_the_lists_backward_is_found(impl: str, update: str) -> None:
+@pytest.mark.parametrize(
+    ("implementation", "update"), [("pytorch", "reference"), ("triton", "triton")]
+)
+def test_an_iteration_before_the_lists_backward_is_found(implementation: str, update: str) -> None:
     """It changes u and v, and a gradient with the new ones would be wrong."""
     weights, us, vs = draw()
-    ys = normalize(weights, us, vs, impl)
-    kernels.power_iteration_(weights, us, vs, impl=update)
+    ys = normalize(weights, us, vs, implementation)
+    kernels.power_iteration_(weights, us, vs, implementation=update)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(ys[0].sum(), weights[0])
 
 
-@pytest.mark.parametrize("impl", ["reference", *FORMS])
-def test_compiled_and_checkpointed_lists_equal_eager(impl: str) -> None:
+@pytest.mark.parametrize("implementation", ["reference", *FORMS])
+def test_compiled_and_checkpointed_lists_equal_eager(implementation: str) -> None:
     weights, us, vs = draw()
 
     def run(*weights: Tensor) -> tuple[Tensor, ...]:
-        return tuple(normalize(weights, us, vs, impl, torch.float16))
+        return tuple(normalize(weights, us, vs, implementation, torch.float16))
 
     def rerun(*weights: Tensor) -> tuple[Tensor, ...]:
         result: tuple[Tensor, ...] = checkpoint(run, *weights, use_reentrant=False)
@@ -144,8 +150,10 @@ def test_compiled_and_checkpointed_lists_equal_eager(impl: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("impl", FORMS)
-def test_what_a_list_saves_is_the_parameters_and_a_number_each(impl: str, device: str) -> None:
+@pytest.mark.parametrize("implementation", FORMS)
+def test_what_a_list_saves_is_the_parameters_and_a_number_each(
+    implementation: str, device: str
+) -> None:
     weights, us, vs = draw(device=device)
     saved: list[Tensor] = []
 
@@ -154,7 +162,7 @@ def test_what_a_list_saves_is_the_parameters_and_a_number_each(impl: str, device
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        normalize(weights, us, vs, impl, torch.float16)
+        normalize(weights, us, vs, implementation, torch.float16)
     assert all(any(tensor is weight for tensor in saved) for weight in weights)
     own = {t.untyped_storage()._cdata for t in (*weights, *us, *vs)}
     held = {t.untyped_storage()._cdata: t for t in saved}
@@ -162,10 +170,10 @@ def test_what_a_list_saves_is_the_parameters_and_a_number_each(impl: str, device
     assert sum(t.untyped_storage().nbytes() for t in more) == 4 * len(weights)  # σ
 
 
-@pytest.mark.parametrize("impl", [None, *FORMS])
-def test_meta_lists_have_the_folded_shapes(impl: str | None) -> None:
+@pytest.mark.parametrize("implementation", [None, *FORMS])
+def test_meta_lists_have_the_folded_shapes(implementation: str | None) -> None:
     weights, us, vs = draw(device="meta")
-    ys = normalize(weights, us, vs, impl, torch.bfloat16)
+    ys = normalize(weights, us, vs, implementation, torch.bfloat16)
     shapes = [(3, 5), (2, 4, 4, 2), (3, 2, 2, 4), (2, 2, 2, 2, 3), (2, 2, 3, 2, 3)]
     assert [tuple(y.shape) for y in ys] == shapes
     assert [y.dtype for y in ys] == [torch.bfloat16] * 4 + [torch.float32]

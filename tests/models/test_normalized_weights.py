@@ -218,11 +218,11 @@ def test_for_references_nothing_is_prepared_unless_asked_for() -> None:
         settle_weights(network, torch.float32)
         with normalized_weights(network, torch.float32):
             assert nothing_prepared(network)
-    for impl in ("reference", "pytorch"):
-        with normalized_weights(network, torch.float32, impl=impl):
+    for implementation in ("reference", "pytorch"):
+        with normalized_weights(network, torch.float32, implementation=implementation):
             assert not nothing_prepared(network)
     with pytest.raises(kernels.ImplementationError, match="no implementation 'cuda'"):
-        normalized_weights(network, torch.float32, impl="cuda")
+        normalized_weights(network, torch.float32, implementation="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

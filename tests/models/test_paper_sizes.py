@@ -78,7 +78,7 @@ def test_clip_generator(
     assert shape == (1, num_frames, 3, resolution, resolution)
     assert round(flops) == plain
     # Unit 1's constant input is convolved once, and nothing is convolved with h = 0.
-    monkeypatch.setattr(kernels, "conv_gru", partial(kernels.conv_gru, impl="auto"))
+    monkeypatch.setattr(kernels, "conv_gru", partial(kernels.conv_gru, implementation="auto"))
     assert round(gigaflops(generator, z, labels(), num_frames)[0]) == executed
 
 

@@ -161,7 +161,7 @@ def test_an_operator_of_ours() -> None:
     x_BTHWC = torch.empty(2, 3, 4, 4, 8, device="meta", requires_grad=True)
     gain, bias = (torch.empty(2, 8, device="meta") for _ in range(2))
     with LiveBytes() as live:
-        y = kernels.frame_norm(x_BTHWC.permute(0, 1, 4, 2, 3), gain, bias, impl="triton")
+        y = kernels.frame_norm(x_BTHWC.permute(0, 1, 4, 2, 3), gain, bias, implementation="triton")
         kept = 2 * 16 + 2 * 24  # gain and bias; mean and variance
         assert live.now_bytes == 4 * (2 * 768 + kept)
         y.backward(torch.empty_like(y))
