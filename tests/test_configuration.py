@@ -73,7 +73,8 @@ def refusal(path: Path, *overrides: str) -> str:
 
 def test_the_promised_files_are_shipped() -> None:
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names == {"sample", "kinetics600", "bdd100k", "ucf101", "dvdgan"}
+    papers = {"kinetics600", "bdd100k", "dvdgan", "kinetics600-joint", "bdd100k-table2"}
+    assert names == {"sample", "ucf101", "kinetics600-256"} | papers
 
 
 @pytest.mark.parametrize(("path", "variant"), SHIPPED)
@@ -98,6 +99,8 @@ def test_sizes_are_the_papers() -> None:
     assert paper_sizes("kinetics600") == [(32, 25, 8), (128, 12, 4)]
     assert paper_sizes("kinetics600", "variant=window3") == [(32, 25, 8), (128, 6, 4)]
     assert paper_sizes("bdd100k") == [(32, 25, 8), (64, 12, 4), (128, 12, 2)]
+    assert paper_sizes("bdd100k-table2") == [(32, 25, 8), (128, 6, 4)]
+    assert paper_sizes("kinetics600-joint") == [(32, 6, 8), (64, 6, 4)]
     for num_frames in (6, 12, 48):
         assert paper_sizes("dvdgan", f"variant=frames{num_frames}") == [(128, num_frames, 4)]
 
