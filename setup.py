@@ -28,6 +28,7 @@ REQUIREMENTS = [
     # PyAV: decoding on CPUs, and all encoding. Older ones convert all colours as BT.601.
     "av>=17",
     "deepspeed>=0.18",
+    "Jinja2>=3",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "nvidia-ml-py>=12",

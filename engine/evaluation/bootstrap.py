@@ -29,35 +29,34 @@ class BootstrapInterval(NamedTuple):
     high: float
     confidence: float
     num_resamples: int
-    seed: int
     bias: float
     """Mean of the resamples minus the value."""
 
 
-def interval(
-    metric: Resampled,
-    num_clips: tuple[int, int],
-    value: float,
-    *,
-    num_resamples: int = 200,
-    seed: int = 0,
-    confidence: float = 0.95,
-    least: float = -np.inf,
-) -> BootstrapInterval:
-    """The interval of `metric`, whose value with weights of one is `value`.
+def resamples(
+    metric: Resampled, num_clips: tuple[int, int], *, num_resamples: int, seed: int
+) -> Array:
+    """The metric of every resample, [num_resamples]; `num_clips` are N and M.
 
-    `num_clips` are N and M. `least` is a bound that the metric has, such as 0. Costs
-    `num_resamples` evaluations. Raises ValueError for fewer than 2 resamples.
+    The same numbers and seed draw the same clips, so that two metrics' resamples are paired: the
+    difference of what they say of one set of clips, or of that set spoilt, has no other clips in
+    it. Raises ValueError for fewer than 2 resamples.
     """
     if num_resamples < 2:
         raise ValueError("an interval needs two resamples or more")
     random = np.random.default_rng(seed)
-    found = np.array([metric(*_draw(num_clips, random)) for _ in range(num_resamples)])
+    return np.array([metric(*_draw(num_clips, random)) for _ in range(num_resamples)])
+
+
+def centred_interval(
+    found: Array, value: float, *, confidence: float = 0.95, least: float = -np.inf
+) -> BootstrapInterval:
+    """The interval that resamples give around `value`, which is within; not below `least`."""
     bias = float(found.mean()) - value
     tail = (1 - confidence) / 2
     low, high = (np.quantile(found, [tail, 1 - tail]) - bias).tolist()
     return BootstrapInterval(
-        min(max(low, least), value), max(high, value), confidence, num_resamples, seed, bias
+        min(max(low, least), value), max(high, value), confidence, len(found), bias
     )
 
 

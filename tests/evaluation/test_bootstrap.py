@@ -6,10 +6,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.evaluation.bootstrap import interval
+from engine.evaluation.bootstrap import BootstrapInterval, Resampled, centred_interval, resamples
 from engine.evaluation.distances import Frechet
 
 Array = NDArray[np.float64]
+
+
+def interval(
+    metric: Resampled,
+    sizes: tuple[int, int],
+    value: float,
+    num_resamples: int = 200,
+    seed: int = 0,
+    confidence: float = 0.95,
+    least: float = -math.inf,
+) -> BootstrapInterval:
+    found = resamples(metric, sizes, num_resamples=num_resamples, seed=seed)
+    return centred_interval(found, value, confidence=confidence, least=least)
 
 
 def test_of_a_mean_it_is_its_standard_error() -> None:
