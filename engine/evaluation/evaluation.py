@@ -49,7 +49,7 @@ class EvaluationRow:
         """For JSON."""
         return {
             "metric": self.metric.name,
-            "layer": self.metric.layer,
+            "layer": self.measurement and self.measurement.layer,
             "best": self.metric.best,
             "measurement": self.measurement and self.measurement.to_tree(),
             "controls": self.controls and controls_tree(self.metric, self.controls),
@@ -207,8 +207,6 @@ def evaluate(
             return metric.measure(reference, candidate, protocol, num_resamples=num_resamples)  # noqa: B023
 
         try:
-            if metric.name == "is-k400" and network is not None and not network.has_classes:
-                raise ValueError(f"{network.name} is no classifier")
             found = measure(_part(of_real, range(num_reference)), of_generated)
         except ValueError as error:
             rows.append(EvaluationRow(metric, None, None, f"not measured: {error}"))

@@ -1,17 +1,18 @@
 """The networks that features come of: I3D, or a TorchScript file of the user's.
 
 All take uint8 clips of one size and give named layers of features, so that everything behind them
-knows neither. `Layers` is what the metrics ask for: "logits" and "pooled".
+knows neither. Metrics ask for two layers: "logits" of a classifier and "pooled". A network that has
+only one of them is asked for that one in the other's stead, but for the inception score's.
 
 A TorchScript file is called with one tensor [B, 3, T, H, W], either
 
 - "float": float32 in [-1, 1], resized to 224x224 as the protocol says (the default), or
 - "uint8": uint8, as the clips are,
 
-and returns features [B, F], which then stand for both layers, or a dict with "logits" and "pooled".
+and returns features [B, F], which are called "pooled", or a dict with "logits", "pooled" or both.
 A file whose forward takes `rescale`, `resize` and `return_features`, as the I3D that circulates
-with StyleGAN-V does, is called with False, False and True. TorchScript is a program: load only
-files that you trust.
+with StyleGAN-V does, is called with False, False and True, and returns "logits". TorchScript is a
+program: load only files that you trust.
 
 Shapes: B clips, T frames, H x W pixels, C = 3 (RGB), F features.
 """
@@ -44,8 +45,6 @@ class FeatureNetwork(Protocol):
     sha256: str
     """Of the weights."""
     least_frames: int
-    has_classes: bool
-    """Whether "logits" are a classifier's, which an inception score needs."""
 
     def __call__(self, clips_BTHWC: Tensor, resize: Placing) -> Layers:
         """Features of uint8 clips, which may lie on any device; on the CPU."""
@@ -58,7 +57,6 @@ class I3DNetwork:
     name = "i3d-kinetics-400"
     sha256 = MEMBER_SHA256
     least_frames = LEAST_FRAMES
-    has_classes = True
 
     def __init__(self, network: I3D, device: torch.device) -> None:
         self._network, self._device = network.to(device), device
@@ -93,7 +91,6 @@ class TorchScriptNetwork:
         self.name, self._path, self._device, self._takes = path.name, path, device, takes
         arguments = {argument.name for argument in self._module.forward.schema.arguments}
         self._options = _STYLEGAN_V_FORM if arguments >= _STYLEGAN_V_ARGUMENTS else {}
-        self.has_classes = bool(self._options)
 
     @torch.inference_mode()
     def __call__(self, clips_BTHWC: Tensor, resize: Placing) -> Layers:
@@ -111,13 +108,9 @@ class TorchScriptNetwork:
                 f"{self._path} fails on {self._takes} clips {list(given.shape)}: {reason}"
             ) from None
         if isinstance(returned, dict):
-            self.has_classes = "logits" in returned
             layers = {name: returned[name] for name in LAYERS if name in returned}
-            layers = {
-                name: layers.get(name, next(iter(layers.values()))) for name in LAYERS if layers
-            }
         else:
-            layers = dict.fromkeys(LAYERS, returned)
+            layers = {"logits" if self._options else "pooled": returned}
         for name, tensor in layers.items():
             if not isinstance(tensor, Tensor) or tensor.ndim != 2 or len(tensor) != len(given):
                 shown = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__

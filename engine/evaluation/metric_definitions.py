@@ -53,6 +53,8 @@ class Measurement:
     interval: BootstrapInterval
     num_reference: int
     num_candidates: int
+    layer: str
+    """Of the features that were taken."""
     details: dict[str, float]
     """What else the field reports of it, such as the deviation over splits."""
     resamples: Array = field(repr=False)
@@ -84,6 +86,8 @@ class MetricDefinition:
     prepare: Callable[[Array, Array, EvaluationProtocol], Prepared]
     least: float = -np.inf
     """A bound of its values."""
+    takes_other_layer: bool = True
+    """Whether any features do, where a network has no such layer."""
 
     @property
     def needs_network(self) -> bool:
@@ -99,17 +103,25 @@ class MetricDefinition:
         num_resamples: int,
     ) -> Measurement:
         """The value and its interval. Raises ValueError with the reason where there is none."""
-        if self.layer not in reference:
-            raise ValueError(f"these clips have no {self.layer}")
-        first = np.asarray(reference[self.layer], np.float64)
-        second = np.asarray(candidate[self.layer], np.float64)
+        layer = self._layer(reference)
+        first = np.asarray(reference[layer], np.float64)
+        second = np.asarray(candidate[layer], np.float64)
         at, value, details = self.prepare(first, second, protocol)
         if value is None:
             value = at(np.ones(len(first)), np.ones(len(second)))
         sizes = len(first), len(second)
         drawn = resamples(at, sizes, num_resamples=num_resamples, seed=protocol.seed)
         found = centred_interval(drawn, value, least=self.least)
-        return Measurement(value, found, *sizes, details, drawn)
+        return Measurement(value, found, *sizes, layer, details, drawn)
+
+    def _layer(self, features: Features) -> str:
+        """The layer that is taken: the metric's, or the other one of a network that has only it."""
+        other = {"logits": "pooled", "pooled": "logits"}.get(self.layer)
+        if self.layer in features:
+            return self.layer
+        if other is None or other not in features or not self.takes_other_layer:
+            raise ValueError(f"these clips have no {self.layer}")
+        return other
 
     def badness(self, value: T) -> T:
         """On a scale where more is worse, whatever is `best`; of one value or of many."""
@@ -207,7 +219,9 @@ METRICS: dict[str, MetricDefinition] = {
         MetricDefinition("fvd", "logits", "low", _frechet, least=0.0),
         MetricDefinition("fid-k400", "pooled", "low", _frechet, least=0.0),
         MetricDefinition("kvd", "logits", "low", _kernel),
-        MetricDefinition("is-k400", "logits", "high", _inception, least=1.0),
+        MetricDefinition(
+            "is-k400", "logits", "high", _inception, least=1.0, takes_other_layer=False
+        ),
         MetricDefinition("precision", "pooled", "high", _neighbours("precision"), least=0.0),
         MetricDefinition("recall", "pooled", "high", _neighbours("recall"), least=0.0),
         MetricDefinition("density", "pooled", "high", _neighbours("density"), least=0.0),

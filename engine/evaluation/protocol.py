@@ -27,13 +27,13 @@ class EvaluationProtocol(BaseModel):
 
     name: str
     # The clips
-    resolution: int | None = Field(None, ge=8, le=4096)
+    resolution: int | None = Field(default=None, ge=8, le=4096)
     """Side of the square that frames are brought to first; None: frames stay as they are."""
     fit: Literal["centre-crop", "stretch"] = "centre-crop"
     """How: the shorter side is resized and the middle kept, or both sides are resized. Antialiased
     bilinear, rounded to uint8, as the training loader does it."""
-    num_frames: int = Field(16, ge=1)
-    frame_stride: int = Field(1, ge=1)
+    num_frames: int = Field(default=16, ge=1)
+    frame_stride: int = Field(default=1, ge=1)
     """Every so many-th frame of the video; frame rates are not looked at."""
     real_offset: Offset = "random"
     """Where a clip begins in a longer video; "random" depends on the seed and the file's content,
@@ -45,7 +45,7 @@ class EvaluationProtocol(BaseModel):
     few_frames: Literal["error", "loop"] = "error"
     """What is done where `num_frames` are fewer than the network takes: nothing is measured, or
     every clip starts again until there are enough, for the network only."""
-    num_videos: int | None = Field(None, ge=2)
+    num_videos: int | None = Field(default=None, ge=2)
     """Of each source at most, chosen at random by the seed; None: all. How many there were stands
     beside every number."""
     quantisation: Literal["uint8"] = "uint8"
@@ -60,19 +60,19 @@ class EvaluationProtocol(BaseModel):
     """How frames get the network's 224x224 pixels; see `engine.evaluation.i3d.bilinear`."""
     # The statistics, all float64
     covariance: Literal["unbiased", "biased"] = "unbiased"
-    inception_splits: int = Field(10, ge=1)
-    precision_neighbours: int = Field(3, ge=1)
+    inception_splits: int = Field(default=10, ge=1)
+    precision_neighbours: int = Field(default=3, ge=1)
     """k of precision and recall."""
-    density_neighbours: int = Field(5, ge=1)
+    density_neighbours: int = Field(default=5, ge=1)
     """k of density and coverage."""
-    kvd_subset_size: int | None = Field(None, ge=2)
+    kvd_subset_size: int | None = Field(default=None, ge=2)
     """None: the estimate of all clips; else the mean over random subsets of so many."""
-    kvd_subsets: int = Field(100, ge=1)
+    kvd_subsets: int = Field(default=100, ge=1)
     psd_frames: tuple[int, ...] = (1, 10, 25, 50)
     """Frames of the clip whose spectra are compared, from 1; those beyond its end are left out."""
-    psd_sets: int = Field(3, ge=1)
+    psd_sets: int = Field(default=3, ge=1)
     """Into so many sets clips are divided for the mean and the band of spectra."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     # For the reader
     unknown: tuple[str, ...] = ()
     """What the publication that the preset is named after does not say, or we cannot do."""
