@@ -73,10 +73,13 @@ class Frechet:
     def __call__(self, weights_N: Array | None = None, weights_M: Array | None = None) -> float:
         """The distance; `weights` as in `moments`."""
         if self._products_NM is None:
-            return frechet_distance(
+            both = (
                 moments(self._first_ND, unbiased=self._unbiased, weights_N=weights_N),
                 moments(self._second_MD, unbiased=self._unbiased, weights_N=weights_M),
             )
+            if weights_N is None and weights_M is None:
+                return frechet_distance(*both)
+            return _frechet_by_cholesky(*both)
         weights_N = np.ones(len(self._first_ND)) if weights_N is None else weights_N
         weights_M = np.ones(len(self._second_MD)) if weights_M is None else weights_M
         mean_D, trace, scale_N = self._parts(self._first_ND, weights_N)
@@ -161,6 +164,23 @@ def _root(covariance_DD: Array) -> Array:
     # √ would turn an error of ε into one of √ε, for each of D - rank directions.
     kept = values_D > len(values_D) * np.finfo(np.float64).eps * max(values_D[-1], 0)
     return vectors_DD[:, kept] * np.sqrt(values_D[kept])
+
+
+def _frechet_by_cholesky(first: Moments, second: Moments) -> float:
+    """`frechet_distance` in a quarter of the time, for resamples, of which there are hundreds.
+
+    The eigenvalues of LᵀRL, S = L Lᵀ, are those of SR; their roots are sure to √ε of the largest,
+    which the spread of resamples dwarfs. Singular covariances take the other way.
+    """
+    try:
+        lower_DD = np.linalg.cholesky(first.covariance_DD)
+    except np.linalg.LinAlgError:
+        return frechet_distance(first, second)
+    values_D = np.linalg.eigvalsh(lower_DD.T @ second.covariance_DD @ lower_DD)
+    cross = float(np.sqrt(np.maximum(values_D, 0)).sum())
+    mean_D = first.mean_D - second.mean_D
+    trace, other_trace = (float(np.trace(each.covariance_DD)) for each in (first, second))
+    return _frechet(float(mean_D @ mean_D), trace, other_trace, cross)
 
 
 def _nuclear_norm(matrix: Array) -> float:

@@ -30,7 +30,7 @@ from engine.evaluation.protocol import EvaluationProtocol
 from engine.evaluation.video_sources import VideoSource
 
 _MARKS = {"low": "lower is better", "high": "higher is better", "one": "1 is as real"}
-_NUM_EXAMPLES = 6
+_NUM_EXAMPLES = 4
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from engine.durable_files import PARTIAL, put_in_place, writing
 from engine.evaluation.evaluation import Evaluation, figure
 from engine.evaluation.metric_definitions import Measurement
 from engine.video.writing import animation
 
-_LEAST_PIXELS = 96
+_LEAST_PIXELS, _MOST_FRAMES = 64, 32
 _PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>
@@ -36,7 +39,7 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; } img { max-width: 
 {% endfor %}</table>
 <p>{% for line in legend %}<small>{{ line }}</small><br>{% endfor %}</p>
 {% if clips %}<h2>Clips</h2><img alt="real, generated and spoilt clips" src="{{ clips }}">
-{% endif %}
+<p><small>At most the first {{ most_frames }} frames.</small></p>{% endif %}
 {% if spectra %}<h2>Power spectra</h2><img alt="power spectra by radius" src="{{ spectra }}">
 <p><small>Mean of {{ num_sets }} sets of clips; the band is their standard deviation.</small></p>
 {% endif %}
@@ -68,6 +71,7 @@ def write_report(path: Path, evaluation: Evaluation, fps: float = 12.5) -> None:
         rows=rows,
         legend=evaluation.legend(),
         clips=_clips(evaluation, fps),
+        most_frames=_MOST_FRAMES,
         spectra=_spectra(evaluation.spectra),
         num_sets=evaluation.spectra.get("real", {}).get("num_sets"),
         protocol=list(evaluation.protocol.to_tree().items()),
@@ -89,11 +93,22 @@ def _cell(found: Measurement | None) -> dict[str, str]:
 def _clips(evaluation: Evaluation, fps: float) -> str:
     if not evaluation.examples:
         return ""
-    height = evaluation.examples[0][1].shape[-2]
+    rows = [(name, _to_look_at(video_BTCHW)) for name, video_BTCHW in evaluation.examples]
+    height = rows[0][1].shape[-2]
     with TemporaryDirectory() as folder:
         file = Path(folder) / "clips.webp"
-        animation(evaluation.examples, file, fps, scale=max(1, -(-_LEAST_PIXELS // height)))
+        animation(rows, file, fps, scale=max(1, _LEAST_PIXELS // height))
         return _data_url(file.read_bytes(), "image/webp")
+
+
+def _to_look_at(video_BTCHW: Tensor) -> Tensor:
+    """The beginning, at half the size or less where it is large: encoding takes its time."""
+    shown = video_BTCHW[:, :_MOST_FRAMES]
+    factor = min(shown.shape[-2:]) // _LEAST_PIXELS
+    if factor < 2:
+        return shown
+    smaller = avg_pool2d(shown.flatten(0, 1).float(), factor).round().to(torch.uint8)
+    return smaller.unflatten(0, shown.shape[:2])
 
 
 def _spectra(found: dict[str, Any]) -> str:

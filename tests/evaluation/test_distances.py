@@ -88,6 +88,11 @@ def test_weights_repeat_clips() -> None:
     assert Frechet(x, y, unbiased=True)(w.astype(float), v.astype(float)) == pytest.approx(
         Frechet(repeated, other, unbiased=True)(), rel=1e-9
     )
+    # All of one clip but two: too few for a root, so that resamples take the longer way.
+    few = np.array([58.0, 1, 1] + [0] * 57)
+    assert Frechet(x, y, unbiased=True)(few, None) == pytest.approx(
+        Frechet(np.repeat(x, few.astype(int), axis=0), y, unbiased=True)(), rel=1e-6
+    )
     covariance = moments(x, unbiased=True, weights_N=w.astype(float)).covariance_DD
     np.testing.assert_allclose(covariance, np.cov(repeated.T), rtol=1e-9, atol=1e-12)
     biased = moments(x, unbiased=False).covariance_DD
