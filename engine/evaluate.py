@@ -46,6 +46,9 @@ def _parser() -> ArgumentParser:
         help="change a key of the protocol, e.g. resolution=128 or num_videos=512; repeatable",
     )
     add("--metric", metavar="A,B", help="(default: all)")
+    add(
+        "--per-class", action="store_true", help="also of each class: a folder's, or an npz's label"
+    )
     add("--weights", type=Path, metavar="FILE", help="I3D weights (default: data/i3d)")
     add(
         "--network",
@@ -138,6 +141,7 @@ def main(arguments: list[str]) -> None:
         options.cache,
         num_resamples=options.resamples,
         batch_size=options.batch,
+        per_class=options.per_class,
     )
     print(f"\n{evaluation.table()}")
     if options.out is not None:

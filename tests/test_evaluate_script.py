@@ -129,6 +129,32 @@ def test_the_page_holds_everything_itself(place: Path, tmp_path: Path) -> None:
         assert shown in text
 
 
+def test_classes_are_measured_by_themselves(place: Path, tmp_path: Path) -> None:
+    """Folders a and b; a's generated videos are the real ones."""
+    for number in range(12):
+        kind, seed = ("a", 0) if number % 2 == 0 else ("c" if number > 8 else "b", 1)
+        file = tmp_path / "generated" / kind / f"{number}.mp4"
+        write_mp4(file, render_clip(number % 8, seed, number, 12, 32), 8)
+    generated = ("--generated", tmp_path / "generated", "--set", "real_offset=first")
+    tree = measured(place, tmp_path, *generated, "--per-class", "--metric", "fvd,precision,motion")
+    assert [
+        (each["class"], each["num_real"], each["num_generated"]) for each in tree["classes"]
+    ] == [
+        ("a", 10, 6),
+        ("b", 10, 4),
+    ]
+    of_a, of_b = (each["metrics"] for each in tree["classes"])
+    assert of_a["precision"]["value"] == 1
+    assert of_b["precision"]["value"] < 1
+    assert of_a["fvd"]["num_reference"] == 10
+    lines = tree["printed"].splitlines()
+    (line,) = (each for each in lines if each.startswith("a "))
+    assert line.split()[:3] == ["a", "10", "6"]
+    refused = evaluate(place, "--set", "resolution=16", "--per-class", "--metric", "motion")
+    assert refused.code == 2
+    assert "(real: a, b; generated: none)" in refused.err
+
+
 MISTAKES = [
     (["--real", "{tmp}/gone"], "no videos at {tmp}/gone: no such folder"),
     (["--real", ""], "--real names nothing"),

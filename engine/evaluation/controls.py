@@ -75,7 +75,7 @@ def verdict(metric: MetricDefinition, controls: Controls) -> str:
     seen = "" if not blind else f"blind here to {blind[0]}; "
     generated = controls.generated
     if not is_worse(metric, generated, controls.real):
-        return f"{seen}as real clips"
+        return f"{seen}not told from real clips"
     spoilt = {"shuffled": controls.shuffled, "frozen": controls.frozen}
     reached = [name for name, each in spoilt.items() if not is_worse(metric, each, generated)]
     if not reached:

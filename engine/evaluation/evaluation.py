@@ -26,6 +26,7 @@ from engine.evaluation.feature_networks import FeatureNetwork
 from engine.evaluation.features import Features, Throughput, extract, merge
 from engine.evaluation.frame_features import SPECTRA, psd_places
 from engine.evaluation.metric_definitions import Measurement, MetricDefinition
+from engine.evaluation.per_class import ClassMeasurements, common_classes, measure_classes
 from engine.evaluation.protocol import EvaluationProtocol
 from engine.evaluation.video_sources import VideoSource
 
@@ -70,6 +71,8 @@ class Evaluation:
     throughput: Throughput
     spectra: dict[str, Any]
     """Power spectra of both sources; empty where frames are not square."""
+    classes: list[ClassMeasurements] = field(default_factory=list)
+    """Empty where they were not asked for."""
     examples: list[tuple[str, Tensor]] = field(default_factory=list)
     """Rows of clips for a person: what they are, and uint8 [B, T, C, H, W]."""
 
@@ -91,6 +94,7 @@ class Evaluation:
             "num_control_clips": self.num_control_clips,
             "throughput": self.throughput._asdict(),
             "metrics": [row.to_tree() for row in self.rows],
+            "classes": [each.to_tree() for each in self.classes] or None,
             "spectra": self.spectra or None,
         }
 
@@ -108,16 +112,20 @@ class Evaluation:
                 shown = (controls.generated, controls.real, controls.shuffled, controls.frozen)
                 cells += [figure(each.value) for each in shown]
             lines.append([*cells, row.note])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        texts = [
-            "  ".join(
-                [line[0].ljust(widths[0])]
-                + [line[n].rjust(widths[n]) for n in range(1, len(head))]
-                + [line[-1]]
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*self.header(), "", *texts, "", *self.legend()])
+        texts = [*self.header(), "", *_aligned(lines), "", *self.legend()]
+        return "\n".join([*texts, *self._class_table()])
+
+    def _class_table(self) -> list[str]:
+        """Values class by class; their intervals stand in the file."""
+        if not self.classes:
+            return []
+        names = [row.metric.name for row in self.rows]
+        lines = [["class", "real", "generated", *names, ""]]
+        for each in self.classes:
+            values = [each.by_metric[name] for name in names]
+            cells = ["-" if value is None else figure(value.value) for value in values]
+            lines.append([each.label, str(each.num_real), str(each.num_generated), *cells, ""])
+        return ["", "of each class, generated against all of its real clips:", *_aligned(lines)]
 
     def header(self) -> list[str]:
         """What was compared, and by which protocol."""
@@ -164,12 +172,13 @@ def evaluate(
     *,
     num_resamples: int = 200,
     batch_size: int = 4,
+    per_class: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Choose clips, extract features, measure. `network` may be None where no metric needs it.
 
     Raises UserError, before features are extracted, where videos are damaged, too short or of
-    several sizes.
+    several sizes, or where there are no classes and `per_class` asks for them.
     """
     if network is not None:
         protocol.check_frames(network.least_frames)
@@ -180,6 +189,8 @@ def evaluate(
     # Twice as many, for the controls.
     real_clips = choose_clips(real, "real", protocol, None if asked is None else 2 * asked)
     check_sizes([real_clips, generated_clips], protocol)
+    if per_class:
+        common_classes(real_clips, generated_clips)
     num_real, num_generated = len(real_clips.clips), len(generated_clips.clips)
     num_reference = num_real if asked is None else min(asked, num_real)
     num_controls = min(num_generated, num_real // 2)
@@ -234,6 +245,11 @@ def evaluate(
         num_controls if spoilt else 0,
         throughput,
         _spectra(_part(of_real, range(num_reference)), of_generated, protocol),
+        measure_classes(
+            selections, (of_real, of_generated), metrics, protocol, num_resamples=num_resamples
+        )
+        if per_class
+        else [],
         _examples(selections, protocol),
     )
 
@@ -243,6 +259,16 @@ def figure(value: float) -> str:
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.{max(0, 3 - len(str(int(abs(value)))) + 1)}f}"
+
+
+def _aligned(lines: list[list[str]]) -> list[str]:
+    """Columns: the first and the last to the left, the others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    texts = []
+    for first, *middle, last in lines:
+        padded = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
+        texts.append("  ".join([first.ljust(widths[0]), *padded, last]).rstrip())
+    return texts
 
 
 def _cells(name: str, found: Measurement) -> list[str]:

@@ -70,7 +70,7 @@ def test_what_sees_motion_sees_the_controls_and_spectra_are_blind(good: Evaluati
     rows = by_name(good)
     for name in ("motion", "persistence", "fvd", "fid-k400", "kvd"):
         assert blind_to(rows[name].metric, rows[name].controls) == [], name
-        assert "as real clips" in rows[name].note, name
+        assert "not told from real clips" in rows[name].note, name
     assert rows["psd"].note == "blind here"
     frozen, real = rows["motion"].controls.frozen, rows["motion"].controls.real
     assert frozen.value == 0
@@ -95,15 +95,15 @@ def measurement(value: float, spread: float = 0.1, seed: int = 0) -> Measurement
 @pytest.mark.parametrize(
     ("name", "real", "shuffled", "frozen", "generated", "expected"),
     [
-        ("fvd", 1, 2, 3, 1, "as real clips"),
+        ("fvd", 1, 2, 3, 1, "not told from real clips"),
         ("fvd", 1, 2, 3, 1.5, "worse than real, better than spoilt clips"),
         ("fvd", 1, 2, 3, 2.5, "worse than real, no better than shuffled"),
         ("fvd", 1, 2, 3, 9, "worse than real, no better than shuffled or frozen"),
-        ("fvd", 1, 1, 3, 1, "blind here to shuffled frames; as real clips"),
+        ("fvd", 1, 1, 3, 1, "blind here to shuffled frames; not told from real clips"),
         ("fvd", 1, 1, 0, 9, "blind here"),
-        ("precision", 0.9, 0.5, 0.1, 0.9, "as real clips"),
+        ("precision", 0.9, 0.5, 0.1, 0.9, "not told from real clips"),
         ("precision", 0.9, 0.95, 0.95, 0.9, "blind here"),
-        ("motion", 1, 3, 0, 1.01, "as real clips"),
+        ("motion", 1, 3, 0, 1.01, "not told from real clips"),
         ("motion", 1, 3, 0, 1.9, "worse than real, better than spoilt clips"),
         ("motion", 1.5, 1.2, 0.8, 1.9, "blind here"),
     ],
