@@ -88,7 +88,8 @@ def choose_clips(
                     raise UserError(
                         f"{source.path}: {source.names[number]} has {shape.num_frames} frames, a "
                         f"clip of the protocol spans {protocol.source_frames}; --set short=drop "
-                        "leaves such videos out, short=loop lets them start again"
+                        "leaves such videos out, short=loop lets them start again, and num_frames "
+                        "shortens the clips"
                     )
                 num_looped += 1
             digest = source.digest(number)

@@ -135,8 +135,8 @@ class Evaluation:
             if asked is not None and len(selection.clips) < asked:
                 lines.append(
                     f"note: the protocol asks for {asked} {selection.role} videos, here are "
-                    f"{len(selection.clips)}: values are no {self.protocol.name} values, and FVD "
-                    "of fewer videos is higher"
+                    f"{len(selection.clips)}; FVD and FID of fewer videos are higher, so do not "
+                    "compare them with published ones"
                 )
         return [*lines, *self.protocol.lines(), self.throughput.line()]
 
