@@ -7,8 +7,11 @@ Shapes: T frames, H x W pixels, C = 3 (RGB), uint8.
 """
 
 import random
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -73,13 +76,11 @@ def choose_clips(
     clips: list[ChosenClip] = []
     num_dropped = num_looped = 0
     offset = protocol.real_offset if role == "real" else protocol.generated_offset
-    with tqdm(
-        total=min(most or len(order), len(order)), desc=f"reading {role}", unit="video"
-    ) as bar:
-        for number in order:
+    total = len(order) if most is None else min(most, len(order))
+    with tqdm(total=total, desc=f"reading {role}", unit="video") as bar:
+        for number, shape in source.inspect_all(order, num_ahead=total):
             if most is not None and len(clips) == most:
                 break
-            shape = source.inspect(number)
             if shape.num_frames < protocol.source_frames:
                 if protocol.short == "drop":
                     num_dropped += 1
@@ -166,12 +167,30 @@ def viewed(clip_THWC: _Frames, view: View, digest: str, seed: int) -> _Frames:
 
 
 def clips_of(
-    selection: Selection, numbers: range, view: View, protocol: EvaluationProtocol
+    selection: Selection,
+    numbers: range,
+    view: View,
+    protocol: EvaluationProtocol,
+    *,
+    num_ahead: int,
+    num_threads: int,
 ) -> Iterator[_Frames]:
-    """Clips of a selection, one after the other."""
-    for clip in selection.clips[numbers.start : numbers.stop]:
+    """Clips of a selection in their order, the next `num_ahead` read while one is in use."""
+
+    def read(clip: ChosenClip) -> _Frames:
         frames_THWC = read_clip(selection.source, clip, protocol)
-        yield viewed(frames_THWC, view, clip.digest, protocol.seed)
+        return viewed(frames_THWC, view, clip.digest, protocol.seed)
+
+    wanted = iter(selection.clips[numbers.start : numbers.stop])
+    threads = ThreadPoolExecutor(num_threads)
+    try:
+        reading = deque(threads.submit(read, clip) for clip in islice(wanted, num_ahead))
+        while reading:
+            frames_THWC = reading.popleft().result()
+            reading.extend(threads.submit(read, clip) for clip in islice(wanted, 1))
+            yield frames_THWC
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _places(

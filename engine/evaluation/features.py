@@ -16,7 +16,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -36,6 +35,7 @@ from engine.evaluation.feature_networks import FeatureNetwork, check_finite
 from engine.evaluation.frame_features import frame_features
 from engine.evaluation.i3d_weights import fingerprint
 from engine.evaluation.protocol import EvaluationProtocol
+from engine.processors import cores_per_process
 
 FORMAT = 1
 """Of shards; to be raised when features change for a reason that the key does not hold."""
@@ -111,6 +111,7 @@ def extract(
     make_writable_folder(cache)
     mine = list(_shards(selection, numbers, view, protocol, network, cache))[rank::world_size]
     num_cached = num_computed = 0
+    num_threads = cores_per_process()
     began = time.monotonic()
     label = selection.role if view == "plain" else f"{selection.role}, {view}"
     with tqdm(total=sum(len(part) for part, _ in mine), desc=label, unit="video") as bar:
@@ -119,7 +120,14 @@ def extract(
                 num_cached += len(part)
             else:
                 names = [selection.source.names[selection.clips[n].number] for n in part]
-                clips = _ahead(clips_of(selection, part, view, protocol), batch_size)
+                clips = clips_of(
+                    selection,
+                    part,
+                    view,
+                    protocol,
+                    num_ahead=max(batch_size, num_threads),
+                    num_threads=num_threads,
+                )
                 found = features_of_clips(
                     _counted(clips, bar), protocol, network, batch_size=batch_size, names=names
                 )
@@ -184,15 +192,6 @@ def _shards(
         clips = [[selection.clips[n].digest, selection.clips[n].places] for n in part]
         key = hashlib.sha256(json.dumps([about, clips]).encode()).hexdigest()
         yield part, cache / f"{key[:32]}.safetensors"
-
-
-def _ahead(clips: Iterator[NDArray[np.uint8]], num: int) -> Iterator[NDArray[np.uint8]]:
-    """The same clips, the next `num` of them decoded by a thread while one is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = [thread.submit(next, clips, None) for _ in range(num)]
-        while (clip := waiting.pop(0).result()) is not None:
-            waiting.append(thread.submit(next, clips, None))
-            yield clip
 
 
 def _write(path: Path, found: Features) -> None:

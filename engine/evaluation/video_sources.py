@@ -15,6 +15,7 @@ import hashlib
 import re
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +27,17 @@ from torch.nn.functional import interpolate
 
 from engine.durable_files import reading
 from engine.errors import UserError
+from engine.evaluation.judging import judged
+from engine.processors import cores_per_process
 from engine.video.containers import RejectedError
 from engine.video.decoding import decode_window
-from engine.video.inspection import VideoFacts, inspect_video
+from engine.video.file_pool import run_all
+from engine.video.inspection import VideoFacts
 from engine.video.keyframes import unpack
 from engine.video.reasons import VIDEO_SUFFIXES
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_LEAST_FOR_PROCESSES = 256  # starting them takes as long as inspecting some hundred small files
 _Frames = NDArray[np.uint8]
 _NOT_VIDEOS_OF_SAMPLE = ("grid.mp4",)
 """engine/sample.py writes it beside the clips: it shows them all at once."""
@@ -68,6 +73,13 @@ class VideoSource(ABC):
     def inspect(self, number: int) -> VideoShape:
         """A video's shape. Raises UserError that names the video, if it is damaged."""
 
+    def inspect_all(self, order: list[int], num_ahead: int) -> Iterator[tuple[int, VideoShape]]:
+        """Numbers of `order` and their shapes, as they are asked for; the first `num_ahead` may be
+        inspected at once. Raises UserError as `inspect` does.
+        """
+        for number in order:
+            yield number, self.inspect(number)
+
     @abstractmethod
     def read(self, number: int, shape: VideoShape, places: list[int]) -> _Frames:
         """The frames at `places`, increasing, as displayed: [T, H, W, C]. Raises UserError."""
@@ -91,12 +103,28 @@ class VideoFiles(VideoSource):
 
     def inspect(self, number: int) -> VideoShape:
         """See `VideoSource`."""
-        path = self._folder / self.names[number]
-        try:
-            facts = inspect_video(path)
-        except RejectedError as rejected:
-            raise UserError(f"cannot use {path}: {rejected}; mend or remove it") from None
-        return VideoShape(facts.num_frames, facts.height, facts.width, facts)
+        return self._shape(number, judged(self._folder / self.names[number]))
+
+    def inspect_all(self, order: list[int], num_ahead: int) -> Iterator[tuple[int, VideoShape]]:
+        """See `VideoSource`: many files by several processes, one of which a file may crash."""
+        num_workers = cores_per_process()
+        if num_workers == 1 or num_ahead < _LEAST_FOR_PROCESSES:
+            yield from super().inspect_all(order, num_ahead)
+            return
+        for first in range(0, len(order), num_ahead):
+            part = order[first : first + num_ahead]
+            paths = {str(number): self._folder / self.names[number] for number in part}
+            found: dict[int, VideoFacts | str | None] = {}
+            for name, verdict in run_all(judged, paths, num_workers):
+                found[int(name)] = verdict
+            for number in part:
+                yield number, self._shape(number, found[number])
+
+    def _shape(self, number: int, found: VideoFacts | str | None) -> VideoShape:
+        if not isinstance(found, VideoFacts):
+            path, reason = self._folder / self.names[number], found or "crashes the decoder"
+            raise UserError(f"cannot use {path}: {reason}; mend or remove it")
+        return VideoShape(found.num_frames, found.height, found.width, found)
 
     def read(self, number: int, shape: VideoShape, places: list[int]) -> _Frames:
         """See `VideoSource`."""

@@ -9,6 +9,7 @@ from engine.evaluation.clips import (
     Selection,
     check_sizes,
     choose_clips,
+    clips_of,
     fitted,
     read_clip,
     viewed,
@@ -143,6 +144,36 @@ def test_views() -> None:
     assert tuple(range(6)) not in orders
     two = clip[:2]
     assert viewed(two, "shuffled", "d", 3)[:, 0, 0, 0].tolist() == [1, 0]
+
+
+def test_clips_are_read_ahead_in_their_order() -> None:
+    source = Numbered([9] * 12)
+    given = protocol(num_frames=9)
+    selection = choose_clips(source, "real", given, None)
+    found = clips_of(selection, range(2, 11), "shuffled", given, num_ahead=4, num_threads=3)
+    expected = [
+        viewed(read_clip(source, clip, given), "shuffled", clip.digest, given.seed)
+        for clip in selection.clips[2:11]
+    ]
+    for frames, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(frames, wanted)
+
+
+def test_an_error_while_reading_ahead_comes_in_its_place() -> None:
+    class Damaged(Numbered):
+        def read(self, number: int, shape: VideoShape, places: list[int]) -> NDArray[np.uint8]:
+            if number == 5:
+                raise UserError("damaged")
+            return super().read(number, shape, places)
+
+    source = Damaged([4] * 12)
+    selection = choose_clips(source, "real", protocol(), None)
+    place = [clip.number for clip in selection.clips].index(5)
+    seen = 0
+    with pytest.raises(UserError, match="damaged"):  # noqa: PT012
+        for _ in clips_of(selection, range(12), "plain", protocol(), num_ahead=6, num_threads=2):
+            seen += 1
+    assert seen == place
 
 
 def test_an_array_in_memory_is_a_source() -> None:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import UserError
+from engine.evaluation import video_sources
 from engine.evaluation.video_sources import ArchivedVideos, VideoFiles, open_source
 from engine.video.lossless import clip_archive, write_pngs
 from engine.video.procedural import render_clip
@@ -36,6 +37,23 @@ def test_files_are_decoded_as_written(tmp_path: Path) -> None:
     assert frames.shape == (3, 32, 48, 3)
     assert np.abs(frames.mean((1, 2, 3)) - [80, 120, 160]).max() < 3
     assert source.digest(0) != source.digest(1)
+
+
+def test_many_files_are_inspected_by_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order asked for, and as one process does it; a damaged one is told by its name."""
+    for number in range(5):
+        write_mp4(tmp_path / f"{number}.mp4", clip(number, num_frames=3 + number), 8)
+    source = open_source(tmp_path)
+    order = [3, 0, 4, 1, 2]
+    expected = [(number, source.inspect(number)) for number in order]
+    monkeypatch.setattr(video_sources, "_LEAST_FOR_PROCESSES", 2)
+    monkeypatch.setattr(video_sources, "cores_per_process", lambda: 2)
+    assert list(source.inspect_all(order, num_ahead=4)) == expected
+    (tmp_path / "1.mp4").write_bytes(b"not a video")
+    with pytest.raises(UserError, match=r"cannot use .*1\.mp4: .*; mend or remove it"):
+        list(source.inspect_all(order, num_ahead=5))
 
 
 def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
