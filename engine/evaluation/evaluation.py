@@ -183,7 +183,9 @@ def evaluate(
     if network is not None:
         protocol.check_frames(network.least_frames)
         named = {"network": network.name, "network_sha256": network.sha256}
-        protocol = protocol.model_copy(update=named)
+    else:
+        named = {"network": "none"}
+    protocol = protocol.model_copy(update=named)
     asked = protocol.num_videos
     generated_clips = choose_clips(generated, "generated", protocol, asked)
     # Twice as many, for the controls.

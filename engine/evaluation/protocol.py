@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.errors import UserError
-from engine.evaluation.i3d import LEAST_FRAMES, Placing
+from engine.evaluation.i3d import BATCH_NORM_EPS, LEAST_FRAMES, Placing
 from engine.yaml_tree import parse_override
 
 Offset = Literal["first", "centre", "random"]
@@ -103,8 +103,8 @@ class EvaluationProtocol(BaseModel):
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def to_tree(self) -> dict[str, Any]:
-        """For JSON: all fields and the fingerprint."""
-        return {**self.model_dump(mode="json"), "fingerprint": self.fingerprint()}
+        """For JSON: all fields, what no field changes, and the fingerprint."""
+        return {**self.model_dump(mode="json"), **_FIXED, "fingerprint": self.fingerprint()}
 
     def lines(self) -> list[str]:
         """A few lines for a person, beside the table."""
@@ -115,7 +115,7 @@ class EvaluationProtocol(BaseModel):
         return [
             f"protocol {self.name}: {size}, {self.num_frames} frames, every "
             f"{_ordinal(self.frame_stride)}, {offsets}, uint8, videos: {most}, seed {self.seed}",
-            f"  {self.network} ({self.network_sha256[:12]}), resize {self.network_resize}, "
+            f"  network {self.network} {self.network_sha256[:12]}, resize {self.network_resize}, "
             f"covariance {self.covariance}, short clips: {self.short}",
             *(f"  not known: {each}" for each in self.unknown),
         ]
@@ -125,6 +125,12 @@ def _ordinal(number: int) -> str:
     return "one" if number == 1 else f"{number}th"
 
 
+_FIXED = {
+    "statistics_dtype": "float64",
+    "covariance_eps": 0.0,  # nothing is added to diagonals: our root of singular ones needs no help
+    "batch_norm_eps": BATCH_NORM_EPS,
+    "kernel": "(x·y / F + 1)³",
+}
 _STYLEGAN_V = {
     "num_videos": 2048,
     "covariance": "biased",

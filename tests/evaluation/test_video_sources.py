@@ -111,6 +111,10 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     write_pngs(tmp_path / "flat", clip(0))
     assert "a folder of their own for each video" in mistaken(tmp_path / "flat")
     write_mp4(tmp_path / "a.mp4", clip(0), 8)
+    write_mp4(tmp_path / "sampled" / "clip-000.mp4", clip(0), 8)
+    np.savez(tmp_path / "sampled" / "samples.npz", videos=clip(0)[None])
+    assert "holds samples.npz beside video files" in mistaken(tmp_path / "sampled")
+    (tmp_path / "sampled" / "samples.npz").unlink()
     assert "holds both video files (a.mp4) and folders of frames (flat)" in mistaken(tmp_path)
 
 
