@@ -121,7 +121,6 @@ def main(arguments: list[str]) -> None:
         raise UserError("--device cuda: no GPU was found")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     real, generated = open_source(options.real), open_source(options.generated)
     for file in (options.out, options.report):
         if file is not None:

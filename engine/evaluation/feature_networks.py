@@ -69,7 +69,8 @@ class I3DNetwork:
     @torch.inference_mode()
     def __call__(self, clips_BTHWC: Tensor, resize: Placing) -> Layers:
         """See `FeatureNetwork`."""
-        found = self._network(network_input(clips_BTHWC.to(self._device), resize))
+        with torch.backends.cudnn.flags(allow_tf32=False):  # fp32 means fp32
+            found = self._network(network_input(clips_BTHWC.to(self._device), resize))
         return {"logits": found.logits_BK.float().cpu(), "pooled": found.pooled_BD.float().cpu()}
 
 

@@ -43,6 +43,9 @@ def neighbourhoods(real_ND: ArrayLike, generated_MD: ArrayLike, k: int) -> Neigh
             f"the {k} nearest neighbours need {k + 1} clips or more in each set, not "
             f"{len(real)} and {len(generated)}"
         )
+    # |x|² + |y|² - 2x·y of large equal numbers would lose what tells neighbours apart.
+    middle_D = real.mean(axis=0)
+    real, generated = real - middle_D, generated - middle_D
     real_radii_N, generated_radii_M = _radii(real, k), _radii(generated, k)
     precise_M, density_M = np.zeros(len(generated)), np.zeros(len(generated))
     recalled_N, covered_N = np.zeros(len(real)), np.zeros(len(real))
@@ -69,11 +72,8 @@ def _radii(x_ND: Array, k: int) -> Array:
 
 
 def _distances(x_nD: Array, y_MD: Array) -> Array:
-    """Squared distances. Differences first: |x|² + |y|² - 2x·y cannot tell copies from
-    neighbours.
-    """
-    found = np.empty((len(x_nD), len(y_MD)))
-    for row, x_D in enumerate(x_nD):
-        difference_MD = y_MD - x_D
-        found[row] = np.einsum("md,md->m", difference_MD, difference_MD)
+    """Squared distances of features that are centred; what rounding leaves of copies' is 0."""
+    squares_nM = np.square(x_nD).sum(axis=1)[:, None] + np.square(y_MD).sum(axis=1)[None, :]
+    found = squares_nM - 2 * x_nD @ y_MD.T
+    found[found <= 64 * np.finfo(np.float64).eps * squares_nM] = 0
     return found

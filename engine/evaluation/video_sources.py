@@ -38,6 +38,8 @@ from engine.video.reasons import VIDEO_SUFFIXES
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _ARCHIVE_OF_SAMPLE = "samples.npz"
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+"""Pillow clips their values at 255 when it makes RGB of them."""
 _LEAST_FOR_PROCESSES = 256  # starting them takes as long as inspecting some hundred small files
 _Frames = NDArray[np.uint8]
 _NOT_VIDEOS_OF_SAMPLE = ("grid.mp4",)
@@ -308,6 +310,8 @@ def _number(path: Path) -> tuple[list[int], str]:
 def _picture(path: Path) -> _Frames:
     try:
         with Image.open(path) as image:
+            if image.mode in _DEEP_MODES:
+                raise UserError(f"{path} has more than 8 bits per value ({image.mode}): make it 8")
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise UserError(f"cannot read the frame {path}: {error}") from None

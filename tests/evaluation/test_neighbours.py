@@ -57,10 +57,12 @@ def test_of_one_distribution_and_of_far_ones() -> None:
 
 
 def test_copies_are_their_own_neighbours_only_once() -> None:
-    """Large equal values: |x|² + |y|² - 2x·y would lose what tells neighbours apart."""
+    """Also of large equal values, and where all generated clips are one."""
     real = np.random.default_rng(2).normal(size=(30, 4)) * 1e-4 + 1e6
     found = neighbourhoods(real, real.copy(), k=2)
     assert [part.min() for part in (found.precise_M, found.recalled_N, found.covered_N)] == [1] * 3
+    one = neighbourhoods(real, real[:1].repeat(30, axis=0), k=2)
+    assert (one.precise_M.min(), one.recalled_N.sum()) == (1, 1)
     apart = neighbourhoods(real, real + 0.01, k=2)
     assert apart.precise_M.max() == 0
 

@@ -148,6 +148,9 @@ def test_a_damaged_video_and_a_damaged_frame(tmp_path: Path) -> None:
     source = open_source(tmp_path / "f")
     with pytest.raises(UserError, match=r"cannot read the frame .*000003\.png"):
         source.read(0, source.inspect(0), [2, 3])
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(frame)
+    with pytest.raises(UserError, match="more than 8 bits per value"):
+        source.read(0, source.inspect(0), [2, 3])
     Image.fromarray(clip(0, side=16)[0]).save(frame)
     with pytest.raises(UserError, match=r"has 16x16 pixels, the first frame of its folder 32x32"):
         source.read(0, source.inspect(0), [2, 3])
