@@ -70,10 +70,11 @@ def blind_to(metric: MetricDefinition, controls: Controls) -> list[str]:
 def verdict(metric: MetricDefinition, controls: Controls) -> str:
     """One line: blind to what, and where generated clips stand among the controls."""
     blind = blind_to(metric, controls)
-    if len(blind) == 2:
-        return "blind here"
     seen = "" if not blind else f"blind here to {blind[0]}; "
     generated = controls.generated
+    if len(blind) == 2:
+        worse = is_worse(metric, generated, controls.real)
+        return "blind here; worse than real all the same" if worse else "blind here"
     if not is_worse(metric, generated, controls.real):
         return f"{seen}not told from real clips"
     spoilt = {"shuffled": controls.shuffled, "frozen": controls.frozen}
