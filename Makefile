@@ -1,6 +1,7 @@
 # make demo   train a small video GAN stage by stage and write its videos
 # make test   run the tests
 # make miniature   train and measure the paper's comparisons on the sample set (an hour, two cores)
+# make i3d    fetch the I3D network's weights into data/i3d, for FVD (47 MB, once)
 # make lint   check style and types
 # make clean  remove the environment, the caches and what the demo made (other runs and data stay)
 #
@@ -18,7 +19,7 @@ INSTALLED := .venv/.installed
 BUILT := .venv/.built
 INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test miniature lint clean help
+.PHONY: demo test miniature i3d lint clean help
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -32,6 +33,9 @@ test: $(BUILT)
 
 miniature: $(BUILT)
 	@$(RUN) -m benchmarks.miniature $(MINIATURE_ARGS)
+
+i3d: $(BUILT)
+	@$(RUN) -m engine.evaluation.i3d_weights
 
 lint: $(BUILT)
 	@$(RUN) -m ruff check .

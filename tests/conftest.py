@@ -83,3 +83,18 @@ def forks() -> Iterator[Forks]:
     forks = Forks()
     yield forks
     forks.close()
+
+
+@pytest.fixture(scope="session")
+def i3d_weights() -> Path:
+    """The I3D network's weights; fetched once, like `make i3d`, where pip reaches an index."""
+    from engine.errors import UserError
+    from engine.evaluation.i3d_weights import main, weights_path
+
+    path = weights_path()
+    if not path.is_file():
+        try:
+            main([])
+        except UserError as error:
+            pytest.skip(f"no I3D weights, and they cannot be fetched: {error}")
+    return path

@@ -1,0 +1,157 @@
+"""Evaluate videos against real ones: FVD, FID, KVD, IS and others, with intervals and controls."""
+
+import argparse
+import os
+from pathlib import Path
+
+from engine.command_line import REPOSITORY, ArgumentParser, run
+from engine.durable_files import make_writable_folder, write_json
+from engine.errors import UserError
+
+EPILOG = """\
+examples:
+  python engine/evaluate.py --real data/ucf101/test --generated samples/samples.npz \\
+      --set resolution=128 --out fvd.json
+  python engine/evaluate.py --real real --generated fake --metric fvd,kvd --protocol fvd2048_128f
+  python engine/evaluate.py --real real --generated fake --metric motion,psd     # needs no network
+
+A source is a folder of videos (mp4, webm, avi, mov, mkv), a folder of folders of frames (png, jpg,
+webp), or an npz with "videos", uint8 [N, T, H, W, 3]. Evaluate what engine/sample.py writes with
+--format npz or png: H.264 changes fine detail.
+
+Beside every value stand the same metric of real clips, of real clips with shuffled frames, and of
+real clips frozen at their first frame, of equally many clips. Where these do not come out in that
+order the metric is blind to it, and the table says so.
+
+The I3D network's weights are made once with `make i3d`. Features are kept in data/features by the
+content of the videos and by the protocol; an interrupted run goes on where it was.
+
+protocols: stylegan-v (= fvd2048_16f), fvd2048_128f, fvd2048_128f_subsample8f, original-fvd, paper
+(SSW-GAN), dvdgan. --set changes one of their keys; engine/evaluation/protocol.py defines them.
+"""
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(__doc__ or "", EPILOG)
+    add = parser.add_argument
+    add("--real", type=Path, required=True, metavar="PATH", help="real videos")
+    add("--generated", type=Path, required=True, metavar="PATH", help="videos to be judged")
+    add("--protocol", default="stylegan-v", metavar="NAME", help="(default: %(default)s)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="change a key of the protocol, e.g. resolution=128 or num_videos=512; repeatable",
+    )
+    add("--metric", metavar="A,B", help="(default: all)")
+    add(
+        "--per-class", action="store_true", help="also of each class: a folder's, or an npz's label"
+    )
+    add("--weights", type=Path, metavar="FILE", help="I3D weights (default: data/i3d)")
+    add(
+        "--network",
+        type=Path,
+        metavar="FILE.pt",
+        help="a TorchScript network in place of I3D; a program, so trust it",
+    )
+    add(
+        "--network-input",
+        choices=("float", "uint8"),
+        default="float",
+        help="what it takes: float32 [B, 3, T, 224, 224] in [-1, 1], or uint8 clips as they are "
+        "(default: %(default)s)",
+    )
+    add("--out", type=Path, metavar="FILE.json", help="write everything there")
+    add("--report", type=Path, metavar="FILE.html", help="a page with the table and playing clips")
+    add("--resamples", type=int, default=200, metavar="N", help="(default: %(default)s)")
+    add("--batch", type=int, default=4, metavar="B", help="clips at a time (default: %(default)s)")
+    add(
+        "--cache",
+        type=Path,
+        default=REPOSITORY / "data" / "features",
+        metavar="DIR",
+        help="where features are kept (default: data/features)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line's options."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.batch < 1:
+        parser.error("--batch must be at least 1")
+    if options.resamples < 2:
+        parser.error("--resamples must be at least 2")
+    if options.weights is not None and options.network is not None:
+        parser.error("--weights are I3D's; with --network there are none")
+    for name, suffix in (("out", ".json"), ("report", ".html")):
+        path = getattr(options, name)
+        if path is not None and path.suffix != suffix:
+            parser.error(f"--{name} {path}: the name must end in {suffix}")
+        if path is not None and path.is_dir():
+            parser.error(f"--{name} {path} is a folder")
+    for name in ("real", "generated"):
+        if str(getattr(options, name)) == ".":  # what Path makes of a variable that is not set
+            parser.error(f"--{name} names nothing")
+    if os.path.realpath(options.real) == os.path.realpath(options.generated):
+        parser.error("--real and --generated are the same videos")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Check, extract, measure, print, write."""
+    options = parse(arguments)
+    # Imported late: torch is slow, and mistakes should be told at once.
+    import torch
+
+    from engine.evaluation.evaluation import evaluate
+    from engine.evaluation.feature_networks import FeatureNetwork, I3DNetwork, TorchScriptNetwork
+    from engine.evaluation.i3d_weights import weights_path
+    from engine.evaluation.metric_definitions import find_metrics
+    from engine.evaluation.protocol import find_protocol
+    from engine.evaluation.video_sources import open_source
+
+    protocol = find_protocol(options.protocol, options.changes)
+    metrics = find_metrics(options.metric)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU was found")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if options.device == "auto" else options.device)
+    real, generated = open_source(options.real), open_source(options.generated)
+    for file in (options.out, options.report):
+        if file is not None:
+            make_writable_folder(file.parent)
+    network: FeatureNetwork | None = None
+    if any(metric.needs_network for metric in metrics):
+        if options.network is not None:
+            network = TorchScriptNetwork(options.network, device, options.network_input)
+        else:
+            network = I3DNetwork.load(weights_path(options.weights), device)
+    evaluation = evaluate(
+        real,
+        generated,
+        protocol,
+        metrics,
+        network,
+        options.cache,
+        num_resamples=options.resamples,
+        batch_size=options.batch,
+        per_class=options.per_class,
+    )
+    print(f"\n{evaluation.table()}")
+    if options.out is not None:
+        write_json(options.out, evaluation.to_tree())
+        print(f"wrote: {options.out}")
+    if options.report is not None:
+        from engine.evaluation.html_report import write_report
+
+        write_report(options.report, evaluation)
+        print(f"wrote: {options.report}")
+
+
+if __name__ == "__main__":
+    run(main)
