@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.exported import find_trained
 from engine.models.construction import forbid_tf32
 from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, STAGES, make_writable, write
-from engine.sampled_dataset import CLIPS, SampledDataset, draw_labels
+from engine.sampled_dataset import CLIPS, complete_dataset, draw_labels
 from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, stream
 from engine.stage_files import StageFiles
 from engine.video.writing import NUM_COLUMNS, evenly_spaced
@@ -215,14 +215,7 @@ def write_samples(
 def write_dataset(plan: SamplePlan, options: argparse.Namespace, device: torch.device) -> None:
     """A folder of clips for other projects' evaluators; what is there already stays."""
     (form,) = options.format
-    dataset = SampledDataset(options.out, plan, form)
-    numbers = dataset.missing()
-    if numbers:
-        forbid_tf32()
-        cascade = load_trained(plan.checkpoint, device)
-        fix_statistics(cascade, plan, options.out)
-        dataset.write(stream(cascade, plan, numbers=frozenset(numbers)), numbers)
-    made, total = len(numbers), len(plan.labels)
+    made, total = complete_dataset(options.out, plan, form, device), len(plan.labels)
     kept = f", {total - made} were there" if made < total else ""
     print(f"wrote: {made} clips of {plan.num_frames} frames into {options.out / CLIPS}{kept}")
 

@@ -19,13 +19,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.dummy_passes import TrainedCascade
+from engine.dummy_passes import TrainedCascade, load_trained
 from engine.durable_files import PARTIAL, make_writable_folder, reading, write_json, writing
 from engine.errors import UserError
-from engine.sampling import SamplePlan
+from engine.models.construction import forbid_tf32
+from engine.sampling import SamplePlan, fix_statistics, stream
 from engine.trainer.ranks import derived_seed
 from engine.video.lossless import write_pngs
 from engine.video.writing import mp4_file
@@ -45,6 +47,21 @@ def draw_labels(trained: TrainedCascade, num: int, seed: int) -> list[int | None
         return [None] * num
     random_state = random.Random(derived_seed(_CLASSES, seed))
     return list(random_state.choices(range(len(counts)), counts, k=num))
+
+
+def complete_dataset(folder: Path, plan: SamplePlan, form: str, device: torch.device) -> int:
+    """Write the clips that are not in the folder yet, in one of FORMATS; returns their number.
+
+    Raises UserError where the folder holds something else, or cannot be written.
+    """
+    dataset = SampledDataset(folder, plan, form)
+    numbers = dataset.missing()
+    if numbers:
+        forbid_tf32()
+        cascade = load_trained(plan.checkpoint, device)
+        fix_statistics(cascade, plan, folder)
+        dataset.write(stream(cascade, plan, numbers=frozenset(numbers)), numbers)
+    return len(numbers)
 
 
 class SampledDataset:
@@ -106,7 +123,8 @@ class SampledDataset:
         label = self._plan.labels[number]
         folder = self._folder / CLIPS
         if label is not None:
-            folder = folder / self._class_name(label).replace("/", "-")
+            # A name of dots would lead elsewhere; names may come from a stranger's export.
+            folder = folder / self._class_name(label).replace("/", "-").replace(".", "-")
         return folder / (f"{number:06d}.mp4" if self._form == "mp4" else f"{number:06d}")
 
     def _class_name(self, label: int) -> str:

@@ -121,6 +121,19 @@ def test_the_paper_is_where_the_table_says(page: str) -> None:
         )
 
 
+def test_the_paper_s_experiments_are_shipped() -> None:
+    """Every row of the table of trainings has a configuration with the stages that it names."""
+    rows = re.findall(
+        r"^\|[^|]+\| `--config (\S+)(?: --set (\S+))?` \| ([\d, ]+) \| [\d.+ ]+ \|$",
+        (REPOSITORY / "docs" / "reproduce.md").read_text(),
+        re.M,
+    )
+    assert len(rows) == 15
+    for file, override, stages in rows:
+        config = load_config(REPOSITORY / file, [override] if override else [])
+        assert {int(number) for number in stages.split(",")} <= config.stages.keys()
+
+
 def test_benchmarks_page_has_the_newest_results() -> None:
     page = REPOSITORY / "docs" / "benchmarks.md"
     shown = page.read_text().split(report.BEGIN)[1].split(report.END)[0].strip()

@@ -13,6 +13,7 @@ import torch
 from small_runs import sample
 
 from engine import sampled_dataset
+from engine.export import main as export
 from engine.sampled_dataset import draw_labels
 from engine.sampling import interpolate
 
@@ -94,6 +95,20 @@ def test_classes_come_as_often_as_the_data_has_them() -> None:
     assert abs(counts[0] - 1000) < 5 * 27
     assert draw_labels(trained, 17, 0) == drawn[:17]
     assert draw_labels(trained, 4000, 1) != drawn
+
+
+def test_a_class_s_name_leads_nowhere_else(cascade_run: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    export(["--checkpoint", str(cascade_run), "--out", str(exported), "--passes", "1"])
+    described = json.loads((exported / "config.json").read_text())
+    described["classes"] = ["..", "../.."]
+    (exported / "config.json").write_text(json.dumps(described))
+    out = tmp_path / "out"
+    finished = dataset(exported, out, 4)
+    assert finished.code == 0, finished.err
+    assert sorted(path.name for path in (out / "clips").iterdir()) == ["--", "-----"]
+    assert len(hashes(out)) == 4
+    assert sorted(path.name for path in out.iterdir()) == ["clips", "dataset.json", "labels.csv"]
 
 
 @pytest.mark.parametrize(

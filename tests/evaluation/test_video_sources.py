@@ -77,7 +77,7 @@ def test_an_archive_is_what_was_saved(tmp_path: Path, compressed: bool) -> None:
     if compressed:
         np.savez_compressed(path, videos=videos, labels=labels)
     else:
-        with clip_archive(path, 3, fps=np.array(8.0), labels=labels) as add:
+        with clip_archive(path, 3, videos.shape[1], fps=np.array(8.0), labels=labels) as add:
             for video in videos:
                 add(video)
     source = open_source(path)
