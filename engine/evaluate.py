@@ -12,6 +12,7 @@ EPILOG = """\
 examples:
   python engine/evaluate.py --real data/ucf101/test --generated samples/samples.npz \\
       --set resolution=128 --out fvd.json
+  python engine/evaluate.py --real data/ucf101/test --checkpoint runs/ucf101 --num 512
   python engine/evaluate.py --real real --generated fake --metric fvd,kvd --protocol fvd2048_128f
   python engine/evaluate.py --real real --generated fake --metric motion,psd     # needs no network
 
@@ -35,7 +36,27 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(__doc__ or "", EPILOG)
     add = parser.add_argument
     add("--real", type=Path, required=True, metavar="PATH", help="real videos")
-    add("--generated", type=Path, required=True, metavar="PATH", help="videos to be judged")
+    add("--generated", type=Path, metavar="PATH", help="videos to be judged")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="in their place: folder of a run, stage or checkpoint, or one that engine/export.py "
+        "wrote; its videos are generated into --clips",
+    )
+    add(
+        "--num",
+        type=int,
+        metavar="N",
+        help="so many of them (default: as many as there are real videos, or the protocol's)",
+    )
+    add("--seed", type=int, default=0, help="of what is generated (default: %(default)s)")
+    add(
+        "--clips",
+        type=Path,
+        metavar="DIR",
+        help="where it is kept, for the next evaluation too (default: below data/generated)",
+    )
     add("--protocol", default="stylegan-v", metavar="NAME", help="(default: %(default)s)")
     add(
         "--set",
@@ -94,10 +115,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(f"--{name} {path}: the name must end in {suffix}")
         if path is not None and path.is_dir():
             parser.error(f"--{name} {path} is a folder")
-    for name in ("real", "generated"):
+    if (options.generated is None) == (options.checkpoint is None):
+        parser.error("name either --generated or --checkpoint")
+    if options.checkpoint is None:
+        for name in ("num", "clips"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is for --checkpoint")
+    if options.num is not None and options.num < 2:
+        parser.error("--num must be at least 2")
+    if not 0 <= options.seed < 2**63:
+        parser.error("--seed must be 0 to 2^63 - 1")
+    for name in ("real", "generated", "checkpoint"):
         if str(getattr(options, name)) == ".":  # what Path makes of a variable that is not set
             parser.error(f"--{name} names nothing")
-    if os.path.realpath(options.real) == os.path.realpath(options.generated):
+    generated = options.generated
+    if generated is not None and os.path.realpath(options.real) == os.path.realpath(generated):
         parser.error("--real and --generated are the same videos")
     return options
 
@@ -110,18 +142,25 @@ def main(arguments: list[str]) -> None:
 
     from engine.evaluation.evaluation import evaluate
     from engine.evaluation.feature_networks import FeatureNetwork, I3DNetwork, TorchScriptNetwork
+    from engine.evaluation.generated_videos import generated_videos, protocol_changes
     from engine.evaluation.i3d_weights import weights_path
     from engine.evaluation.metric_definitions import find_metrics
     from engine.evaluation.protocol import find_protocol
     from engine.evaluation.video_sources import open_source
+    from engine.exported import find_trained
 
-    protocol = find_protocol(options.protocol, options.changes)
+    changes = list(options.changes)
+    trained = None
+    if options.checkpoint is not None:
+        trained = find_trained(options.checkpoint)
+        changes = [*protocol_changes(trained, changes), *changes]
+    protocol = find_protocol(options.protocol, changes)
     metrics = find_metrics(options.metric)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if options.device == "auto" else options.device)
-    real, generated = open_source(options.real), open_source(options.generated)
+    real = open_source(options.real)
     for file in (options.out, options.report):
         if file is not None:
             make_writable_folder(file.parent)
@@ -131,9 +170,15 @@ def main(arguments: list[str]) -> None:
             network = TorchScriptNetwork(options.network, device, options.network_input)
         else:
             network = I3DNetwork.load(weights_path(options.weights), device)
+    folder = options.generated
+    if trained is not None:
+        num = options.num or min(protocol.num_videos or len(real), len(real))
+        folder = generated_videos(
+            trained, protocol, num, seed=options.seed, folder=options.clips, device=device
+        )
     evaluation = evaluate(
         real,
-        generated,
+        open_source(folder),
         protocol,
         metrics,
         network,

@@ -225,3 +225,49 @@ def test_a_full_disk_leaves_the_earlier_file(place: Path, tmp_path: Path) -> Non
     assert finished.code == 2
     assert f"error: cannot write {out}: " in finished.err.splitlines()[-1]
     assert out.read_text() == "earlier"
+
+
+def test_what_a_checkpoint_generates(cascade_run: Path, tiny: Any, tmp_path: Path) -> None:
+    """Against real videos at the stride that it was trained with, at its size."""
+    real = tmp_path / "real"
+    for number in range(8):
+        write_mp4(real / f"{number}.mp4", render_clip(number % 8, 0, number, 12, 32), 8)
+    named = ("--real", real, "--checkpoint", cascade_run, "--clips", tmp_path / "clips")
+    settings = ("--metric", "motion,psd", "--resamples", "10", "--set", "num_frames=4")
+    places = ("--cache", tmp_path / "features", "--out", tmp_path / "found.json")
+
+    finished = call(engine.evaluate.main, *named, *settings, *places, "--num", "6")
+    assert finished.code == 0, finished.err
+    found = json.loads((tmp_path / "found.json").read_text())
+    stage = tiny.config().stages[2]
+    assert found["protocol"]["resolution"] == stage.resolution == 16
+    assert found["protocol"]["real_stride"] == stage.frame_stride
+    assert found["generated"]["num_clips"] == 6
+    assert len(list((tmp_path / "clips" / "clips").glob("*/*/000005.png"))) == 6  # unrolled
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "clips").rglob("*.png")}
+    assert call(engine.evaluate.main, *named, *settings, *places, "--num", "6").code == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    again = json.loads((tmp_path / "found.json").read_text())
+    assert again["metrics"] == found["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--checkpoint", "nowhere"), "name either --generated or --checkpoint"),
+        (("--num", "3"), "--num is for --checkpoint"),
+        (("--clips", "x"), "--clips is for --checkpoint"),
+    ],
+    ids=str,
+)
+def test_what_belongs_to_a_checkpoint(place: Path, options: tuple[str, ...], message: str) -> None:
+    finished = evaluate(place, *options)
+    assert finished.code == 2
+    assert message in finished.error
+
+
+def test_a_checkpoint_that_is_none(place: Path, tmp_path: Path) -> None:
+    arguments = ("--real", place / "real", "--checkpoint", tmp_path)
+    finished = call(engine.evaluate.main, *arguments)
+    assert finished.code == 2
+    assert "no checkpoint under" in finished.error

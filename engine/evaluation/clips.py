@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.evaluation.protocol import EvaluationProtocol
+from engine.evaluation.protocol import EvaluationProtocol, Role
 from engine.evaluation.video_sources import VideoShape, VideoSource, resized
 
-Role = Literal["real", "generated"]
 View = Literal["plain", "shuffled", "frozen"]
 """How a clip is shown: as it is, its frames in a random order, or its first frame throughout."""
 _Frames = NDArray[np.uint8]
@@ -75,33 +74,31 @@ def choose_clips(
     random.Random(f"order {protocol.seed}").shuffle(order)
     clips: list[ChosenClip] = []
     num_dropped = num_looped = 0
-    offset = protocol.real_offset if role == "real" else protocol.generated_offset
+    source_frames = protocol.source_frames(role)
     total = len(order) if most is None else min(most, len(order))
     with tqdm(total=total, desc=f"reading {role}", unit="video") as bar:
         for number, shape in source.inspect_all(order, num_ahead=total):
             if most is not None and len(clips) == most:
                 break
-            if shape.num_frames < protocol.source_frames:
+            if shape.num_frames < source_frames:
                 if protocol.short == "drop":
                     num_dropped += 1
                     continue
                 if protocol.short == "error":
                     raise UserError(
                         f"{source.path}: {source.names[number]} has {shape.num_frames} frames, a "
-                        f"clip of the protocol spans {protocol.source_frames}; --set short=drop "
+                        f"clip of the protocol spans {source_frames}; --set short=drop "
                         "leaves such videos out, short=loop lets them start again, and num_frames "
                         "shortens the clips"
                     )
                 num_looped += 1
             digest = source.digest(number)
-            clips.append(
-                ChosenClip(number, digest, shape, _places(shape, digest, offset, protocol))
-            )
+            clips.append(ChosenClip(number, digest, shape, _places(shape, digest, role, protocol)))
             bar.update()
     if len(clips) < 2:
         raise UserError(
             f"{source.path}: {len(clips)} of {len(source)} videos can be used "
-            f"({num_dropped} are shorter than {protocol.source_frames} frames), and two are the "
+            f"({num_dropped} are shorter than {source_frames} frames), and two are the "
             "least that have a covariance"
         )
     return Selection(source, role, tuple(clips), num_dropped, num_looped)
@@ -194,10 +191,11 @@ def clips_of(
 
 
 def _places(
-    shape: VideoShape, digest: str, offset: str, protocol: EvaluationProtocol
+    shape: VideoShape, digest: str, role: Role, protocol: EvaluationProtocol
 ) -> tuple[int, ...]:
-    slack = shape.num_frames - protocol.source_frames
-    span = range(0, protocol.source_frames, protocol.frame_stride)
+    offset = protocol.real_offset if role == "real" else protocol.generated_offset
+    slack = shape.num_frames - protocol.source_frames(role)
+    span = range(0, protocol.source_frames(role), protocol.stride(role))
     if slack < 0:
         return tuple(place % shape.num_frames for place in span)
     start = {"first": 0, "centre": slack // 2}.get(offset)

@@ -24,7 +24,8 @@ _LEAST_PIXELS, _MOST_FRAMES = 64, 32
 _PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem;
+       padding: 0 1rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: right; }
 td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
 tr + tr { border-top: 1px solid #ddd; } small, .range { color: #666; } .blind { color: #b30000; }

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.evaluation.i3d import BATCH_NORM_EPS, LEAST_FRAMES, Placing
 from engine.yaml_tree import parse_override
 
+Role = Literal["real", "generated"]
 Offset = Literal["first", "centre", "random"]
 
 
@@ -35,6 +36,10 @@ class EvaluationProtocol(BaseModel):
     num_frames: int = Field(default=16, ge=1)
     frame_stride: int = Field(default=1, ge=1)
     """Every so many-th frame of the video; frame rates are not looked at."""
+    real_stride: int = Field(default=1, ge=1)
+    """Real videos have so many frames for one of the generated ones: the stride over the source
+    frames that the model was trained with. Their clips are of every `frame_stride` times so
+    many-th."""
     real_offset: Offset = "random"
     """Where a clip begins in a longer video; "random" depends on the seed and the file's content,
     not on its name or place."""
@@ -83,10 +88,13 @@ class EvaluationProtocol(BaseModel):
             raise ValueError("psd_frames are numbered from 1")
         return self
 
-    @property
-    def source_frames(self) -> int:
+    def stride(self, role: Role) -> int:
+        """From one frame of a clip to the next, in frames of its video."""
+        return self.frame_stride * (self.real_stride if role == "real" else 1)
+
+    def source_frames(self, role: Role) -> int:
         """Frames of a video from a clip's first to its last, both counted."""
-        return (self.num_frames - 1) * self.frame_stride + 1
+        return (self.num_frames - 1) * self.stride(role) + 1
 
     def check_frames(self, least: int = LEAST_FRAMES) -> None:
         """Raises UserError where clips are too short for the network and no rule says what then."""
@@ -110,11 +118,14 @@ class EvaluationProtocol(BaseModel):
         """A few lines for a person, beside the table."""
         size = f"{self.resolution}x{self.resolution}" if self.resolution else "frames as they are"
         size += f" ({self.fit})" if self.resolution else ""
+        every = _ordinal(self.frame_stride)
+        if self.real_stride > 1:
+            every += f" ({_ordinal(self.stride('real'))} of real videos)"
         offsets = f"offset {self.real_offset} (real), {self.generated_offset} (generated)"
         most = "all" if self.num_videos is None else f"{self.num_videos} at most"
         return [
             f"protocol {self.name}: {size}, {self.num_frames} frames, every "
-            f"{_ordinal(self.frame_stride)}, {offsets}, uint8, videos: {most}, seed {self.seed}",
+            f"{every}, {offsets}, uint8, videos: {most}, seed {self.seed}",
             f"  network {self.network} {self.network_sha256[:12]}, resize {self.network_resize}, "
             f"covariance {self.covariance}, short clips: {self.short}",
             *(f"  not known: {each}" for each in self.unknown),

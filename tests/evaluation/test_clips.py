@@ -58,6 +58,16 @@ def test_offsets() -> None:
     assert taken(choose_clips(source, "generated", other, None), other)["v0"] == [1, 3, 5, 7]
 
 
+def test_real_videos_have_more_frames_for_one_generated_one() -> None:
+    given = protocol(frame_stride=2, real_stride=3, real_offset="first", generated_offset="first")
+    source = Numbered([20, 20])
+    assert taken(choose_clips(source, "real", given, None), given)["v0"] == [0, 6, 12, 18]
+    assert taken(choose_clips(source, "generated", given, None), given)["v0"] == [0, 2, 4, 6]
+    assert (given.source_frames("real"), given.source_frames("generated")) == (19, 7)
+    with pytest.raises(UserError, match="has 18 frames, a clip of the protocol spans 19"):
+        choose_clips(Numbered([18, 18]), "real", given, None)
+
+
 def starts(source: Numbered, given: EvaluationProtocol, most: int | None = None) -> dict[str, int]:
     chosen = taken(choose_clips(source, "real", given, most), given)
     return {name: frames[0] for name, frames in chosen.items()}

@@ -16,7 +16,7 @@ def test_stylegan_vs_are_its_figures() -> None:
     assert find_protocol("fvd2048_16f").fingerprint() == main.fingerprint()
     assert find_protocol("fvd2048_128f").num_frames == 128
     every_8th = find_protocol("fvd2048_128f_subsample8f")
-    assert (every_8th.num_frames, every_8th.source_frames) == (16, 121)
+    assert (every_8th.num_frames, every_8th.source_frames("real")) == (16, 121)
 
 
 @pytest.mark.parametrize("name", PRESETS)
