@@ -1,5 +1,6 @@
 # make demo   train a small video GAN stage by stage and write its videos
 # make test   run the tests
+# make test-all   those too that take long: end to end, and whose parts other tests cover
 # make miniature   train and measure the paper's comparisons on the sample set (an hour, two cores)
 # make i3d    fetch the I3D network's weights into data/i3d, for FVD (47 MB, once)
 # make lint   check style and types
@@ -19,7 +20,7 @@ INSTALLED := .venv/.installed
 BUILT := .venv/.built
 INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test miniature i3d lint clean help
+.PHONY: demo test test-all miniature i3d lint clean help
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -29,6 +30,9 @@ demo: $(BUILT)
 # one worker, so that fixtures which take minutes are made once; not those with the fewest tests
 # last, which may be the longest.
 test: $(BUILT)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests -m "not long" $(PYTEST_ARGS)
+
+test-all: $(BUILT)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest tests $(PYTEST_ARGS)
 
 miniature: $(BUILT)

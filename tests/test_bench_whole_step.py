@@ -123,7 +123,7 @@ def test_the_graphs_build_records_passes_of_what_it_trains(
     assert [name for name, build in BUILDS.items() if build.usual_samples_only] == ["graphs"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plain_counts_are_the_design_notes() -> None:
     """TFLOP per sample of a straightforward build with time pooled in D: 17.2, 11.3 and 52.5.
 

@@ -113,7 +113,7 @@ def test_behind(): pass
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tests_are_recorded_while_others_run(tmp_path: Path) -> None:
     file, path = tmp_path / "test_some.py", tmp_path / "some.json"
     file.write_text(TESTS)
@@ -186,7 +186,7 @@ def test_the_largest_sizes_need_a_gpu(tmp_path: Path) -> None:
         first_hour.main(["steps", "stage9", "--out", str(tmp_path), "--small"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_without_a_gpu(tmp_path: Path) -> None:
     """Networks are compared and iterations run; what only a GPU tells fails by itself."""
     command = [sys.executable, "-m", "benchmarks.first_hour", "steps", "stage1", "--small"]

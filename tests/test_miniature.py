@@ -422,7 +422,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return titles
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quickly_from_end_to_end_and_again(
     tmp_path: Path,
     started: list[str],

@@ -44,6 +44,7 @@ def test_it_is_frozen_and_every_field_counts() -> None:
         "fit": "stretch",
         "num_frames": 17,
         "frame_stride": 2,
+        "real_stride": 2,
         "real_offset": "first",
         "generated_offset": "centre",
         "short": "loop",

@@ -151,7 +151,7 @@ def matching(launch: Any, listed: list[Variant]) -> list[Variant]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_that_shipped_configurations_launch_is_listed(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     done = run(tmp_path, str(Path(__file__).with_name("shipped_launches.py")))

@@ -177,7 +177,7 @@ def test_shares_of_the_real_index(found: list[dict[str, Any]], tiny: Tiny) -> No
     assert result["first_batch"] == [trained_on.request(k).video for k in (0, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_128_ranks_at_the_papers_size(tmp_path: Path) -> None:
     """The command that must be quick, and its limit, in seconds of one core."""
     out = tmp_path / "out"

@@ -60,7 +60,7 @@ def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("_compiler")
 def test_compiled_blocks(tiny: Tiny, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_distances_by_hand() -> None:
     assert learning_distances(real, real) == (0.0, 0.0, 0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_brings_samples_closer_to_the_data(
     tiny: Tiny, ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -104,7 +104,7 @@ def options(tiny: Tiny, out: Path, *more: str) -> list[str]:
     return tiny.options(1, out, "--set", "training.micro_batch=2", *more)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_of_deepspeed_train_as_one_node_does(
     tiny: Tiny, one_node: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +119,7 @@ def test_two_nodes_of_deepspeed_train_as_one_node_does(
     assert list(out.rglob(".shared-*")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_of_torchrun_do_too_and_one_signal_stops_both(
     tiny: Tiny, one_node: Path, tmp_path: Path
 ) -> None:

@@ -211,7 +211,7 @@ def started(command: list[str], out: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_stop_when_the_launcher_is_killed(
     tiny: Tiny, cascade_run: Path, tmp_path: Path
 ) -> None:
@@ -229,7 +229,7 @@ def test_ranks_stop_when_the_launcher_is_killed(
     assert f"interrupted: saved {saved}; the same command goes on" in stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_that_were_told_to_stop_leave_together(tiny: Tiny, tmp_path: Path) -> None:
     """A launcher ends the other ranks when one is gone: rank 0 has more to write after the
     checkpoint."""

@@ -30,7 +30,7 @@ def found(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     return cases
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2])
 def test_micro_batches_are_copied_from_pinned_memory_and_not_read(
     found: list[dict[str, Any]], stage: int
