@@ -1,5 +1,6 @@
 """What a full decode finds out about one file."""
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable
@@ -370,3 +371,9 @@ class TestDamage:
             path = write_encoded(tmp_path, name)
             path.write_bytes(path.read_bytes() + b"\0" * 1000)
             assert inspect_video(path).num_frames == 45
+
+
+def test_writing_av1_leaves_this_process_s_priority_as_it_was(tmp_path: Path) -> None:
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    write_encoded(tmp_path, "av1-mp4", num_frames=2)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
