@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from engine.command_line import ArgumentParser, run
-from engine.dummy_passes import choose_passes, clip_length, load_trained, run_passes
+from engine.dummy_passes import choose_passes, clip_length, load_trained
 from engine.durable_files import make_writable_folder
-from engine.exported import CARD, CONFIG, WEIGHTS, find_trained, write_exported
+from engine.exported import CARD, CONFIG, WEIGHTS, find_trained, fix_norms, write_exported
 from engine.models.construction import forbid_tf32
 
 EPILOG = """\
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device(found if options.device == "auto" else options.device)
     forbid_tf32()
     cascade = load_trained(trained, device)
-    run_passes(cascade, trained, passes)
+    fix_norms(cascade, trained, passes)
     write_exported(options.out, cascade, trained, passes)
     for name in (CONFIG, WEIGHTS, CARD):
         print(f"wrote: {options.out / name} ({(options.out / name).stat().st_size:,} bytes)")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine.configuration import Config, config_from_tree
 from engine.configuration_errors import explain
-from engine.dummy_passes import DummyPasses, TrainedCascade
+from engine.dummy_passes import DummyPasses, TrainedCascade, run_passes
 from engine.durable_files import PARTIAL, put_in_place, reading, write_json, writing
 from engine.errors import UserError
 from engine.models.cascade import GeneratorCascade
@@ -164,9 +164,19 @@ def find_trained(path: Path) -> TrainedCascade:
     num_classes = config.data.num_classes
     if exported.stage_number not in config.stages:
         raise UserError(f"{path / CONFIG}: there is no stage {exported.stage_number}")
+    if odd := [name for name in exported.classes if not name.isprintable()]:
+        raise UserError(f"{path / CONFIG}: {odd[0]!r} is no class name")
     if len(exported.class_counts) != (num_classes or 0):
         raise UserError(f"{path / CONFIG}: class_counts must have {num_classes or 0} items")
     return exported
+
+
+def fix_norms(cascade: GeneratorCascade, trained: TrainedCascade, passes: DummyPasses) -> None:
+    """Fix the norms as the passes do, of which an exported cascade has its own already."""
+    if isinstance(trained, ExportedCascade) and passes == trained.passes:
+        trained.fix_statistics(cascade)
+    else:
+        run_passes(cascade, trained, passes)
 
 
 def write_exported(

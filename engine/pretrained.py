@@ -1,9 +1,11 @@
 """A trained cascade in Python: load it, generate, pass it on.
 
+```python
 from engine import Cascade
 
 cascade = Cascade.from_pretrained("runs/demo")  # or a folder of engine/export.py's
 videos = cascade.generate(num_frames=50, classes=[3], seed=1)
+```
 """
 
 import math
@@ -19,10 +21,9 @@ from engine.dummy_passes import (
     choose_passes,
     clip_length,
     load_trained,
-    run_passes,
 )
 from engine.errors import UserError
-from engine.exported import ExportedCascade, find_trained, write_exported
+from engine.exported import find_trained, fix_norms, write_exported
 from engine.models.construction import forbid_tf32
 from engine.sampling import SamplePlan, choose_labels, stream
 
@@ -101,7 +102,8 @@ class Cascade:
         """As `generate`, video by video and each in chunks [t, 3, H, W] on the CPU.
 
         Memory does not grow with the length: a chunk can go straight into an encoder, as
-        `engine.video.writing.mp4_file` takes it. Read a video to its end before the next one.
+        `engine.video.writing.mp4_file` takes it. Chunks are made as they are read. Read them before
+        the next call, which may fix statistics of another length or sigma.
         """
         labels = self._labels(classes, num)
         if num_frames is not None and num_frames < 1:
@@ -143,10 +145,6 @@ class Cascade:
         return choose_passes(self._trained, num_frames=num_frames, sigma=sigma, seed=seed)
 
     def _fix(self, passes: DummyPasses) -> None:
-        if passes == self._fixed:
-            return
-        if isinstance(self._trained, ExportedCascade) and passes == self._trained.passes:
-            self._trained.fix_statistics(self._cascade)
-        else:
-            run_passes(self._cascade, self._trained, passes)
-        self._fixed = passes
+        if passes != self._fixed:
+            fix_norms(self._cascade, self._trained, passes)
+            self._fixed = passes

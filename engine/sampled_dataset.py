@@ -103,18 +103,17 @@ class SampledDataset:
         bar = tqdm(numbers, "generating", initial=total - len(numbers), total=total, unit="clip")
         for number, chunks in zip(bar, clips, strict=True):
             path = self._path(number)
-            partial = path.with_name(path.stem + PARTIAL + path.suffix)
-            with writing(path):
-                if self._form == "mp4":
-                    with mp4_file(partial, fps) as add:
-                        for video_TCHW in chunks:
-                            add(video_TCHW)
-                else:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    first = 0
+            if self._form == "mp4":
+                with mp4_file(path, fps) as add:
                     for video_TCHW in chunks:
-                        write_pngs(partial, video_TCHW, first)
-                        first += len(video_TCHW)
+                        add(video_TCHW)
+                continue
+            partial, first = path.with_name(path.name + PARTIAL), 0
+            with writing(path):
+                shutil.rmtree(partial, ignore_errors=True)
+                for video_TCHW in chunks:
+                    write_pngs(partial, video_TCHW, first)
+                    first += len(video_TCHW)
                 partial.replace(path)
         with writing(self._folder / LABELS):
             (self._folder / LABELS).write_text(self._list())
@@ -124,7 +123,8 @@ class SampledDataset:
         folder = self._folder / CLIPS
         if label is not None:
             # A name of dots would lead elsewhere; names may come from a stranger's export.
-            folder = folder / self._class_name(label).replace("/", "-").replace(".", "-")
+            name = self._class_name(label).replace("/", "-").strip(".")
+            folder = folder / (name or f"class {label}")
         return folder / (f"{number:06d}.mp4" if self._form == "mp4" else f"{number:06d}")
 
     def _class_name(self, label: int) -> str:

@@ -1,6 +1,7 @@
 """Sampling from a trained cascade: labels, norm statistics, videos."""
 
 import csv
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from engine.configuration import Config
 from engine.dummy_passes import DummyPasses, TrainedCascade, run_passes
 from engine.errors import UserError
-from engine.exported import ExportedCascade
+from engine.exported import fix_norms
 from engine.models.cascade import GeneratorCascade
 from engine.models.norms import fix_norm_statistics, norm_statistics
 from engine.trainer.checkpoints import read_tensors, write_tensors
@@ -94,19 +95,14 @@ def fix_statistics(cascade: GeneratorCascade, plan: SamplePlan, out: Path) -> No
     An exported cascade has those of its own passes.
     """
     trained = plan.checkpoint
-    if isinstance(trained, ExportedCascade) and plan.passes == trained.passes:
-        trained.fix_statistics(cascade)
+    if plan.passes == trained.passes:
+        fix_norms(cascade, trained, plan.passes)
         return
     path = out / STATISTICS
     key = {
         "generator": trained.digest,
         "classes": trained.class_counts,
-        "frames": plan.passes.num_frames,
-        "sigma": plan.passes.sigma,
-        "passes": plan.passes.num_passes,
-        "batch": plan.passes.batch_size,
-        "seed": plan.passes.seed,
-        **({"windows": True} if plan.passes.windows else {}),
+        **dataclasses.asdict(plan.passes),
     }
     if path.exists():
         kept = read_tensors(path)
@@ -167,8 +163,9 @@ def _chunks(
     if plan.interpolated is None:
         zs, random = draw(number)
     else:
-        (begin, random), (end, _) = draw(0), draw(1)
-        part = number / max(1, plan.interpolated - 1)
+        walk, step = divmod(number, plan.interpolated)  # a later walk begins where one ends
+        (begin, random), (end, _) = draw(walk), draw(walk + 1)
+        part = step / max(1, plan.interpolated - 1)
         zs = [interpolate(*pair, part) for pair in zip(begin, end, strict=True)]
 
     def as_pixels(video_BTCHW: Tensor) -> Tensor:

@@ -184,6 +184,7 @@ def test_a_config_that_is_none(copy: Path, text: str, message: str) -> None:
         ({"class_counts": [1]}, "class_counts must have 2 items"),
         ({"frames_per_second": 0.0}, "frames_per_second"),
         ({"config": {}}, "missing key name"),
+        ({"classes": ["a", "b\x00"]}, "is no class name"),
     ],
     ids=str,
 )

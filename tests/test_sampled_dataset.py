@@ -106,7 +106,7 @@ def test_a_class_s_name_leads_nowhere_else(cascade_run: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     finished = dataset(exported, out, 4)
     assert finished.code == 0, finished.err
-    assert sorted(path.name for path in (out / "clips").iterdir()) == ["--", "-----"]
+    assert sorted(path.name for path in (out / "clips").iterdir()) == ["-", "class 0"]
     assert len(hashes(out)) == 4
     assert sorted(path.name for path in out.iterdir()) == ["clips", "dataset.json", "labels.csv"]
 
@@ -140,6 +140,11 @@ def test_interpolated_clips_lead_from_one_to_the_other(cascade_run: Path, tmp_pa
     way = sampled("way", "--classes", "1", "--interpolate", "4")
     assert [way[0], way[-1]] == two
     assert len(set(way)) == 4
+    # A second walk of the class leads on from the first one's end.
+    twice = sampled("twice", "--classes", "1", "--num", "2", "--interpolate", "4")
+    three = sampled("three", "--classes", "1", "--num", "3")
+    assert twice[:4] == way
+    assert [twice[4], twice[-1]] == three[1:]
     # A clip by itself is the first of its class, whatever is interpolated beside it.
     assert sampled("both", "--classes", "0,1", "--interpolate", "4")[4:] == way
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from engine.clip_figures import Figures, Ratios, Recogniser, compare, measure
-from engine.dummy_passes import TrainedCascade, choose_passes, load_trained, run_passes
+from engine.dummy_passes import TrainedCascade, choose_passes, load_trained
 from engine.errors import UserError
 from engine.evaluation.classifier import VIEWS, train_classifier
 from engine.evaluation.real_clips import (
@@ -28,6 +28,7 @@ from engine.evaluation.real_clips import (
     training_clips,
 )
 from engine.evaluation.spectra import frames_looked_at, spectra, spectral_distances
+from engine.exported import fix_norms
 from engine.models.construction import forbid_tf32
 from engine.sampling import SamplePlan, generate
 from engine.trainer.ranks import derived_seed
@@ -279,7 +280,7 @@ def _generated(plan: SamplePlan, device: torch.device) -> LabelledClips:
     """What engine/sample.py would write, before it is encoded."""
     forbid_tf32()
     cascade = load_trained(plan.checkpoint, device)
-    run_passes(cascade, plan.checkpoint, plan.passes)
+    fix_norms(cascade, plan.checkpoint, plan.passes)
     clips = tqdm(generate(cascade, plan), "generating", total=len(plan.labels), unit="clip")
     video_BTCHW = torch.stack(list(clips)).float().div_(127.5).sub_(1)
     labels = [label for label in plan.labels if label is not None]

@@ -83,6 +83,20 @@ def test_handed_to_one_network_and_within_the_context_only() -> None:
     assert operators_of(made) is kernels
 
 
+@pytest.mark.parametrize("name", ["clip", "upsampling", "D"])
+def test_nothing_but_the_handed_operators_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both compute the same, so that only their absence tells which of them ran."""
+    made, run = network(name)
+    functions = [n for n in vars(PlainOperators) if n in kernels.__all__]
+    assert len(functions) > 10
+    for function in functions:
+        monkeypatch.delattr(kernels, function)
+    with pytest.raises(AttributeError):
+        run()
+    with PlainOperators(channels_last=True).handed_to(made):
+        outcome(made, run)
+
+
 def test_a_missing_operator_is_told() -> None:
     made, run = network("clip")
     hand_operators(made, object())
