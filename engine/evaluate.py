@@ -148,6 +148,7 @@ def main(arguments: list[str]) -> None:
     from engine.evaluation.protocol import find_protocol
     from engine.evaluation.video_sources import open_source
     from engine.exported import find_trained
+    from engine.transfers import device_named
 
     changes = list(options.changes)
     trained = None
@@ -158,8 +159,7 @@ def main(arguments: list[str]) -> None:
     metrics = find_metrics(options.metric)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(found if options.device == "auto" else options.device)
+    device = device_named(options.device)
     real = open_source(options.real)
     for file in (options.out, options.report):
         if file is not None:

@@ -3,13 +3,12 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from engine.command_line import ArgumentParser, run
 from engine.dummy_passes import choose_passes, clip_length, load_trained
 from engine.durable_files import make_writable_folder
 from engine.exported import CARD, CONFIG, WEIGHTS, find_trained, fix_norms, write_exported
 from engine.models.construction import forbid_tf32
+from engine.transfers import device_named
 
 EPILOG = """\
 examples:
@@ -54,8 +53,7 @@ def main(arguments: list[str]) -> None:
         batch_size=options.batch,
         statistics_frames=options.statistics_frames,
     )
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(found if options.device == "auto" else options.device)
+    device = device_named(options.device)
     forbid_tf32()
     cascade = load_trained(trained, device)
     fix_norms(cascade, trained, passes)

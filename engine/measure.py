@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from engine.command_line import ArgumentParser, run
 from engine.durable_files import make_writable_folder, write_json
 from engine.errors import UserError
@@ -68,10 +66,10 @@ def main(arguments: list[str]) -> None:
     checkpoint = find_trained(options.checkpoint)
     # Imported late: it brings DALI, and mistakes should be told at once.
     from engine.evaluation.report import ReportOptions, report
+    from engine.transfers import device_named
     from engine.video.writing import animation, to_uint8
 
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(found if options.device == "auto" else options.device)
+    device = device_named(options.device)
     print(
         f"checkpoint: {checkpoint.path} (stage {checkpoint.stage_number}, step {checkpoint.step})"
     )

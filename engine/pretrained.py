@@ -26,6 +26,7 @@ from engine.errors import UserError
 from engine.exported import find_trained, fix_norms, write_exported
 from engine.models.construction import forbid_tf32
 from engine.sampling import SamplePlan, choose_labels, stream
+from engine.transfers import device_named
 
 
 class Cascade:
@@ -35,11 +36,9 @@ class Cascade:
     """
 
     def __init__(self, trained: TrainedCascade, device: torch.device | str = "auto") -> None:
-        found = "cuda" if torch.cuda.is_available() else "cpu"
         self._trained = trained
-        self._device = torch.device(found if device == "auto" else device)
         forbid_tf32()
-        self._cascade = load_trained(trained, self._device)
+        self._cascade = load_trained(trained, device_named(device))
         self._fixed: DummyPasses | None = None
 
     @classmethod

@@ -15,6 +15,7 @@ from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, STAGES, m
 from engine.sampled_dataset import CLIPS, complete_dataset, draw_labels
 from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, stream
 from engine.stage_files import StageFiles
+from engine.transfers import device_named
 from engine.video.writing import NUM_COLUMNS, evenly_spaced
 
 DATASET_FORMATS = ("mp4",), ("png",)
@@ -186,8 +187,7 @@ def main(arguments: list[str]) -> None:
     print(f"checkpoint: {trained.path} (stage {trained.stage_number}, step {trained.step})")
     for note in notes_on(plan):
         print(f"note: {note}")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(found if options.device == "auto" else options.device)
+    device = device_named(options.device)
     if options.as_dataset is not None:
         write_dataset(plan, options, device)
     else:

@@ -1,4 +1,4 @@
-"""Copies to a device without making the host wait, and tensors kept until a GPU has read them."""
+"""Devices: which one, copies that make no host wait, tensors kept until a GPU has read them."""
 
 from collections import deque
 
@@ -44,3 +44,9 @@ class HeldUntilRead:
 
     def __len__(self) -> int:
         return len(self._held)
+
+
+def device_named(name: torch.device | str) -> torch.device:
+    """The device of that name; "auto" is the GPU where there is one."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if name == "auto" else name)

@@ -10,7 +10,7 @@ against A; spoilt B against A; and generated clips, as many, against A, which is
 controls may be compared with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,37 +208,24 @@ def evaluate(
     of_real = features(real_clips, range(num_real), "plain")
     of_generated = features(generated_clips, range(num_generated), "plain")
     second = range(num_controls, 2 * num_controls)
-    spoilt: dict[View, Features] = {}
+    views: tuple[View, ...] = ("shuffled", "frozen")
+    spoilt: dict[str, Features] = {}
     if num_controls >= 2:
-        for view in ("shuffled", "frozen"):
+        for view in views:
             spoilt[view] = features(real_clips, second, view)
     say("measuring")
-    rows = []
-    for metric in metrics:
-
-        def measure(reference: Features, candidate: Features) -> Measurement:
-            return metric.measure(reference, candidate, protocol, num_resamples=num_resamples)  # noqa: B023
-
-        try:
-            found = measure(_part(of_real, range(num_reference)), of_generated)
-        except ValueError as error:
-            rows.append(EvaluationRow(metric, None, None, f"not measured: {error}"))
-            continue
-        if not spoilt:
-            rows.append(EvaluationRow(metric, found, None, "no controls: too few real videos"))
-            continue
-        first = _part(of_real, range(num_controls))
-        try:
-            controls = Controls(
-                real=measure(first, _part(of_real, second)),
-                shuffled=measure(first, spoilt["shuffled"]),
-                frozen=measure(first, spoilt["frozen"]),
-                generated=measure(first, _part(of_generated, range(num_controls))),
-            )
-        except ValueError as error:
-            rows.append(EvaluationRow(metric, found, None, f"no controls: {error}"))
-            continue
-        rows.append(EvaluationRow(metric, found, controls, verdict(metric, controls)))
+    compared: dict[str, Features] = {
+        "reference": _part(of_real, range(num_reference)),
+        "generated": of_generated,
+    }
+    if spoilt:
+        compared |= {
+            "first": _part(of_real, range(num_controls)),
+            "real": _part(of_real, second),
+            "few generated": _part(of_generated, range(num_controls)),
+            **spoilt,
+        }
+    rows = [_row(metric, compared, protocol, num_resamples) for metric in metrics]
     selections = (real_clips, generated_clips)
     return Evaluation(
         protocol,
@@ -254,6 +241,36 @@ def evaluate(
         else [],
         _examples(selections, protocol),
     )
+
+
+def _row(
+    metric: MetricDefinition,
+    compared: Mapping[str, Features],
+    protocol: EvaluationProtocol,
+    num_resamples: int,
+) -> EvaluationRow:
+    """The metric of `generated` against `reference`, and the controls' against `first`."""
+
+    def measure(reference: str, candidate: str) -> Measurement:
+        features = compared[reference], compared[candidate]
+        return metric.measure(*features, protocol, num_resamples=num_resamples)
+
+    try:
+        found = measure("reference", "generated")
+    except ValueError as error:
+        return EvaluationRow(metric, None, None, f"not measured: {error}")
+    if "real" not in compared:
+        return EvaluationRow(metric, found, None, "no controls: too few real videos")
+    try:
+        controls = Controls(
+            real=measure("first", "real"),
+            shuffled=measure("first", "shuffled"),
+            frozen=measure("first", "frozen"),
+            generated=measure("first", "few generated"),
+        )
+    except ValueError as error:
+        return EvaluationRow(metric, found, None, f"no controls: {error}")
+    return EvaluationRow(metric, found, controls, verdict(metric, controls))
 
 
 def figure(value: float) -> str:

@@ -118,6 +118,7 @@ def extract(
         for part, path in mine:
             if _read(path) is not None:
                 num_cached += len(part)
+                bar.update(len(part))
             else:
                 names = [selection.source.names[selection.clips[n].number] for n in part]
                 clips = clips_of(
@@ -133,8 +134,6 @@ def extract(
                 )
                 _write(path, found)
                 num_computed += len(part)
-                continue
-            bar.update(len(part))
     seconds = time.monotonic() - began
     return Throughput(num_computed, num_cached, seconds)
 
