@@ -115,6 +115,25 @@ class SampleBank(Section):
     """Iterations in which every video is replaced once: a batch at a time, evenly, oldest first."""
 
 
+class EvaluationSettings(Section):
+    """What `evaluate_every` measures: whole clips with fixed norm statistics, as a user gets them.
+
+    May be changed when a run is resumed; values are then of another protocol.
+    """
+
+    metrics: tuple[str, ...] = ("fvd", "kvd", "is-k400", "motion")
+    """Names of engine/evaluation/metric_definitions.py."""
+    best: str = "fvd"
+    """The metric by which the best checkpoint is chosen."""
+    num_videos: Annotated[int, Field(ge=2)] = 256
+    """Generated ones, and as many real ones; half of the real ones where there are fewer than
+    twice as many, because another half is the control."""
+    num_frames: PositiveInt = 16
+    """Of each clip; fewer where a training clip unrolls to fewer."""
+    norm_statistics_passes: PositiveInt = 20
+    """Dummy passes before the clips are made: fewer than before a last evaluation."""
+
+
 class Training(Section):
     """Optimisation, precision and cadence. Set for all stages at the top, overridden per stage."""
 
@@ -171,10 +190,15 @@ class Training(Section):
     seed: Seed = 0
     log_every: PositiveInt = 10
     sample_every: PositiveInt = 1000
+    evaluate_every: PositiveInt | None = None
+    """Measure FVD and others after so many iterations and at the end, and keep the best checkpoint.
+    None: never."""
+    evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint_every: PositiveInt = 1000
     checkpoint_minutes: PositiveFloat | None = None
     """Also after so many minutes; an iteration is finished first."""
     keep_checkpoints: PositiveInt = 3
+    """The newest ones; the best one is kept besides."""
 
     @property
     def samples_per_pass(self) -> int:

@@ -68,11 +68,11 @@ def main(arguments: list[str]) -> None:
         *("--checkpoint", str(out), "--out", str(figures), "--picture", str(picture)),
         *(("--num", "2", "--passes", "2") if options.quick else ()),
     )
-    from engine.charts import loss_curves  # imported late: matplotlib is slow
+    from engine.charts import training_curves  # imported late: matplotlib is slow
 
     curves = out / "loss-curves.png"
     stages = range(1, NUM_STAGES + 1)
-    loss_curves({f"stage {n}": out / f"stage{n}" / "log.jsonl" for n in stages}, curves)
+    training_curves({f"stage {n}": out / f"stage{n}" / "log.jsonl" for n in stages}, curves)
     print(
         f"\nThe demo took {time.monotonic() - began:.0f} s. Look at:\n"
         f"  {samples / 'grid.mp4'}  (and clip-*.mp4 beside it)\n"

@@ -145,6 +145,17 @@ def main(arguments: list[str]) -> int:
 
 def settle(options: argparse.Namespace, ranks: Ranks) -> RunPlan:
     """Everything that can be checked before data or other ranks are touched."""
+    plan = settled_plan(options, ranks)
+    number = plan.options.stage_number
+    if plan.config.stages[number].training.evaluate_every is not None:
+        from engine.evaluation.training_metrics import check_evaluation
+
+        check_evaluation(plan.config, number)
+    return plan
+
+
+def settled_plan(options: argparse.Namespace, ranks: Ranks) -> RunPlan:
+    """The plan, with a micro-batch of `auto` settled."""
     config = configure(options)
     run = run_options(options, config)
     if not asks_for_micro_batch(config, options.stage):
@@ -304,6 +315,7 @@ def train(plan: RunPlan, ranks: Ranks, console: Console) -> int:
     """
     try:
         # Imported late: these pull in DeepSpeed and DALI, which talk while they are imported.
+        from engine.evaluation.during_training import TrainingEvaluation
         from engine.trainer.stage_run import run_stage
         from engine.video.dataset import open_dataset
 
@@ -312,7 +324,7 @@ def train(plan: RunPlan, ranks: Ranks, console: Console) -> int:
         index = open_dataset(plan.config.data, make=ranks.is_main, say=console.say)
         if ranks.is_main:
             ranks.connect()
-        ended = run_stage(plan, index, ranks, console)
+        ended = run_stage(plan, index, ranks, console, TrainingEvaluation)
         if not ended.signal:
             console.say(f"done: {ended.checkpoint}")
             return 0

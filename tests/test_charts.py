@@ -10,7 +10,16 @@ from matplotlib.colors import to_rgb
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from engine.charts import loss_curves, loss_figure, moving_average, read_log, read_windows
+from engine import curves
+from engine.charts import (
+    EvaluationCurve,
+    moving_average,
+    read_evaluations,
+    read_log,
+    read_windows,
+    training_curves,
+    training_figure,
+)
 from engine.errors import UserError
 
 
@@ -39,7 +48,7 @@ def log(tmp_path: Path) -> Path:
 def test_axes_hold_each_stages_series(tmp_path: Path, log: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(entry(1, loss_D=3.5) + entry(2, loss_D=4.5))
-    figure = loss_figure({"stage 1": log, "stage 2": other})
+    figure = training_figure({"stage 1": log, "stage 2": other})
 
     losses_1, accuracies_1, losses_2, _ = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
@@ -74,7 +83,7 @@ def test_axes_hold_each_stages_series(tmp_path: Path, log: Path) -> None:
 
 def test_picture_shows_both_curves_in_both_columns(tmp_path: Path, log: Path) -> None:
     picture = tmp_path / "curves.png"
-    loss_curves({"stage 1": log, "stage 2": log, "stage 3": log}, picture)
+    training_curves({"stage 1": log, "stage 2": log, "stage 3": log}, picture)
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert pixels.shape == (900, 1000, 3)
     for row in np.split(pixels, 3, axis=0):
@@ -90,7 +99,7 @@ def windows(motion: float, **others: float) -> dict[str, float]:
 
 
 def test_training_windows_are_a_third_column(tmp_path: Path, log: Path) -> None:
-    """Drawn at the steps that have them; a stage without them has an empty panel."""
+    """Drawn at the steps that have them; a stage without them has no third panel."""
     text = entry(1) + entry(5, **windows(0.25)) + entry(7) + entry(10, **windows(0.5, judder=3.0))
     other = tmp_path / "other.jsonl"
     other.write_text(text)
@@ -99,8 +108,9 @@ def test_training_windows_are_a_third_column(tmp_path: Path, log: Path) -> None:
         "window/judder": ([10], [3.0]),
     }
     assert read_log(other)["step"] == [1, 5, 7, 10]
-    figure = loss_figure({"stage 1": log, "stage 2": other})
-    axes_1, axes_2 = figure.axes[2], figure.axes[5]
+    figure = training_figure({"stage 1": log, "stage 2": other})
+    assert len(figure.axes) == 5
+    axes_2 = figure.axes[4]
     assert axes_2.get_title(loc="left") == "stage 2: training windows, parts of real"
     motion, judder, real = axes_2.get_lines()
     assert [line.get_label() for line in (motion, judder, real)] == ["motion", "judder", "real"]
@@ -109,14 +119,50 @@ def test_training_windows_are_a_third_column(tmp_path: Path, log: Path) -> None:
     np.testing.assert_array_equal(drawn(judder), [3.0])
     np.testing.assert_array_equal(drawn(real), [1, 1])
     assert axes_2.get_ylim()[0] == 0
-    assert [line.get_label() for line in axes_1.get_lines()] == ["real"]
+
+
+def test_evaluations_of_two_runs_are_in_one_panel(tmp_path: Path, log: Path) -> None:
+    """Each metric has a panel above the losses; a run without evaluations has its losses only."""
+    found = {"evaluation/fvd": 9.0, "evaluation/fvd/real": 2.0}
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text(entry(1) + entry(2, **found) + entry(4, **found | {"evaluation/fvd": 5.0}))
+    second.write_text(entry(3, **found, **{"evaluation/motion": 0.5}))
+    assert read_evaluations(first) == {"fvd": EvaluationCurve([2, 4], [9.0, 5.0], [2.0, 2.0])}
+    figure = training_figure({"a": first, "b": second, "c": log})
+    fvd, motion, *losses = figure.axes
+    assert [axes.get_title(loc="left") for axes in (fvd, motion)] == [
+        "evaluated: fvd",
+        "evaluated: motion",
+    ]
+    assert len(losses) == 6
+    of_a, real_a, of_b, _ = fvd.get_lines()
+    np.testing.assert_array_equal(of_a.get_xdata(), [2, 4])
+    np.testing.assert_array_equal(drawn(of_a), [9, 5])
+    np.testing.assert_array_equal(drawn(real_a), [2, 2])
+    np.testing.assert_array_equal(drawn(of_b), [9])
+    assert of_a.get_color() == real_a.get_color() != of_b.get_color()
+    assert [line.get_label() for line in motion.get_lines()] == ["b"]
+
+
+def test_the_script_draws_runs_and_stages(tmp_path: Path) -> None:
+    """All stages of a run, or one; what has no log is one line."""
+    for folder in ("run/stage1", "run/stage2", "other/stage2", "empty"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("run/stage1", "run/stage2", "other/stage2"):
+        (tmp_path / folder / "log.jsonl").write_text(entry(1))
+    picture = tmp_path / "curves.png"
+    curves.main([str(tmp_path / "run"), str(tmp_path / "other/stage2"), "--out", str(picture)])
+    with Image.open(picture) as image:
+        assert image.height == 900, "a row for each of three logs"
+    with pytest.raises(UserError, match=f"no log.jsonl in {tmp_path / 'empty'} or"):
+        curves.main([str(tmp_path / "empty"), "--out", str(picture)])
 
 
 def test_a_damaged_figure_of_windows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(entry(1) + entry(2, **{"window/judder": "3"}))
     with pytest.raises(UserError, match="line 2: no number 'window/judder'"):
-        loss_figure({"stage 1": path})
+        training_figure({"stage 1": path})
 
 
 def test_moving_average() -> None:
@@ -129,7 +175,7 @@ def test_moving_average() -> None:
 def test_one_logged_step_is_visible(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text(entry(1))
-    _, smooth, *_ = loss_figure({"stage 1": path}).axes[0].get_lines()
+    _, smooth, *_ = training_figure({"stage 1": path}).axes[0].get_lines()
     assert smooth.get_marker() == "o"
 
 
@@ -158,7 +204,7 @@ def test_damaged_log_is_refused(tmp_path: Path, text: str, message: str) -> None
     path = tmp_path / "log.jsonl"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        loss_curves({"stage 1": path}, tmp_path / "curves.png")
+        training_curves({"stage 1": path}, tmp_path / "curves.png")
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
     assert not (tmp_path / "curves.png").exists()
@@ -166,4 +212,4 @@ def test_damaged_log_is_refused(tmp_path: Path, text: str, message: str) -> None
 
 def test_missing_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read log .*gone: No such file"):
-        loss_figure({"stage 1": tmp_path / "gone"})
+        training_figure({"stage 1": tmp_path / "gone"})

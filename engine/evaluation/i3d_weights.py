@@ -89,16 +89,21 @@ def weights_path(option: Path | None = None) -> Path:
     return Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else DEFAULT_PATH
 
 
-def load_i3d(path: Path) -> I3D:
-    """The network with the weights in `path`, for evaluation, fp32, on the CPU.
-
-    Raises UserError where the file is missing, damaged, or not made of the known weights.
-    """
+def check_weights(path: Path) -> None:
+    """UserError, with the remedy, where there is no such file."""
     if not path.is_file():
         raise UserError(
             f"no I3D weights at {path}: make them with `make i3d`, or name a file with --weights "
             f"or ${VARIABLE}"
         )
+
+
+def load_i3d(path: Path) -> I3D:
+    """The network with the weights in `path`, for evaluation, fp32, on the CPU.
+
+    Raises UserError where the file is missing, damaged, or not made of the known weights.
+    """
+    check_weights(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -94,6 +94,16 @@ class MetricDefinition:
         """Whether its features are a network's."""
         return self.layer in ("logits", "pooled")
 
+    def value(
+        self, reference: Features, candidate: Features, protocol: EvaluationProtocol
+    ) -> float:
+        """The value alone, without an interval. Raises ValueError as `measure` does."""
+        layer = self._layer(reference)
+        first = np.asarray(reference[layer], np.float64)
+        second = np.asarray(candidate[layer], np.float64)
+        at, value, _ = self.prepare(first, second, protocol)
+        return at(np.ones(len(first)), np.ones(len(second))) if value is None else value
+
     def measure(
         self,
         reference: Features,
@@ -233,12 +243,12 @@ METRICS: dict[str, MetricDefinition] = {
 }
 
 
-def find_metrics(names: str | None) -> list[MetricDefinition]:
-    """Those named, separated by commas; all without a name. Raises UserError."""
+def find_metrics(names: str | None, option: str = "--metric") -> list[MetricDefinition]:
+    """Those named, separated by commas; all without a name. Raises UserError, about `option`."""
     if names is None:
         return list(METRICS.values())
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:
         if name not in METRICS:
-            raise UserError(f"--metric {name!r} is none of {', '.join(METRICS)}")
+            raise UserError(f"{option} {name!r} is none of {', '.join(METRICS)}")
     return [METRICS[name] for name in dict.fromkeys(wanted)]

@@ -32,6 +32,7 @@ from engine.processors import cores_per_process
 from engine.video.containers import RejectedError
 from engine.video.decoding import decode_window
 from engine.video.file_pool import run_all
+from engine.video.index import VideoIndex
 from engine.video.inspection import VideoFacts
 from engine.video.keyframes import unpack
 from engine.video.reasons import VIDEO_SUFFIXES
@@ -147,6 +148,28 @@ class VideoFiles(VideoSource):
         except RejectedError as rejected:
             raise UserError(f"cannot use {path}: {rejected}; mend or remove it") from None
         return _upright(frames_THWC, facts)
+
+
+class IndexedVideos(VideoFiles):
+    """The videos of a training index, which knows their shapes already."""
+
+    def __init__(self, index: VideoIndex) -> None:
+        super().__init__(index.root, [entry.path for entry in index.entries])
+        self._index = index
+
+    def digest(self, number: int) -> str:
+        """See `VideoSource`: as the index has it."""
+        return self._index.entries[number].sha256
+
+    def inspect_all(self, order: list[int], num_ahead: int) -> Iterator[tuple[int, VideoShape]]:
+        """See `VideoSource`: nothing is decoded."""
+        for number in order:
+            yield number, self._shape(number, self._index.entries[number])
+
+    def label(self, number: int) -> str | None:
+        """The class's name."""
+        label = self._index.entries[number].label
+        return None if label is None else self._index.classes[label]
 
 
 class FrameFolders(VideoSource):

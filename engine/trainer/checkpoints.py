@@ -2,6 +2,7 @@
 
     OUT/stage2/
         previous.pt                  the frozen earlier stages, with their norm statistics
+        checkpoints/best             a link to the best one, where the run evaluates
         checkpoints/step-00001000/
             generator/, discriminators/  DeepSpeed's files: weights, optimizer shards
             generator.pt                 the generator, unsharded, for sampling and later stages
@@ -33,6 +34,7 @@ META = "meta.json"
 GENERATOR = "generator.pt"
 PREVIOUS = "previous.pt"
 CHECKPOINTS = "checkpoints"
+BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,8 @@ def write_checkpoint(
     meta: dict[str, Any],
     is_main: bool,
     barrier: Callable[[], None],
-    keep: int,
 ) -> Path:
-    """Write `folder/step-…` aside, hash it, rename it, and keep the newest `keep - 1` others.
+    """Write `folder/step-…` aside, hash it, and rename it.
 
     Collective: `write_files(path)` is called on every rank, the rest is rank 0's. Raises UserError
     when something cannot be written.
@@ -169,9 +170,6 @@ def write_checkpoint(
                 shutil.rmtree(final)
             partial.rename(final)
             put_on_disk(folder)
-            others = [path for path in step_folders(folder) if path != final]
-            for old in others[::-1][keep - 1 :]:
-                shutil.rmtree(old)
         barrier()
     return final
 
@@ -204,7 +202,7 @@ def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoin
     if not path.is_dir():
         raise UserError(f"no checkpoint {wanted}at {path}: no such folder")
     if (path / META).exists():
-        found = open_checkpoint(path)
+        found = open_checkpoint(path.with_name(path.readlink().name) if path.is_symlink() else path)
     else:
         stages = (
             [path / f"stage{stage_number}"]

@@ -12,23 +12,33 @@ from engine.trainer.checkpoints import GENERATOR, Checkpoint, save_tensors, writ
 from engine.trainer.deepspeed_engines import whole_state
 from engine.trainer.networks import StageBuilder
 from engine.trainer.ranks import Ranks
+from engine.trainer.retention import Evaluated, keep_newest_and_best
 from engine.trainer.step import Trainer
 
 _TAG = "state"  # DeepSpeed wants a folder name of its own inside ours
 
 
-def save_run(trainer: Trainer, builder: StageBuilder, *, folder: Path, keep: int) -> Path:
-    """Write a checkpoint of the whole run under `folder`. Collective."""
+def save_run(
+    trainer: Trainer, builder: StageBuilder, *, folder: Path, evaluated: Evaluated | None = None
+) -> Path:
+    """Write a checkpoint of the whole run under `folder`, and remove old ones. Collective.
+
+    `evaluated` is what rank 0 knows of this very step.
+    """
     ranks = builder.ranks
-    return write_checkpoint(
+    found = {"evaluation": evaluated and evaluated.to_tree()}
+    checkpoint = write_checkpoint(
         folder,
         step=trainer.step,
         write_files=lambda path: write_run_files(trainer, builder, path),
-        meta=run_meta(builder),
+        meta=run_meta(builder) | found,
         is_main=ranks.is_main,
         barrier=ranks.barrier,
-        keep=keep,
     )
+    if ranks.is_main:
+        keep = builder.config.stages[builder.number].training.keep_checkpoints
+        keep_newest_and_best(checkpoint, keep)
+    return checkpoint
 
 
 def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None:
@@ -118,16 +128,22 @@ def _generator_file(
     trainer: Trainer, weights: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None
 ) -> dict[str, Any]:
     """State dicts by stage, as sampling and later stages read them; averaged where kept."""
+    return {"generators": generators_for_use(trainer, weights), "average": average}
+
+
+def generators_for_use(
+    trainer: Trainer, weights: dict[str, torch.Tensor]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """What the run has trained, by stage: the average of the weights where it keeps one."""
     used = trainer.average.generator_state() if trainer.average else weights
-    generators = {trainer.stage_number: used}
-    if isinstance(trainer.g_engine.module, JointGenerator):
-        generators = {
-            number: {
-                name.removeprefix(prefix): value
-                for name, value in used.items()
-                if name.startswith(prefix)
-            }
-            for number in range(1, trainer.stage_number + 1)
-            for prefix in (f"generators.{number - 1}.",)
+    if not isinstance(trainer.g_engine.module, JointGenerator):
+        return {trainer.stage_number: used}
+    return {
+        number: {
+            name.removeprefix(prefix): value
+            for name, value in used.items()
+            if name.startswith(prefix)
         }
-    return {"generators": generators, "average": average}
+        for number in range(1, trainer.stage_number + 1)
+        for prefix in (f"generators.{number - 1}.",)
+    }

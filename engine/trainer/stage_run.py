@@ -2,9 +2,10 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from engine.durable_files import put_in_place, writing
 from engine.errors import UserError
@@ -24,6 +25,7 @@ from engine.trainer.previous import (
 )
 from engine.trainer.ranks import Ranks, check_shared
 from engine.trainer.reals import ClipWaits, Reals
+from engine.trainer.retention import Evaluated
 from engine.trainer.run_state import apply_optimizer_settings, load_run, save_run
 from engine.trainer.snapshots import Snapshots, measure_real_windows
 from engine.trainer.stage_plan import RunPlan, needs_previous
@@ -44,8 +46,35 @@ class Ended(NamedTuple):
     """What stopped it before its last step, the same on every rank; 0 when nothing did."""
 
 
-def run_stage(plan: RunPlan, index: VideoIndex, ranks: Ranks, console: Console) -> Ended:
-    """Train to the last step or to a signal. Ranks must be connected."""
+class StageEvaluation(Protocol):
+    """The comparison of a stage's generator with real clips, prepared before training."""
+
+    def line(self) -> str:
+        """What is compared, for the user."""
+        ...
+
+    def measure(self, trainer: Trainer, goes_on: Callable[[], bool]) -> Evaluated | None:
+        """Compare it as it is now. Collective.
+
+        None on all ranks but 0, and where `goes_on`, asked between clips, says no.
+        """
+        ...
+
+
+MakeEvaluation = Callable[[StageBuilder, VideoIndex, Path], StageEvaluation]
+
+
+def run_stage(
+    plan: RunPlan,
+    index: VideoIndex,
+    ranks: Ranks,
+    console: Console,
+    make_evaluation: MakeEvaluation | None = None,
+) -> Ended:
+    """Train to the last step or to a signal. Ranks must be connected.
+
+    `make_evaluation` is needed where the stage's `evaluate_every` asks for it.
+    """
     check_shared(plan.options.folder, ranks)
     _check_same_micro_batch(plan, ranks)
     stage = plan.config.stages[plan.options.stage_number]
@@ -65,7 +94,12 @@ def run_stage(plan: RunPlan, index: VideoIndex, ranks: Ranks, console: Console) 
         trainer = builder.trainer(loader)
         for note in accelerate(stage, ranks, trainer, builder.previous):
             console.say(f"note: {note}")
-        run = _Run(plan, builder, trainer, snapshots, console)
+        evaluation = None
+        if stage.training.evaluate_every is not None:
+            assert make_evaluation is not None
+            evaluation = make_evaluation(builder, index, plan.options.folder)
+            console.say(evaluation.line())
+        run = _Run(plan, builder, trainer, snapshots, evaluation, console)
         run.resume()
         return run.train()
     finally:
@@ -157,12 +191,13 @@ class _Run:
         builder: StageBuilder,
         trainer: Trainer,
         snapshots: Snapshots,
+        evaluation: StageEvaluation | None,
         console: Console,
     ) -> None:
         self._config, self._options = plan.config, plan.options
         self._resume_from, self._unreadable = plan.resume_from, plan.unreadable
         self._builder, self._trainer, self._console = builder, trainer, console
-        self._snapshots = snapshots
+        self._snapshots, self._evaluation = snapshots, evaluation
         self._ranks = builder.ranks
         self._stage = plan.config.stages[builder.number]
         self._training = self._stage.training
@@ -227,18 +262,25 @@ class _Run:
             sampled = step % training.sample_every == 0
             now = time.monotonic()
             samples = self._snapshots.generate(trainer) if sampled or stopping else None
-            if logbook and (step % training.log_every == 0 or step == 1 or sampled or stopping):
+            is_best, evaluated = False, None
+            if self._evaluation_is_due(step, last_step, stopping=stopping):
+                is_best, evaluated = self._evaluate()
+                stopping = stopping or self._agreement.told_to_stop()
+            logged = step % training.log_every == 0 or step == 1 or sampled or stopping
+            if logbook and (logged or evaluated):
                 values = measures | self._speed((now - began) / (step - began_step))
                 values["waiting_for_clips"] = (trainer.seconds_waited - began_waits) / (now - began)
                 # At their own steps only, also where the run stops between them.
                 if samples is not None and sampled:
                     values |= self._snapshots.figures(samples)
+                values |= evaluated.to_log() if evaluated else {}
                 logbook.scalars(step, values)
                 began, began_step, began_waits = now, step, trainer.seconds_waited
             if logbook and samples is not None:
                 self._snapshots.write(step, samples, logbook)
-            if step % training.checkpoint_every == 0 or self._agreement.save_is_due or stopping:
-                checkpoint = self._save()
+            save_is_due = step % training.checkpoint_every == 0 or self._agreement.save_is_due
+            if save_is_due or is_best or stopping:
+                checkpoint = self._save(evaluated)
             if stopping:
                 break
         progress.close()
@@ -254,12 +296,25 @@ class _Run:
             return self._on_disk[0]
         return self._save()
 
-    def _save(self) -> Path:
+    def _evaluation_is_due(self, step: int, last_step: int, *, stopping: bool) -> bool:
+        """Every `evaluate_every` steps and after the last one; a signal does not wait for it."""
+        every = self._training.evaluate_every
+        if every is None or (stopping and step != last_step):
+            return False
+        return step % every == 0 or step == last_step
+
+    def _evaluate(self) -> tuple[bool, Evaluated | None]:
+        """Whether this step was found to be the best so far, and on rank 0 what was found."""
+        assert self._evaluation is not None
+        evaluated = self._evaluation.measure(self._trainer, self._agreement.goes_on)
+        is_best = evaluated is not None and evaluated.improves_on(self._checkpoints)
+        if evaluated is not None:
+            self._console.say(evaluated.line(self._trainer.step, is_best=is_best))
+        return bool(self._ranks.broadcast(int(is_best))), evaluated
+
+    def _save(self, evaluated: Evaluated | None = None) -> Path:
         checkpoint = save_run(
-            self._trainer,
-            self._builder,
-            folder=self._checkpoints,
-            keep=self._training.keep_checkpoints,
+            self._trainer, self._builder, folder=self._checkpoints, evaluated=evaluated
         )
         self._agreement.saved()
         self._on_disk = checkpoint, self._trainer.progress

@@ -24,6 +24,7 @@ from engine.trainer.checkpoints import (
     write_checkpoint,
     write_tensors,
 )
+from engine.trainer.retention import keep_newest_and_best
 
 D_MODEL = "discriminators/state/mp_rank_00_model_states.pt"
 G_OPTIMIZER = "generator/state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -68,7 +69,7 @@ def test_files_are_on_the_disk_before_they_have_their_name(
         (path / "inner").mkdir()
         (path / "inner" / "file").touch()
 
-    common: dict[str, Any] = {"meta": {}, "is_main": True, "barrier": lambda: None, "keep": 1}
+    common: dict[str, Any] = {"meta": {}, "is_main": True, "barrier": lambda: None}
     final = write_checkpoint(tmp_path, step=1, write_files=write_files, **common)
     partial = final.with_name(final.name + checkpoints.PARTIAL)
     names = ("", META, "inner", "inner/file")
@@ -100,7 +101,6 @@ def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
             meta={"stage": 1, "world_size": 1},
             is_main=True,
             barrier=lambda: None,
-            keep=1,
         )
 
     path = write(1, fail=False)
@@ -394,15 +394,16 @@ def test_an_older_checkpoint_is_not_resumed_among_newer_ones(
 
 def test_the_checkpoint_just_written_is_never_deleted(tmp_path: Path) -> None:
     def write(step: int) -> Path:
-        return write_checkpoint(
+        written = write_checkpoint(
             tmp_path,
             step=step,
             write_files=lambda path: torch.save({}, path / "state.pt"),
             meta={"stage": 1, "world_size": 1},
             is_main=True,
             barrier=lambda: None,
-            keep=2,
         )
+        keep_newest_and_best(written, 2)
+        return written
 
     for step in (100, 200, 300, 150):
         assert write(step).is_dir()
