@@ -161,7 +161,8 @@ def settled_plan(options: argparse.Namespace, ranks: Ranks) -> RunPlan:
     if not asks_for_micro_batch(config, options.stage):
         return plan_run(config, run, ranks)
     resumed, _ = resume_candidates(run)
-    if resumed:  # where memory is another now, too: its batches are this run's
+    # Where memory is another now, too: its batches are this run's.
+    if resumed and resumed[0].world_size == ranks.world_size:
         config = with_micro_batch_of(resumed[0], config, options.stage)
         return plan_run(config, run, ranks)
     with chatter_apart(is_main=ranks.is_main):

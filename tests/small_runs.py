@@ -26,7 +26,6 @@ import engine.sample
 import engine.train
 from engine.command_line import run
 from engine.configuration import Config, load_config
-from engine.trainer.deepspeed_engines import DEEPSPEED_GLOBALS
 from engine.trainer.ranks import Ranks
 
 REPOSITORY = Path(engine.train.__file__).parent.parent
@@ -264,11 +263,24 @@ def differences(a: Any, b: Any) -> list[str]:
 
 def contents(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint's tensor files hold, by file."""
-    with torch.serialization.safe_globals(list(DEEPSPEED_GLOBALS)):
-        return {
-            str(file.relative_to(checkpoint)): torch.load(file, weights_only=True)
-            for file in sorted(checkpoint.rglob("*.pt"))
-        }
+    return {
+        str(file.relative_to(checkpoint)): torch.load(file, weights_only=True)
+        for file in sorted(checkpoint.rglob("*.pt"))
+    }
+
+
+def network_in(held: dict[str, Any], network: str) -> dict[str, Tensor]:
+    """The weights, as rows, and buffers of one network in a checkpoint's `contents`."""
+    shards = [held[name] for name in sorted(held) if name.startswith(f"{network}-")]
+    starts = sorted(
+        (name, start, number)
+        for number, shard in enumerate(shards)
+        for name, start in shard["starts"].items()
+    )
+    pieces: dict[str, list[Tensor]] = {}
+    for name, _, number in starts:
+        pieces.setdefault(name, []).append(shards[number]["values"]["weight"][name])
+    return {name: torch.cat(rows) for name, rows in pieces.items()} | shards[0]["buffers"]
 
 
 MEASURED = (

@@ -6,9 +6,8 @@ it was given, and files and folders that are made elsewhere stay empty.
 """
 
 import contextlib
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -19,9 +18,10 @@ from torch import Tensor
 from engine.models.construction import build_generator
 from engine.rehearsal.stand_ins import replaced
 from engine.trainer.checkpoints import meta_text
+from engine.trainer.engine_state import KEYS
 from engine.trainer.networks import StageBuilder
 from engine.trainer.previous import previous_contents
-from engine.trainer.run_state import rank_file, run_meta, write_run_files
+from engine.trainer.run_state import rank_file, run_meta, shard_file, write_run_files
 from engine.trainer.step import Trainer
 
 
@@ -64,8 +64,6 @@ def partition_of(engine: Any, network: str, zero_stage: int, world_size: int) ->
 
 
 UNKNOWN_HASH = "0" * 64
-_SHARD = re.compile(r"(.*/zero_pp_rank_)0(_mp_rank_00_.*)")
-_FP32_SHARD = "single_partition_of_fp32_groups"
 
 
 @dataclass(frozen=True)
@@ -100,17 +98,12 @@ class CheckpointLayout:
         return self.meta_bytes + sum(file.num_bytes for file in files)
 
 
-def checkpoint_layout(
-    trainer: Trainer, builder: StageBuilder, partitions: dict[str, Partition]
-) -> CheckpointLayout:
-    """The checkpoint of a trainer that has trained, so that the optimizers have their moments.
-
-    `partitions` are the two engines', by network.
-    """
+def checkpoint_layout(trainer: Trainer, builder: StageBuilder) -> CheckpointLayout:
+    """The checkpoint of a trainer that has trained, so that the optimizers have their moments."""
     with TemporaryDirectory() as folder, _noted_saves(Path(folder)) as mine:
         write_run_files(trainer, builder, Path(folder))
     world_size = builder.ranks.world_size
-    by_rank = tuple(_files_of(rank, mine, partitions, world_size) for rank in range(world_size))
+    by_rank = tuple(_files_of(rank, mine, trainer, builder) for rank in range(world_size))
     sizes = {
         name: (file.num_bytes, UNKNOWN_HASH) for files in by_rank for name, file in files.items()
     }
@@ -159,30 +152,38 @@ def _tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _files_of(
-    rank: int, of_rank_0: dict[str, File], partitions: dict[str, Partition], world_size: int
+    rank: int, of_rank_0: dict[str, File], trainer: Trainer, builder: StageBuilder
 ) -> dict[str, File]:
-    """Another rank's files: rank 0's that are named after a rank, under its own name.
-
-    Every rank's part is of one size, but DeepSpeed saves the last one's weights without the
-    padding (ZeRO-1 and 2; it leaves the moments padded).
-    """
+    """Another rank's files: its shards of both networks, and its random states."""
     if rank == 0:
         return of_rank_0
     files = {rank_file(rank): of_rank_0[rank_file(0)]}
-    for name, file in of_rank_0.items():
-        shard = _SHARD.fullmatch(name)
-        if shard is not None:
-            partition = partitions[Path(name).parts[0]]
-            is_last = rank == world_size - 1
-            files[f"{shard[1]}{rank}{shard[2]}"] = (
-                _without_padding(file, partition) if is_last else file
-            )
+    for name, engine in (("generator", trainer.g_engine), ("discriminators", trainer.d_engine)):
+        lengths = _piece_lengths(engine, builder, rank)
+        tensors = {f"/values/{key}/{name}": n for key in KEYS for name, n in lengths.items()}
+        files[shard_file(name, rank)] = File(tensors, 4 * sum(tensors.values()))
     return files
 
 
-def _without_padding(file: File, partition: Partition) -> File:
-    tensors = {
-        path: count - (partition.num_padding if f"/{_FP32_SHARD}/" in path else 0)
-        for path, count in file.tensors.items()
-    }
-    return replace(file, tensors=tensors)
+def _piece_lengths(engine: Any, builder: StageBuilder, rank: int) -> dict[str, int]:
+    """How many values of which parameters a rank updates, as ZeRO lays them out."""
+    zero_stage = builder.config.stages[builder.number].training.zero_stage
+    if zero_stage == 0:
+        return {}
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    lengths = {}
+    if zero_stage == 3:
+        for parameter, name in names.items():
+            size = parameter.ds_tensor.numel()
+            lengths[name] = min(size, parameter.ds_numel - rank * size)
+    else:
+        ((row,), (parameters,)) = (
+            engine.optimizer.single_partition_of_fp32_groups,
+            engine.optimizer.bit16_groups,
+        )
+        first, stop, start = rank * row.numel(), (rank + 1) * row.numel(), 0
+        for parameter in parameters:
+            end = start + parameter.numel()
+            lengths[names[parameter]] = min(end, stop) - max(start, first)
+            start = end
+    return {name: length for name, length in lengths.items() if length > 0}

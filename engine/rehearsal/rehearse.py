@@ -100,7 +100,7 @@ def rehearse(
         trainer.train_step()
     with ShapesOnly():
         own = _partitions(trainer, training.zero_stage, ranks)
-        layout = checkpoint_layout(trainer, builder, {p.network: p for p in own})
+        layout = checkpoint_layout(trainer, builder)
         partitions = []
         for zero_stage in ZERO_STAGES:
             if zero_stage == training.zero_stage:

@@ -4,7 +4,8 @@
         previous.pt                  the frozen earlier stages, with their norm statistics
         checkpoints/best             a link to the best one, where the run evaluates
         checkpoints/step-00001000/
-            generator/, discriminators/  DeepSpeed's files: weights, optimizer shards
+            generator-00000.pt           a rank's part of the weights and of Adam's moments
+            discriminators-00000.pt      the same
             generator.pt                 the generator, unsharded, for sampling and later stages
             rank-00000.pt                what else the step changes: random states, the loader's
             meta.json                    step, configuration, and every file's size and SHA-256
@@ -18,7 +19,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from engine.configuration import Config, config_from_tree
 from engine.durable_files import PARTIAL, put_in_place, put_on_disk, reading, writing
 from engine.errors import UserError
 
-FORMAT = 2  # 1 had the optimizers' values in another order, and no class counts
+FORMAT = 3  # 1 and 2 had DeepSpeed's files, which fit only the ranks that wrote them
 META = "meta.json"
 GENERATOR = "generator.pt"
 PREVIOUS = "previous.pt"
@@ -218,14 +219,14 @@ def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoin
     return found
 
 
-def read_tensors(path: Path, *, known: Sequence[type] = (), map_location: Any = "cpu") -> Any:
-    """`torch.load` of tensors, plain containers and `known` classes; executes nothing.
+def read_tensors(path: Path, *, mapped: bool = False) -> Any:
+    """`torch.load`, on the CPU, of tensors and plain containers; executes nothing.
 
-    Raises UserError when the file is missing or holds anything else.
+    With `mapped`, values are read from the disk when they are first used. Raises UserError when the
+    file is missing or holds anything else.
     """
     try:
-        with torch.serialization.safe_globals(list(known)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except OSError as error:

@@ -11,32 +11,15 @@ A stage-wise GAN needs three things that DeepSpeed's tutorials do not tell:
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from engine.configuration import Training
 from engine.models.spectral import spectral_weights, update_spectral_norm
 from engine.trainer.adam import make_adam
-from engine.trainer.checkpoints import read_tensors
-
-# All that DeepSpeed's own checkpoint files hold besides tensors and plain containers.
-DEEPSPEED_GLOBALS = (fragment_address, LossScaler, ZeroStageEnum)
-
-
-class SafeCheckpointEngine(TorchCheckpointEngine):
-    """DeepSpeed's file writer, reading back without executing pickles."""
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Tensors, plain containers and `DEEPSPEED_GLOBALS`; anything else is a UserError."""
-        return read_tensors(Path(path), known=DEEPSPEED_GLOBALS, map_location=map_location)
 
 
 def deepspeed_settings(
@@ -79,7 +62,6 @@ def make_engine(
             training, world_size=world_size, accumulation_steps=accumulation_steps
         ),
     )
-    engine.checkpoint_engine = SafeCheckpointEngine()
     return engine
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # The streams of random numbers of a stage's run.
 WEIGHTS, LATENTS, SAMPLES, CLIPS = "weights", "latents", "samples", "clips"
-STATISTICS, BANK = "statistics", "bank"
+STATISTICS, BANK, RESUMED = "statistics", "bank", "resumed"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class StageBuilder:
         """The seed of one stream."""
         run_seed = self.config.stages[self.number].training.seed
         return derived_seed(stream, run_seed, self.number, rank)
+
+    def resumed_seed(self, step: int) -> int:
+        """The seed of this rank's latents where a run goes on at `step` on other ranks."""
+        ranks, run_seed = self.ranks, self.config.stages[self.number].training.seed
+        return derived_seed(RESUMED, run_seed, self.number, ranks.rank, ranks.world_size, step)
 
     @property
     def frames_per_second(self) -> float:

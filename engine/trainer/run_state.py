@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 
-from engine.configuration import Training
 from engine.errors import UserError
 from engine.models.cascade import JointGenerator
-from engine.trainer.checkpoints import GENERATOR, Checkpoint, save_tensors, write_checkpoint
+from engine.trainer.checkpoints import (
+    GENERATOR,
+    Checkpoint,
+    read_tensors,
+    save_tensors,
+    write_checkpoint,
+)
 from engine.trainer.deepspeed_engines import whole_state
+from engine.trainer.engine_state import check_shards, load_shards, shard_of
 from engine.trainer.networks import StageBuilder
-from engine.trainer.ranks import Ranks
 from engine.trainer.retention import Evaluated, keep_newest_and_best
 from engine.trainer.step import Trainer
-
-_TAG = "state"  # DeepSpeed wants a folder name of its own inside ours
 
 
 def save_run(
@@ -26,12 +29,11 @@ def save_run(
     `evaluated` is what rank 0 knows of this very step.
     """
     ranks = builder.ranks
-    found = {"evaluation": evaluated and evaluated.to_tree()}
     checkpoint = write_checkpoint(
         folder,
         step=trainer.step,
         write_files=lambda path: write_run_files(trainer, builder, path),
-        meta=run_meta(builder) | found,
+        meta=run_meta(builder, evaluated),
         is_main=ranks.is_main,
         barrier=ranks.barrier,
     )
@@ -46,10 +48,10 @@ def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None
     ranks = builder.ranks
     zero_stage = builder.config.stages[builder.number].training.zero_stage
     for name, engine in _engines(trainer):
-        engine.save_checkpoint(str(path / name), tag=_TAG, save_latest=False)
-        if ranks.is_main:
-            for script in (path / name).glob("*.py"):
-                script.unlink()  # recovery scripts, which would unpickle without checks
+        save_tensors(
+            path / shard_file(name, ranks.rank),
+            shard_of(engine, zero_stage=zero_stage, rank=ranks.rank),
+        )
     weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage, keep=ranks.is_main)
     save_tensors(path / rank_file(ranks.rank), _rank_state(trainer))
     if ranks.is_main:
@@ -57,7 +59,7 @@ def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None
         save_tensors(path / GENERATOR, _generator_file(trainer, weights, average))
 
 
-def run_meta(builder: StageBuilder) -> dict[str, Any]:
+def run_meta(builder: StageBuilder, evaluated: Evaluated | None = None) -> dict[str, Any]:
     """The part of meta.json that describes a run, besides its step and files."""
     return {
         "stage": builder.number,
@@ -69,20 +71,32 @@ def run_meta(builder: StageBuilder) -> dict[str, Any]:
         "classes": list(builder.facts.classes),
         "class_counts": list(builder.facts.class_counts),
         "frames_per_second": builder.frames_per_second,
+        "evaluation": evaluated and evaluated.to_tree(),
     }
 
 
-def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """Restore what `save_run` wrote. Collective; files have been verified by rank 0."""
+def load_run(trainer: Trainer, builder: StageBuilder, checkpoint: Checkpoint) -> None:
+    """Restore what `save_run` wrote, on however many ranks. Collective; rank 0 has verified files.
+
+    As many ranks as wrote it go on with the same random numbers, bit for bit. Others draw new
+    ones; weights, moments, buffers and clips go on where they were.
+    """
+    ranks = builder.ranks
+    zero_stage = builder.config.stages[builder.number].training.zero_stage
     for name, engine in _engines(trainer):
-        loaded, _ = engine.load_checkpoint(str(checkpoint.path / name), tag=_TAG)
-        if loaded is None:  # DeepSpeed only logs it, and would go on from scratch
-            raise UserError(f"{checkpoint.path}/{name} could not be loaded")
-    state = checkpoint.read(rank_file(ranks.rank))
+        files = [checkpoint.path / shard_file(name, n) for n in range(checkpoint.world_size)]
+        shards = [read_tensors(file, mapped=True) for file in files]
+        check_shards(engine.module, shards, f"{checkpoint.path}/{name}")
+        load_shards(engine, shards, zero_stage=zero_stage)
+    same_ranks = ranks.world_size == checkpoint.world_size
+    state = checkpoint.read(rank_file(ranks.rank if same_ranks else 0))
     trainer.load_state_dict(state["trainer"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if same_ranks:
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    else:
+        trainer.reseed(builder.resumed_seed(trainer.step))
     if trainer.average is not None:
         average = checkpoint.read(GENERATOR)["average"]
         if average is None:
@@ -90,24 +104,13 @@ def load_run(trainer: Trainer, checkpoint: Checkpoint, ranks: Ranks) -> None:
         trainer.average.load_state_dict(average)
 
 
-def apply_optimizer_settings(trainer: Trainer, training: Training) -> list[str]:
-    """Set both Adams' learning rate and betas as configured; returns what changed, for the user.
-
-    Due after `load_run`, which restores the checkpoint's with the optimizers' moments.
-    """
-    rates = {"generator": training.generator_lr, "discriminators": training.discriminator_lr}
-    changes: dict[str, None] = {}  # a set that keeps the order
-    for name, engine in _engines(trainer):
-        settings = {"lr": rates[name], "betas": training.adam_betas}
-        for group in engine.optimizer.param_groups:
-            changed = {k: v for k, v in settings.items() if group[k] != v}
-            changes |= {f"{name} {k} {group[k]} -> {v}": None for k, v in changed.items()}
-            group |= changed
-    return list(changes)
-
-
 def _engines(trainer: Trainer) -> tuple[tuple[str, Any], ...]:
     return ("generator", trainer.g_engine), ("discriminators", trainer.d_engine)
+
+
+def shard_file(network: str, rank: int) -> str:
+    """A rank's part of the `generator` or of the `discriminators`, with Adam's moments."""
+    return f"{network}-{rank:05d}.pt"
 
 
 def rank_file(rank: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.batches import accumulation_steps, share_among
-from engine.configuration import Config, Stage, Training, with_training
+from engine.configuration import Config, SampleBank, Stage, Training, with_training
 from engine.errors import UserError
 from engine.trainer.adam import check_adam, whose_adam
 from engine.trainer.checkpoints import (
@@ -28,6 +28,12 @@ from engine.trainer.checkpoints import (
 from engine.trainer.previous import check_same_networks
 from engine.trainer.ranks import Ranks
 from engine.trainer.sample_bank import batches_per_rank
+
+_MAY_CHANGE = (
+    *("generator_lr", "discriminator_lr", "adam_betas"),
+    *("micro_batch", "zero_stage", "offload_optimizer"),
+)
+"""Keys of `training` that a resumed run tells when they have changed."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,12 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> RunPlan:
     resume_from, unreadable = resume_candidates(options)
     for checkpoint in resume_from[:1]:
         check_same_networks(config, checkpoint, options.config_name, resuming=True)
-        refuse_another_world_size(checkpoint, ranks)
-        refuse_another_saved_state(checkpoint, training)
+        refuse_lost_average(checkpoint, training)
         refuse_another_condition(checkpoint, config.stages[number])
     previous, previous_file = find_previous(config, options, resume_from)
     plan = RunPlan(config, options, resume_from, unreadable, previous, previous_file)
     notes = (
-        note_another_bank(plan),
+        note_changes(plan, ranks.world_size),
         note_half_trained_previous(plan),
         note_unused_previous(plan),
         note_rare_classmates(plan),
@@ -191,35 +196,15 @@ def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]
     return [chosen], []
 
 
-def refuse_another_world_size(checkpoint: Checkpoint, ranks: Ranks) -> None:
-    """ZeRO's shards and the loader's position are of as many ranks as wrote the checkpoint."""
-    if checkpoint.world_size != ranks.world_size:
-        raise UserError(
-            f"{checkpoint.path} was written with world size {checkpoint.world_size}; "
-            f"resume with as many processes, not {ranks.world_size}"
-        )
-
-
-def refuse_another_saved_state(checkpoint: Checkpoint, training: Training) -> None:
-    """The checkpoint's optimizer state or loader position does not fit this run's settings, or its
-    average of the weights would be lost."""
+def refuse_lost_average(checkpoint: Checkpoint, training: Training) -> None:
+    """The checkpoint's average of the weights would be lost."""
     number = checkpoint.stage_number
-    trained = checkpoint.config().stages[number].training
-    settings: dict[str, tuple[Any, Any]] = {
-        "zero_stage": (trained.zero_stage, training.zero_stage),
-        "adam": (whose_adam(trained), whose_adam(training)),
-        "offload_optimizer": (trained.offload_optimizer, training.offload_optimizer),
-        "micro_batch": (trained.micro_batch, training.micro_batch),
-    }
-    if training.ema_decay is None:
-        settings["ema_decay"] = trained.ema_decay, None
-    for key, (was, now) in settings.items():
-        if was != now:
-            value = str(was).lower()  # YAML's true and false
-            raise UserError(
-                f"{checkpoint.path} was written with {key} {value}; "
-                f"resume with --set stages.{number}.training.{key}={value}"
-            )
+    was = checkpoint.config().stages[number].training.ema_decay
+    if was is not None and training.ema_decay is None:
+        raise UserError(
+            f"{checkpoint.path} was written with ema_decay {was}; "
+            f"resume with --set stages.{number}.training.ema_decay={was}"
+        )
 
 
 def refuse_another_condition(checkpoint: Checkpoint, stage: Stage) -> None:
@@ -272,21 +257,26 @@ def _previous_checkpoint(config: Config, options: RunOptions) -> Checkpoint:
     return found
 
 
-def note_another_bank(plan: RunPlan) -> str | None:
-    """A resumed run may have got another bank since it began, which changes what it trains on."""
+def note_changes(plan: RunPlan, world_size: int) -> str | None:
+    """What a resumed run does otherwise than before: none of it needs a fresh start."""
     number = plan.options.stage_number
     for checkpoint in plan.resume_from[:1]:
-        was = checkpoint.config().stages[number].training.sample_bank
-        now = plan.config.stages[number].training.sample_bank
-        if was != now:
-            shown = [
-                "none"
-                if bank is None
-                else f"{bank.num_videos} videos, replaced in {bank.refresh_every} iterations"
-                for bank in (was, now)
-            ]
-            return f"changed since: sample_bank {shown[0]} -> {shown[1]}"
+        was, now = checkpoint.config().stages[number].training, plan.config.stages[number].training
+        pairs: dict[str, tuple[Any, Any]] = {"ranks": (checkpoint.world_size, world_size)}
+        pairs |= {key: (getattr(was, key), getattr(now, key)) for key in _MAY_CHANGE}
+        pairs["adam"] = whose_adam(was), whose_adam(now)
+        pairs["sample_bank"] = _bank_shown(was.sample_bank), _bank_shown(now.sample_bank)
+        changed = [f"{key} {a} -> {b}" for key, (a, b) in pairs.items() if a != b]
+        anew = "; latents are drawn anew" if checkpoint.world_size != world_size else ""
+        if changed:
+            return f"changed since: {', '.join(changed)}{anew}"
     return None
+
+
+def _bank_shown(bank: SampleBank | None) -> str:
+    if bank is None:
+        return "none"
+    return f"{bank.num_videos} videos, replaced in {bank.refresh_every} iterations"
 
 
 def note_half_trained_previous(plan: RunPlan) -> str | None:

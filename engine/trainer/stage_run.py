@@ -26,7 +26,7 @@ from engine.trainer.previous import (
 from engine.trainer.ranks import Ranks, check_shared
 from engine.trainer.reals import ClipWaits, Reals
 from engine.trainer.retention import Evaluated
-from engine.trainer.run_state import apply_optimizer_settings, load_run, save_run
+from engine.trainer.run_state import load_run, save_run
 from engine.trainer.snapshots import Snapshots, measure_real_windows
 from engine.trainer.stage_plan import RunPlan, needs_previous
 from engine.trainer.step import StepStoppedError, Trainer
@@ -213,14 +213,11 @@ class _Run:
         chosen = self._ranks.broadcast(self._newest_whole() if self._ranks.is_main else 0)
         if chosen < len(self._resume_from):
             checkpoint = self._resume_from[chosen]
-            load_run(self._trainer, checkpoint, self._ranks)
+            load_run(self._trainer, self._builder, checkpoint)
             self._resumed = checkpoint.path
             if checkpoint.path.parent.resolve() == self._checkpoints.resolve():
                 self._on_disk = checkpoint.path, self._trainer.progress
             self._console.say(f"resumed: {checkpoint.path}, step {checkpoint.step}")
-            changes = apply_optimizer_settings(self._trainer, self._training)
-            if changes:
-                self._console.say(f"changed since: {', '.join(changes)}")
 
     def train(self) -> Ended:
         """All steps that are still to do."""

@@ -230,6 +230,10 @@ class Trainer:
         self._random.set_state(state["random"])
         self._reals.load_state_dict(state["reals"])
 
+    def reseed(self, seed: int) -> None:
+        """Draw other random numbers from now on."""
+        self._random.manual_seed(seed)
+
     def _position(self) -> dict[str, Any]:
         """The position in what the step draws from: random numbers and clips."""
         return {"random": self._random.get_state(), "reals": self._reals.state_dict()}

@@ -101,15 +101,14 @@ class ClipLoader:
             device=self._device,
             num_threads=num_threads,
         )
-        # Not the rank count: clip numbers are global, so that another sharding of the same global
-        # batch goes on with the same clips.
+        # Not the number of ranks, nor their batches: clip numbers are global, so that however the
+        # clips are shared they go on with the same ones.
         self._identity = {
             "data set": index.fingerprint(),
             "num_frames": num_frames,
             "frame_stride": frame_stride,
             "resolution": resolution,
             "view_resolution": view_resolution,
-            "global batch": batch_size * world_size,
             "seed": seed,
             "random_crop": random_crop,
             "horizontal_flip": horizontal_flip,

@@ -19,6 +19,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -32,6 +33,7 @@ from engine.models.spectral import divided_one_by_one
 from engine.train import main
 from engine.trainer import adam, stage_run  # noqa: F401 — imports DeepSpeed before the ranks fork
 from engine.trainer.deepspeed_engines import whole_state
+from engine.trainer.engine_state import check_shards, load_shards, shard_of
 from engine.trainer.ranks import Ranks
 from engine.trainer.step import Trainer
 
@@ -64,7 +66,9 @@ def share(config_file: str, *runs: dict[str, Any]) -> None:
     """Two steps of ranks that share one global batch; measures and weights, also before, in a file.
 
     A run has a `stage`, `overrides` of the configuration and the `file`; and whether every layer
-    divides its own weight, `one_by_one`, as ZeRO-3 has it always.
+    divides its own weight, `one_by_one`, as ZeRO-3 has it always. After the first step it `saves`
+    its state into a folder, perhaps. One that `loads` such a folder, which may be of other ranks,
+    does the second step only.
 
     Adam's ε is 1, so that a weight moves by about lr times its gradient. With a small one it moves
     by lr however small the gradient is, also where that is nothing but rounding.
@@ -77,14 +81,42 @@ def share(config_file: str, *runs: dict[str, Any]) -> None:
         with mock.patch.object(adam, "EPSILON", 1.0):
             trainer = make_sharing(ranks, config, run["stage"])
         division = divided_one_by_one() if run["one_by_one"] else contextlib.nullcontext()
+        num_steps = 2
+        if "loads" in run:
+            load_state(trainer, training.zero_stage, Path(run["loads"]))
+            num_steps = 1
         before = whole_weights(trainer, training.zero_stage, keep=ranks.is_main)
         with frames_shared(ranks, training.samples_per_pass), division:
-            measures = [trainer.train_step() for _ in range(2)]
+            measures = [trainer.train_step()]
+            if "saves" in run:
+                save_state(trainer, training.zero_stage, Path(run["saves"]), ranks)
+            measures += [trainer.train_step() for _ in range(num_steps - 1)]
         weights = whole_weights(trainer, training.zero_stage, keep=ranks.is_main)
         if ranks.is_main:
             found = {"measures": measures, "before": before, "weights": weights}
             torch.save(found, run["file"])
     ranks.disconnect()
+
+
+def save_state(trainer: Trainer, zero_stage: int, folder: Path, ranks: Ranks) -> None:
+    """What a checkpoint has of the step: every rank's shards, and where random numbers are."""
+    folder.mkdir(exist_ok=True)
+    for name, engine in (("G", trainer.g_engine), ("D", trainer.d_engine)):
+        shard = shard_of(engine, zero_stage=zero_stage, rank=ranks.rank)
+        torch.save(shard, folder / f"{name}-{ranks.rank}.pt")
+    if ranks.is_main:
+        torch.save(trainer.state_dict(), folder / "trainer.pt")
+    ranks.barrier()
+
+
+def load_state(trainer: Trainer, zero_stage: int, folder: Path) -> None:
+    """What `save_state` wrote, of however many ranks."""
+    for name, engine in (("G", trainer.g_engine), ("D", trainer.d_engine)):
+        files = sorted(folder.glob(f"{name}-*.pt"))
+        shards = [torch.load(file, weights_only=True, mmap=True) for file in files]
+        check_shards(engine.module, shards, str(folder))
+        load_shards(engine, shards, zero_stage=zero_stage)
+    trainer.load_state_dict(torch.load(folder / "trainer.pt", weights_only=True))
 
 
 def whole_weights(trainer: Trainer, zero_stage: int, *, keep: bool) -> dict[str, dict[str, Tensor]]:

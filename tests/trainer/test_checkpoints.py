@@ -12,7 +12,7 @@ import torch
 from small_runs import Tiny, contents, differences, full_disk, logged, sample
 
 from engine.errors import UserError
-from engine.trainer import checkpoints, stage_plan
+from engine.trainer import checkpoints
 from engine.trainer.checkpoints import (
     FORMAT,
     META,
@@ -26,9 +26,8 @@ from engine.trainer.checkpoints import (
 )
 from engine.trainer.retention import keep_newest_and_best
 
-D_MODEL = "discriminators/state/mp_rank_00_model_states.pt"
-G_OPTIMIZER = "generator/state/zero_pp_rank_0_mp_rank_00_optim_states.pt"
-FILES = (D_MODEL, G_OPTIMIZER, "generator.pt", "rank-00000.pt")
+D_SHARD, G_SHARD = "discriminators-00000.pt", "generator-00000.pt"
+FILES = (D_SHARD, G_SHARD, "generator.pt", "rank-00000.pt")
 
 
 def newest(run: Path, stage: int = 1) -> Path:
@@ -159,7 +158,7 @@ def test_meta_lists_every_file_with_its_hash(cascade_run: Path) -> None:
     checkpoint = open_checkpoint(newest(cascade_run, 2))
     on_disk = {str(p.relative_to(checkpoint.path)) for p in checkpoint.path.rglob("*.*")}
     assert set(checkpoint.meta["files"]) == on_disk - {META}
-    assert set(FILES) < set(checkpoint.meta["files"])
+    assert set(FILES) == set(checkpoint.meta["files"])
     for name, (size, digest) in checkpoint.meta["files"].items():
         assert (checkpoint.path / name).stat().st_size == size
         assert sha256(checkpoint.path / name) == digest
@@ -296,19 +295,6 @@ def test_other_frozen_stages_are_not_put_in_place(tiny: Tiny, run: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            ["training.zero_stage=2"],
-            "was written with zero_stage 1; resume with --set stages.1.training.zero_stage=1",
-        ),
-        (
-            ["training.offload_optimizer=true"],
-            "was written with offload_optimizer false; resume with --set "
-            "stages.1.training.offload_optimizer=false",
-        ),
-        (
-            ["training.micro_batch=2"],
-            "was written with micro_batch 4; resume with --set stages.1.training.micro_batch=4",
-        ),
         (["stages.1.generator.channels=8"], "stages.1.generator than"),
         (["stages.1.discriminators.channels=8"], "stages.1.discriminators than"),
         (["data.num_classes=3"], "was trained with data.num_classes=2"),
@@ -335,16 +321,6 @@ def test_an_average_is_not_lost(tiny: Tiny, tmp_path: Path) -> None:
     )
 
 
-def test_another_adam_is_not_resumed(
-    tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stage_plan, "check_adam", lambda *_: None)  # this machine may not have it
-    error = tiny.train(1, run, "--set", "training.adam=deepspeed").error
-    assert "was written with adam torch; resume with --set stages.1.training.adam=torch" in error
-    again = tiny.train(1, run, "--set", "training.adam=torch", "--max-steps", "2")  # as auto
-    assert "nothing to do: step 2 of 2 is reached" in again.out
-
-
 def test_windows_of_another_origin_are_not_resumed(tiny: Tiny, run: Path, tmp_path: Path) -> None:
     error = tiny.train(2, run, "--max-steps", "3", "--condition-on", "data").error
     assert "was trained with condition_on=generated; resume with --condition-on generated" in error
@@ -352,14 +328,6 @@ def test_windows_of_another_origin_are_not_resumed(tiny: Tiny, run: Path, tmp_pa
     tiny.trained(2, out, "--max-steps", "1", "--condition-on", "data")
     error = tiny.train(2, out, "--previous", run).error
     assert "was trained with condition_on=data; resume with --condition-on data" in error
-
-
-def test_another_number_of_ranks_is_not_resumed(
-    tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    error = tiny.train(1, run, "--set", "training.micro_batch=2").error
-    assert "was written with world size 1; resume with as many processes, not 2" in error
 
 
 def test_checkpoints_are_not_overwritten_by_a_fresh_start(tiny: Tiny, run: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import Tiny, differences, sample
-from test_checkpoints import D_MODEL, FILES, newest
+from test_checkpoints import D_SHARD, FILES, newest
 
 from engine.trainer.checkpoints import META, read_tensors, sha256
 
@@ -55,7 +55,7 @@ def test_the_planted_object_works(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["torch", "bare"])
 @pytest.mark.parametrize(
-    ("zero_stage", "name"), [(0, D_MODEL), (0, "rank-00000.pt"), *((1, name) for name in FILES)]
+    ("zero_stage", "name"), [(0, D_SHARD), (0, "rank-00000.pt"), *((1, name) for name in FILES)]
 )
 def test_no_file_is_executed_when_resuming(
     tiny: Tiny, tmp_path: Path, name: str, form: str, zero_stage: int

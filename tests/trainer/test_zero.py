@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from forks import Forks, ranks_of
-from small_runs import Tiny, contents, differences, logged
+from small_runs import Tiny, contents, differences, logged, network_in
 from torch import Tensor
 
 from engine.models.construction import build_generator
@@ -51,6 +51,17 @@ SHARED = {
     2: [*(Run(1, zero) for zero in ZERO_STAGES), *OFFLOADED, Run(2, 2)],
     4: [*(Run(1, zero) for zero in ZERO_STAGES), Run(2, 1), Run(2, 3)],
 }
+# (ranks, run) that stops after a step, and that which goes on from there.
+CONVERTED = [
+    ((2, Run(1, 1)), (1, Run(1, 1))),
+    ((2, Run(1, 1)), (4, Run(1, 2))),
+    ((2, Run(1, 1)), (2, Run(1, 3))),
+    ((2, Run(1, 1)), (2, Run(1, 1, offload=True))),
+    ((4, Run(1, 3)), (2, Run(1, 3))),
+    ((2, WIDE[1]), (2, WIDE[0])),
+    ((2, WIDE[0]), (2, WIDE[1])),
+    ((1, Run(2, 0)), (2, Run(2, 2))),
+]
 RESUMED = [*(Run(1, zero) for zero in (0, 1, 2)), *OFFLOADED, WIDE[1], WIDE[3]]
 
 
@@ -65,13 +76,15 @@ def outs(tiny: Tiny, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> 
     for num_ranks, function, arguments in jobs(tiny, folder):
         finished = forks.job(function, arguments, ranks_of(num_ranks), seconds=1800)
         assert finished.code == 0, finished.out + finished.err
+        if function == "train" and num_ranks == 1:
+            (folder / "elsewhere.out").write_text(finished.out)
     return folder
 
 
 def jobs(tiny: Tiny, folder: Path) -> list[Any]:
     """What forked_jobs.py is to do: number of ranks, function, arguments."""
     commands = [line for run in RESUMED for line in command_lines(tiny, folder, run)]
-    shared = [
+    shared: list[Any] = [
         [
             num_ranks,
             "share",
@@ -79,10 +92,27 @@ def jobs(tiny: Tiny, folder: Path) -> list[Any]:
         ]
         for num_ranks, runs in [*SHARED.items(), (2, WIDE)]
     ]
+    savers = {str(shared_file(folder, *before)): saved(folder, *before) for before, _ in CONVERTED}
+    for _, _, (_, *runs) in shared:
+        for run in runs:
+            if run["file"] in savers:
+                run["saves"] = str(savers[run["file"]])
+    goes_on = [
+        [num_ranks, "share", [str(tiny.config_file), going_on(folder, before, (num_ranks, run))]]
+        for before, (num_ranks, run) in CONVERTED
+    ]
     alone = sharing(folder, 2, Run(1, 0))
     alone["overrides"].append("training.synchronized_norms=false")
     alone["file"] = str(folder / "alone.pt")
-    return [*shared, [2, "share", [str(tiny.config_file), alone]], [2, "train", commands]]
+    # One process goes on from the first step of two.
+    elsewhere = tiny.options(1, folder / "elsewhere", *FEWER, "--resume", first_of_two(folder))
+    return [
+        *shared,
+        *goes_on,
+        [2, "share", [str(tiny.config_file), alone]],
+        [2, "train", commands],
+        [1, "train", [elsewhere]],
+    ]
 
 
 def sharing(folder: Path, num_ranks: int, run: Run) -> dict[str, Any]:
@@ -97,6 +127,35 @@ def sharing(folder: Path, num_ranks: int, run: Run) -> dict[str, Any]:
         "file": str(shared_file(folder, num_ranks, run)),
         "one_by_one": run.wide,
     }
+
+
+FEWER = (
+    *("--max-steps", "2", "--set", "training.discriminator_steps=1"),
+    *("--set", "training.ema_decay=0.5"),
+)
+
+
+def first_of_two(folder: Path) -> Path:
+    """A checkpoint of two ranks at ZeRO-1, which keep an average and accumulate."""
+    return checkpoint(folder / str(tuple(RESUMED[1])) / "whole", 1, 1)
+
+
+def going_on(folder: Path, before: tuple[int, Run], after: tuple[int, Run]) -> dict[str, Any]:
+    """The second step of `before`, on other ranks or at another ZeRO stage."""
+    run = sharing(folder, *after)
+    more = {
+        "loads": str(saved(folder, *before)),
+        "file": str(converted_file(folder, before, after)),
+    }
+    return run | more
+
+
+def saved(folder: Path, num_ranks: int, run: Run) -> Path:
+    return folder / f"saved-{num_ranks}-{tuple(run)}"
+
+
+def converted_file(folder: Path, before: tuple[int, Run], after: tuple[int, Run]) -> Path:
+    return folder / f"converted-{before[0]}-{tuple(before[1])}-{after[0]}-{tuple(after[1])}.pt"
 
 
 def shared_file(folder: Path, num_ranks: int, run: Run) -> Path:
@@ -159,6 +218,44 @@ def test_sharded_weights_train_as_whole_ones(outs: Path, stage: int) -> None:
     assert_same(whole, sharded)
 
 
+def test_one_process_goes_on_where_two_stopped(outs: Path) -> None:
+    """With their clips and average; the micro-batch, ZeRO's ranks and latents may differ."""
+    console = (outs / "elsewhere.out").read_text()
+    assert "changed since: ranks 2 -> 1, micro_batch 1 -> 4; latents are drawn anew" in console
+    two, one = (
+        torch.load(path / "rank-00000.pt", weights_only=True)["trainer"]
+        for path in (
+            checkpoint(outs / str(tuple(RESUMED[1])) / "whole", 1, 2),
+            checkpoint(outs / "elsewhere", 1, 2),
+        )
+    )
+    assert one["reals"]["position"] == two["reals"]["position"] == 8
+    assert not one["random"].equal(two["random"])
+    held = contents(checkpoint(outs / "elsewhere", 1, 2))
+    assert held["generator-00000.pt"]["step"] == 2
+    assert held["generator.pt"]["average"] is not None
+
+
+@pytest.mark.parametrize(("before", "after"), CONVERTED, ids=str)
+def test_other_ranks_and_zero_stages_go_on(
+    outs: Path, before: tuple[int, Run], after: tuple[int, Run]
+) -> None:
+    """With the weights, moments, buffers and clips that were saved: the second step is the one that
+    the ranks would have done that wrote them, to rounding."""
+    expected = torch.load(shared_file(outs, *before), weights_only=True)
+    found = torch.load(converted_file(outs, before, after), weights_only=True)
+    assert len(found["measures"]) == 1
+    assert expected["measures"][0]["loss_G"] != expected["measures"][1]["loss_G"]
+    shards = [
+        torch.load(file, weights_only=True) for file in sorted(saved(outs, *before).glob("G-*.pt"))
+    ]
+    loaded = {name: value.flatten() for name, value in found["before"]["G"].items()}
+    held = network_in({f"G-{n}": shard for n, shard in enumerate(shards)}, "G")
+    assert loaded.keys() == held.keys()
+    assert all(loaded[name].equal(value.flatten()) for name, value in held.items())
+    assert_same(expected | {"measures": expected["measures"][1:]}, found)
+
+
 def assert_same(expected: dict[str, Any], compared: dict[str, Any]) -> None:
     """Measures and weights, within the roundings of `test_ranks_train_as_one_process_does`.
 
@@ -193,9 +290,10 @@ def test_resumed_run_equals_an_uninterrupted_one(outs: Path, run: Run) -> None:
     folder = outs / str(tuple(run))
     whole, parts = (checkpoint(folder / name, run.stage, 2) for name in ("whole", "parts"))
     held = contents(whole)
-    # ZeRO-0 keeps the optimizer with the model; the others a shard per rank.
-    num_shards = sum("optim_states" in name for name in held)
-    assert num_shards == (0 if run.zero == 0 else 4)
+    for network in ("generator", "discriminators"):
+        # ZeRO-0 leaves everything to rank 0; at the others every rank has a share.
+        held_by_second = held[f"{network}-00001.pt"]["starts"]
+        assert bool(held_by_second) == (run.zero > 0)
     assert {"rank-00000.pt", "rank-00001.pt"} <= held.keys()
     assert differences(held, contents(parts)) == []
     assert logged(parts.parent.parent) == logged(whole.parent.parent)[1:]
