@@ -2,11 +2,18 @@
 
 import argparse
 import os
+import sys
+import traceback
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engine.command_line import REPOSITORY, ArgumentParser, run
+from engine.command_line import REPOSITORY, ArgumentParser, report, run
 from engine.durable_files import make_writable_folder, write_json
 from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from engine.trainer.ranks import Ranks
 
 EPILOG = """\
 examples:
@@ -25,7 +32,8 @@ real clips frozen at their first frame, of equally many clips. Where these do no
 order the metric is blind to it, and the table says so.
 
 The I3D network's weights are made once with `make i3d`. Features are kept in data/features by the
-content of the videos and by the protocol; an interrupted run goes on where it was.
+content of the videos and by the protocol; an interrupted run goes on where it was. Started by
+torchrun or deepspeed, all processes generate and extract shares, each on its own GPU.
 
 protocols: stylegan-v (= fvd2048_16f), fvd2048_128f, fvd2048_128f_subsample8f, original-fvd, paper
 (SSW-GAN), dvdgan. --set changes one of their keys; engine/evaluation/protocol.py defines them.
@@ -96,6 +104,7 @@ def _parser() -> ArgumentParser:
         help="where features are kept (default: data/features)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     return parser
 
 
@@ -135,12 +144,43 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    """Check, extract, measure, print, write."""
+    """Check, then evaluate on however many ranks a launcher has started."""
     options = parse(arguments)
     # Imported late: torch is slow, and mistakes should be told at once.
+    from engine.trainer.ranks import Ranks
+
+    ranks = Ranks.from_environment()
+    if ranks.world_size == 1:
+        evaluate_on(options, ranks)
+        return
+    from engine.trainer.failing_ranks import give_up
+
+    if not ranks.is_main:
+        os.environ["TQDM_DISABLE"] = "1"  # rank 0's progress stands for all
+    try:
+        ranks.connect()
+        evaluate_on(options, ranks)
+        ranks.barrier()
+    except Exception as error:
+        give_up(error, ranks, tell=tell_failure)
+    finally:
+        ranks.disconnect()
+
+
+def tell_failure(error: Exception) -> None:
+    """One line for the user's mistakes, a traceback for ours."""
+    if isinstance(error, UserError):
+        report(error)
+    else:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+
+
+def evaluate_on(options: argparse.Namespace, ranks: "Ranks") -> None:
+    """Extract, measure, print, write. Collective."""
     import torch
 
-    from engine.evaluation.evaluation import evaluate
+    from engine.evaluation.evaluation import evaluate_together
     from engine.evaluation.feature_networks import FeatureNetwork, I3DNetwork, TorchScriptNetwork
     from engine.evaluation.generated_videos import generated_videos, protocol_changes
     from engine.evaluation.i3d_weights import weights_path
@@ -148,7 +188,7 @@ def main(arguments: list[str]) -> None:
     from engine.evaluation.protocol import find_protocol
     from engine.evaluation.video_sources import open_source
     from engine.exported import find_trained
-    from engine.transfers import device_named
+    from engine.trainer.ranks import check_shared
 
     changes = list(options.changes)
     trained = None
@@ -159,34 +199,40 @@ def main(arguments: list[str]) -> None:
     metrics = find_metrics(options.metric)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found")
-    device = device_named(options.device)
+    if options.device == "cpu":
+        ranks = replace(ranks, device=torch.device("cpu"))
     real = open_source(options.real)
     for file in (options.out, options.report):
         if file is not None:
             make_writable_folder(file.parent)
+    make_writable_folder(options.cache)
+    check_shared(options.cache, ranks)
     network: FeatureNetwork | None = None
     if any(metric.needs_network for metric in metrics):
         if options.network is not None:
-            network = TorchScriptNetwork(options.network, device, options.network_input)
+            network = TorchScriptNetwork(options.network, ranks.device, options.network_input)
         else:
-            network = I3DNetwork.load(weights_path(options.weights), device)
+            network = I3DNetwork.load(weights_path(options.weights), ranks.device)
     folder = options.generated
     if trained is not None:
         num = options.num or min(protocol.num_videos or len(real), len(real))
         folder = generated_videos(
-            trained, protocol, num, seed=options.seed, folder=options.clips, device=device
+            trained, protocol, num, seed=options.seed, folder=options.clips, ranks=ranks
         )
-    evaluation = evaluate(
+    evaluation = evaluate_together(
         real,
         open_source(folder),
         protocol,
         metrics,
         network,
         options.cache,
+        ranks,
         num_resamples=options.resamples,
         batch_size=options.batch,
         per_class=options.per_class,
     )
+    if evaluation is None:
+        return
     print(f"\n{evaluation.table()}")
     if options.out is not None:
         write_json(options.out, evaluation.to_tree())

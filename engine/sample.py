@@ -15,6 +15,7 @@ from engine.sample_files import ARCHIVE, FORMATS, FRAMES, GRID, SHEET, STAGES, m
 from engine.sampled_dataset import CLIPS, complete_dataset, draw_labels
 from engine.sampling import SamplePlan, beyond_training, choose_labels, fix_statistics, stream
 from engine.stage_files import StageFiles
+from engine.trainer.ranks import Ranks
 from engine.transfers import device_named
 from engine.video.writing import NUM_COLUMNS, evenly_spaced
 
@@ -215,7 +216,7 @@ def write_samples(
 def write_dataset(plan: SamplePlan, options: argparse.Namespace, device: torch.device) -> None:
     """A folder of clips for other projects' evaluators; what is there already stays."""
     (form,) = options.format
-    made, total = complete_dataset(options.out, plan, form, device), len(plan.labels)
+    made, total = complete_dataset(options.out, plan, form, Ranks.alone(device)), len(plan.labels)
     kept = f", {total - made} were there" if made < total else ""
     print(f"wrote: {made} clips of {plan.num_frames} frames into {options.out / CLIPS}{kept}")
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from engine.durable_files import PARTIAL, make_writable_folder, reading, write_j
 from engine.errors import UserError
 from engine.models.construction import forbid_tf32
 from engine.sampling import SamplePlan, fix_statistics, stream
-from engine.trainer.ranks import derived_seed
+from engine.trainer.ranks import Ranks, derived_seed
 from engine.video.lossless import write_pngs
 from engine.video.writing import mp4_file
 
@@ -49,18 +48,27 @@ def draw_labels(trained: TrainedCascade, num: int, seed: int) -> list[int | None
     return list(random_state.choices(range(len(counts)), counts, k=num))
 
 
-def complete_dataset(folder: Path, plan: SamplePlan, form: str, device: torch.device) -> int:
+def complete_dataset(folder: Path, plan: SamplePlan, form: str, ranks: Ranks) -> int:
     """Write the clips that are not in the folder yet, in one of FORMATS; returns their number.
 
-    Raises UserError where the folder holds something else, or cannot be written.
+    Each rank writes a share of them, all into the same folder. Collective. Raises UserError where
+    the folder holds something else, or cannot be written.
     """
-    dataset = SampledDataset(folder, plan, form)
-    numbers = dataset.missing()
+    for is_turn in (ranks.is_main, not ranks.is_main):  # rank 0 makes what the others find
+        if is_turn:
+            dataset = SampledDataset(folder, plan, form)
+            numbers = dataset.missing()
+        ranks.barrier()
     if numbers:
         forbid_tf32()
-        cascade = load_trained(plan.checkpoint, device)
-        fix_statistics(cascade, plan, folder)
-        dataset.write(stream(cascade, plan, numbers=frozenset(numbers)), numbers)
+        cascade = load_trained(plan.checkpoint, ranks.device)
+        for is_turn in (ranks.is_main, not ranks.is_main):
+            if is_turn:
+                fix_statistics(cascade, plan, folder)
+            ranks.barrier()
+        mine = numbers[ranks.rank :: ranks.world_size]
+        dataset.write(stream(cascade, plan, numbers=frozenset(mine)), mine)
+        ranks.barrier()
     return len(numbers)
 
 

@@ -3,20 +3,17 @@
 import argparse
 import contextlib
 import json
-import os
 import shlex
-import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
 
 from engine.batches import accumulation_steps
 from engine.command_line import ArgumentParser, find_config, report, run
 from engine.configuration import Config, Training, load_config
 from engine.errors import UserError
 from engine.trainer.console import Console
+from engine.trainer.failing_ranks import give_up, wait_for_the_end
 from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
 from engine.trainer.stage_plan import (
@@ -334,32 +331,19 @@ def train(plan: RunPlan, ranks: Ranks, console: Console) -> int:
         # As shells report it, and so that a script does not go on to the next stage.
         return 128 + ended.signal
     except Exception as error:
-        give_up(error, ranks, console)
+        give_up(error, ranks, tell=lambda error: tell_failure(error, console), note=console.log)
     finally:
         ranks.disconnect()
         console.release()
 
 
-def give_up(error: Exception, ranks: Ranks, console: Console) -> NoReturn:
-    """End this rank; of several, the first one to fail says why, while it is still connected."""
-    exit_code = 2 if isinstance(error, UserError) else 1
-    first = ranks.first_failure(exit_code)
-    if first is not None:
-        console.log(f"another rank failed before; here: {type(error).__name__}: {error}")
-        wait_for_the_end()
-    elif isinstance(error, UserError):
+def tell_failure(error: Exception, console: Console) -> None:
+    """One line for the user's mistakes, a traceback for ours."""
+    if isinstance(error, UserError):
         console.release()
         report(error)
     else:
         console.crash(error)
-    # Other threads (gloo, DALI) may hang an orderly exit of a broken rank.
-    os._exit(exit_code if first is None else first)
-
-
-def wait_for_the_end() -> None:
-    """Let the launcher end this rank when it sees the first one gone, and take that one's code."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(5)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from small_runs import Finished, call, full_disk
 from torch import Tensor, nn
@@ -271,3 +272,42 @@ def test_a_checkpoint_that_is_none(place: Path, tmp_path: Path) -> None:
     finished = call(engine.evaluate.main, *arguments)
     assert finished.code == 2
     assert "no checkpoint under" in finished.error
+
+
+# --- several ranks ---------------------------------------------------------------------------
+
+
+def test_two_ranks_find_what_one_does(
+    place: Path, cascade_run: Path, forks: Forks, tmp_path: Path
+) -> None:
+    """Of a checkpoint's videos, which they generate together; the second one says nothing."""
+    network = ("--network", place / "network.pt", "--network-input", "uint8")
+    metrics = ("--metric", "fvd,motion,coverage", "--resamples", "20", "--device", "cpu")
+    settings = ("--set", "num_frames=4", "--set", "short=drop")
+    found = []
+    for name, num_ranks in (("one", 1), ("two", 2)):
+        here = tmp_path / name
+        outs = ("--out", here / "found.json", "--cache", here / "features", "--clips", here / "gen")
+        source = ("--real", place / "real", "--checkpoint", cascade_run, "--num", "12")
+        command = (*source, *network, *metrics, *settings, *outs)
+        done = forks.script(num_ranks, "engine/evaluate.py", *command)
+        assert done.code == 0, done.err
+        assert done.out.count("fvd ") == 1
+        tree = json.loads((here / "found.json").read_text())
+        found.append({key: tree[key] for key in ("metrics", "generated", "real")})
+        assert tree["generated"]["num_clips"] == 12
+        assert tree["throughput"]["num_computed"] > 0
+    for tree in found:
+        tree["generated"].pop("path")
+    assert found[0] == found[1]
+
+
+def test_a_mistake_that_one_rank_finds_ends_both(place: Path, forks: Forks, tmp_path: Path) -> None:
+    """With one line; the other neither waits nor repeats it."""
+    network = ("--network", place / "samples.npz")
+    source = ("--real", place / "real", "--generated", place / "samples.npz")
+    done = forks.script(2, "engine/evaluate.py", *source, *network, "--cache", tmp_path)
+    assert done.code == 2
+    assert "samples.npz is no TorchScript file" in done.err
+    assert done.err.count("error: ") == 1
+    assert "Traceback" not in done.err

@@ -10,7 +10,7 @@ against A; spoilt B against A; and generated clips, as many, against A, which is
 controls may be compared with.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from engine.evaluation.metric_definitions import Measurement, MetricDefinition
 from engine.evaluation.per_class import ClassMeasurements, common_classes, measure_classes
 from engine.evaluation.protocol import EvaluationProtocol
 from engine.evaluation.video_sources import VideoSource
+from engine.trainer.ranks import Ranks
 
 _MARKS = {"low": "lower is better", "high": "higher is better", "one": "1 is as real"}
 _NUM_EXAMPLES = 4
+_SPOILT: tuple[View, ...] = ("shuffled", "frozen")
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,40 @@ def evaluate(
     num_resamples: int = 200,
     batch_size: int = 4,
     per_class: bool = False,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
     """Choose clips, extract features, measure. `network` may be None where no metric needs it.
 
     Raises UserError, before features are extracted, where videos are damaged, too short or of
     several sizes, or where there are no classes and `per_class` asks for them.
+    """
+    given = real, generated, protocol, metrics, network, cache
+    found = evaluate_together(
+        *given,
+        Ranks.alone(torch.device("cpu")),
+        num_resamples=num_resamples,
+        batch_size=batch_size,
+        per_class=per_class,
+    )
+    assert found is not None, "of rank 0"
+    return found
+
+
+def evaluate_together(
+    real: VideoSource,
+    generated: VideoSource,
+    protocol: EvaluationProtocol,
+    metrics: list[MetricDefinition],
+    network: FeatureNetwork | None,
+    cache: Path,
+    ranks: Ranks,
+    *,
+    num_resamples: int,
+    batch_size: int,
+    per_class: bool,
+) -> Evaluation | None:
+    """As `evaluate`, by ranks that see one `cache` and extract a share of the features each.
+
+    Rank 0 measures; the others return None when it can begin. Collective.
     """
     if network is not None:
         protocol.check_frames(network.least_frames)
@@ -196,24 +226,31 @@ def evaluate(
     num_real, num_generated = len(real_clips.clips), len(generated_clips.clips)
     num_reference = num_real if asked is None else min(asked, num_real)
     num_controls = min(num_generated, num_real // 2)
-    throughput = Throughput(0, 0, 0.0)
-
-    def features(selection: Selection, numbers: range, view: View) -> Features:
-        nonlocal throughput
-        given = (selection, numbers, view, protocol, network, cache)
-        done = extract(*given, batch_size=batch_size)
-        throughput = Throughput(*(a + b for a, b in zip(throughput, done, strict=True)))  # type: ignore[arg-type]
-        return merge(*given)
-
-    of_real = features(real_clips, range(num_real), "plain")
-    of_generated = features(generated_clips, range(num_generated), "plain")
     second = range(num_controls, 2 * num_controls)
-    views: tuple[View, ...] = ("shuffled", "frozen")
-    spoilt: dict[str, Features] = {}
+    parts: dict[str, tuple[Selection, range, View]] = {
+        "real": (real_clips, range(num_real), "plain"),
+        "generated": (generated_clips, range(num_generated), "plain"),
+    }
     if num_controls >= 2:
-        for view in views:
-            spoilt[view] = features(real_clips, second, view)
-    say("measuring")
+        parts |= {view: (real_clips, second, view) for view in _SPOILT}
+    done = [
+        extract(
+            *part,
+            protocol,
+            network,
+            cache,
+            batch_size=batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        for part in parts.values()
+    ]
+    ranks.barrier()
+    if not ranks.is_main:
+        return None
+    found = {name: merge(*part, protocol, network, cache) for name, part in parts.items()}
+    of_real, of_generated = found["real"], found["generated"]
+    spoilt: dict[str, Features] = {view: found[view] for view in _SPOILT if view in found}
     compared: dict[str, Features] = {
         "reference": _part(of_real, range(num_reference)),
         "generated": of_generated,
@@ -232,7 +269,7 @@ def evaluate(
         selections,
         tuple(rows),
         num_controls if spoilt else 0,
-        throughput,
+        Throughput.total(done),
         _spectra(_part(of_real, range(num_reference)), of_generated, protocol),
         measure_classes(
             selections, (of_real, of_generated), metrics, protocol, num_resamples=num_resamples

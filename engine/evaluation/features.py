@@ -52,6 +52,12 @@ class Throughput(NamedTuple):
     seconds: float
     """Of computing, decoding included."""
 
+    @staticmethod
+    def total(parts: Iterable["Throughput"]) -> "Throughput":
+        """Of all extractions together."""
+        computed, cached, seconds = zip(*parts, strict=True)
+        return Throughput(sum(computed), sum(cached), sum(seconds))
+
     def line(self) -> str:
         """For a person."""
         rate = f", {self.num_computed / self.seconds:.2f} videos/s" if self.num_computed else ""

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-import torch
-
 from engine.command_line import REPOSITORY
 from engine.dummy_passes import TrainedCascade, choose_passes, clip_length
 from engine.evaluation.protocol import EvaluationProtocol
 from engine.sampled_dataset import CLIPS, complete_dataset, draw_labels
 from engine.sampling import SamplePlan
+from engine.trainer.ranks import Ranks
 
 GENERATED = REPOSITORY / "data" / "generated"
 SIGMA = 1.0
@@ -38,9 +37,9 @@ def generated_videos(
     *,
     seed: int,
     folder: Path | None,
-    device: torch.device,
+    ranks: Ranks,
 ) -> Path:
-    """The folder of `num` videos, classes as often as the training data has them.
+    """The folder of `num` videos, classes as often as the training data has them. Collective.
 
     They are as long as the unrolled training clip, or as the protocol's clips where these are
     longer. Raises UserError where the folder holds something else, or cannot be written.
@@ -52,5 +51,5 @@ def generated_videos(
     if folder is None:
         told = repr((trained.digest, num, num_frames, SIGMA, seed, astuple(passes)))
         folder = GENERATED / hashlib.sha256(told.encode()).hexdigest()[:16]
-    complete_dataset(folder, plan, "png", device)
+    complete_dataset(folder, plan, "png", ranks)
     return folder / CLIPS

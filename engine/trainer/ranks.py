@@ -40,6 +40,11 @@ class Ranks:
         return self.rank == 0
 
     @staticmethod
+    def alone(device: torch.device) -> "Ranks":
+        """A job of one."""
+        return Ranks(0, 1, 0, device)
+
+    @staticmethod
     def from_environment() -> "Ranks":
         """Read the launcher's variables; nothing is connected yet.
 
