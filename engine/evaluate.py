@@ -240,7 +240,7 @@ def evaluate_on(options: argparse.Namespace, ranks: "Ranks") -> None:
     if options.report is not None:
         from engine.evaluation.html_report import write_report
 
-        write_report(options.report, evaluation)
+        write_report(options.report, evaluation, trained)
         print(f"wrote: {options.report}")
 
 

@@ -130,6 +130,24 @@ def test_the_page_holds_everything_itself(place: Path, tmp_path: Path) -> None:
         assert shown in text
 
 
+def test_the_page_of_a_checkpoint_tells_of_its_training(
+    place: Path, cascade_run: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "found.html"
+    done = call(
+        engine.evaluate.main,
+        *("--real", place / "real", "--checkpoint", cascade_run, "--num", "4"),
+        *("--metric", "motion", "--set", "num_frames=4", "--set", "num_videos=4"),
+        *("--cache", tmp_path, "--clips", tmp_path / "clips", "--report", page),
+    )
+    assert done.code == 0, done.err
+    text = page.read_text()
+    assert 'id="curves"' in text
+    assert "class_embedding_size: 4" in text
+    assert torch.__version__ in text
+    assert "stage 2 after 2 updates" in text
+
+
 def test_classes_are_measured_by_themselves(place: Path, tmp_path: Path) -> None:
     """Folders a and b; a's generated videos are the real ones."""
     for number in range(12):

@@ -83,7 +83,7 @@ def features_of_clips(
     batches = iter(lambda: list(islice(waiting, batch_size)), [])
     for number, batch in enumerate(batches):
         clips_BTHWC = torch.from_numpy(np.stack(batch))
-        layers = frame_features(clips_BTHWC, protocol.psd_frames)
+        layers = frame_features(clips_BTHWC, protocol.psd_frames, protocol.psd_radius)
         if network is not None:
             places = torch.arange(max(clips_BTHWC.shape[1], _least(network, protocol)))
             shown_BTHWC = clips_BTHWC[:, places % clips_BTHWC.shape[1]]

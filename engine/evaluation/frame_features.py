@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine import clip_figures
-from engine.evaluation.spectra import spectra
+from engine.evaluation.spectra import Radius, spectra
 
 MOTION, STEPS, SPECTRA = "motion", "steps", "spectra"
 """Names of the layers that `frame_features` gives."""
@@ -24,7 +24,9 @@ def psd_places(num_frames: int, wanted: Sequence[int]) -> list[int]:
     return sorted({number - 1 for number in wanted if number <= num_frames})
 
 
-def frame_features(clips_BTHWC: Tensor, psd_frames: Sequence[int]) -> dict[str, Tensor]:
+def frame_features(
+    clips_BTHWC: Tensor, psd_frames: Sequence[int], psd_radius: Radius = "rounded"
+) -> dict[str, Tensor]:
     """Layers of uint8 clips, float32, a row per clip.
 
     `motion` [B, 1] is `clip_figures.motion`, of T >= 2 frames; `steps` [B, 2] the mean step over
@@ -43,6 +45,6 @@ def frame_features(clips_BTHWC: Tensor, psd_frames: Sequence[int]) -> dict[str, 
         layers[STEPS] = torch.stack([one, two], dim=1)
     places = psd_places(num_frames, psd_frames)
     if height == width and places:
-        found = [spectra(clip[None], places).flatten() for clip in clips]
+        found = [spectra(clip[None], places, psd_radius).flatten() for clip in clips]
         layers[SPECTRA] = torch.stack(found).float()
     return layers

@@ -1,59 +1,46 @@
-"""An evaluation as one HTML page: the table, spectra, playing clips and the whole protocol.
+"""An evaluation as one HTML page: tables, playing clips, spectra, curves, protocol, environment.
 
 Nothing is loaded from elsewhere: pictures are in the page, clips as an animated WebP.
 """
 
 import base64
 import io
+import platform
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import av
+import numpy as np
 import torch
+import yaml
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from engine.charts import training_figure
+from engine.dummy_passes import TrainedCascade
 from engine.durable_files import PARTIAL, put_in_place, writing
 from engine.evaluation.evaluation import Evaluation, figure
 from engine.evaluation.metric_definitions import Measurement
+from engine.evaluation.report_page import PAGE
 from engine.video.writing import animation
 
 _LEAST_PIXELS, _MOST_FRAMES = 64, 32
-_PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Evaluation</title><style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem;
-       padding: 0 1rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align: right; }
-td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
-tr + tr { border-top: 1px solid #ddd; } small, .range { color: #666; } .blind { color: #b30000; }
-pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; } img { max-width: 100%; }
-</style></head><body>
-<h1>Evaluation of generated videos</h1>
-<pre>{{ header }}</pre>
-<table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr><td>{{ row.name }}</td>
-{% for cell in row.cells %}<td>{{ cell.value }}<br><span class="range">{{ cell.range }}</span></td>
-{% endfor %}<td{% if row.blind %} class="blind"{% endif %}>{{ row.note }}</td></tr>
-{% endfor %}</table>
-<p>{% for line in legend %}<small>{{ line }}</small><br>{% endfor %}</p>
-{% if clips %}<h2>Clips</h2><img alt="real, generated and spoilt clips" src="{{ clips }}">
-<p><small>At most the first {{ most_frames }} frames.</small></p>{% endif %}
-{% if spectra %}<h2>Power spectra</h2><img alt="power spectra by radius" src="{{ spectra }}">
-<p><small>Mean of {{ num_sets }} sets of clips; the band is their standard deviation.</small></p>
-{% endif %}
-<h2>Protocol</h2><table>{% for key, value in protocol %}
-<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
-</body></html>
-"""
 
 
-def write_report(path: Path, evaluation: Evaluation, fps: float = 12.5) -> None:
+def write_report(
+    path: Path,
+    evaluation: Evaluation,
+    trained: TrainedCascade | None = None,
+    fps: float = 12.5,
+) -> None:
     """Write the page, whole or not at all. Raises UserError when it cannot be written.
 
-    `fps` is how fast the clips play, which says nothing of the videos' own rate.
+    `trained` made the generated videos, where it is known. `fps` is how fast the clips play, which
+    says nothing of the videos' own rate.
     """
     num = evaluation.num_control_clips
     names = ("generated", "real", "shuffled", "frozen")
@@ -65,23 +52,61 @@ def write_report(path: Path, evaluation: Evaluation, fps: float = 12.5) -> None:
         blind = "blind" in row.note
         rows.append({"name": row.metric.name, "cells": cells, "note": row.note, "blind": blind})
     # Autoescaped: names of folders and files stand in the page.
-    page = Environment(autoescape=True).from_string(_PAGE)
+    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     text = page.render(
         header="\n".join(evaluation.header()),
         columns=columns,
         rows=rows,
         legend=evaluation.legend(),
+        metrics=[row.metric.name for row in evaluation.rows],
+        classes=[
+            {
+                "name": each.label,
+                "num_real": each.num_real,
+                "num_generated": each.num_generated,
+                "cells": [_cell(each.by_metric[row.metric.name]) for row in evaluation.rows],
+            }
+            for each in evaluation.classes
+        ],
         clips=_clips(evaluation, fps),
         most_frames=_MOST_FRAMES,
+        curves=_curves(trained),
         spectra=_spectra(evaluation.spectra),
         num_sets=evaluation.spectra.get("real", {}).get("num_sets"),
         protocol=list(evaluation.protocol.to_tree().items()),
+        trained=trained,
+        configuration=trained and yaml.safe_dump(trained.config().to_tree(), sort_keys=False),
+        environment=_environment(),
     )
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + PARTIAL)
         partial.write_text(text, encoding="utf-8")
         put_in_place(partial, path)
+
+
+def _environment() -> dict[str, str]:
+    """What the figures were computed with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "NumPy": np.__version__,
+        "PyAV": av.__version__,
+        "device": device or platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _curves(trained: TrainedCascade | None) -> str:
+    """What the runs of all stages logged, where their folders are at hand."""
+    if trained is None:
+        return ""
+    run = trained.path.absolute().parents[2]
+    stages = range(1, trained.stage_number + 1)
+    logs = {f"stage {n}": run / f"stage{n}" / "log.jsonl" for n in stages}
+    found = {name: log for name, log in logs.items() if log.is_file()}
+    return _svg(training_figure(found)) if found else ""
 
 
 def _cell(found: Measurement | None) -> dict[str, str]:
@@ -127,8 +152,19 @@ def _spectra(found: dict[str, Any]) -> str:
             high = [m + s for m, s in zip(mean, spread, strict=True)]
             axes.fill_between(radii, low, high, alpha=0.25)
         axes.set(title=f"frame {frame}", xlabel="cycles per image", xscale="log", yscale="log")
-    all_axes[0].set_ylabel("power")
+        pixels = 2 * radii[-1]
+        per_pixel = axes.secondary_xaxis(
+            "top", functions=(lambda c, n=pixels: c / n, lambda c, n=pixels: c * n)
+        )
+        per_pixel.set_xlabel("cycles per pixel")
+        for axis in (axes.xaxis, per_pixel.xaxis):
+            axis.set_minor_formatter(NullFormatter())
+    all_axes[0].set_ylabel("power per frequency, |FFT|² / pixels")
     all_axes[0].legend()
+    return _svg(picture)
+
+
+def _svg(picture: Figure) -> str:
     content = io.BytesIO()
     picture.savefig(content, format="svg")
     return _data_url(content.getvalue(), "image/svg+xml")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engine.errors import UserError
 from engine.evaluation.i3d import BATCH_NORM_EPS, LEAST_FRAMES, Placing
+from engine.evaluation.spectra import Radius
 from engine.yaml_tree import parse_override
 
 Role = Literal["real", "generated"]
@@ -75,6 +76,8 @@ class EvaluationProtocol(BaseModel):
     kvd_subsets: int = Field(default=100, ge=1)
     psd_frames: tuple[int, ...] = (1, 10, 25, 50)
     """Frames of the clip whose spectra are compared, from 1; those beyond its end are left out."""
+    psd_radius: Radius = "rounded"
+    """To which whole radius a frequency belongs (engine/evaluation/spectra.py)."""
     psd_sets: int = Field(default=3, ge=1)
     """Into so many sets clips are divided for the mean and the band of spectra."""
     seed: int = Field(default=0, ge=0, lt=2**63)

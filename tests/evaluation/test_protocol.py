@@ -61,6 +61,7 @@ def test_it_is_frozen_and_every_field_counts() -> None:
         "kvd_subsets": 7,
         "psd_frames": (1, 2),
         "psd_sets": 2,
+        "psd_radius": "floored",
         "seed": 1,
     }
     of_the_reader = {"name", "unknown", "quantisation"}

@@ -1,6 +1,7 @@
 """Power spectra of images whose spectra are known: plane waves, constants, white noise."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from engine.clip_figures import LEVEL
 from engine.evaluation.spectra import (
+    Radius,
     frames_looked_at,
     power,
     radial_mean,
@@ -130,3 +132,23 @@ def test_nothing_is_as_little_as_rounding_to_8_bits() -> None:
 )
 def test_frames_looked_at(num_frames: int, num: int, expected: list[int]) -> None:
     assert frames_looked_at(num_frames, num) == expected
+
+
+@pytest.mark.parametrize("radius", ["rounded", "floored"])
+@pytest.mark.parametrize("side", [7, 16])
+def test_both_conventions_of_the_radius(radius: Radius, side: int) -> None:
+    """Against loops over the frequencies; the two differ."""
+    image = noise(side, side)
+    transformed = np.abs(np.fft.fft2(image.numpy())) ** 2 / side**2
+    whole: Any = np.round if radius == "rounded" else np.floor
+    found: dict[int, list[float]] = {}
+    for row in range(side):
+        for column in range(side):
+            cycles = [n if n <= (side - 1) // 2 else n - side for n in (row, column)]
+            at = int(whole(np.sqrt(cycles[0] ** 2 + cycles[1] ** 2)))
+            found.setdefault(at, []).append(transformed[row, column])
+    expected = [np.mean(found[at]) for at in range(side // 2 + 1)]
+    means = radial_mean(power(image), radius)
+    np.testing.assert_allclose(means, expected, rtol=1e-12)
+    others = radial_mean(power(image), "floored" if radius == "rounded" else "rounded")
+    assert not torch.allclose(means, others)
