@@ -16,7 +16,7 @@ LOSSES = {"loss_D": "D", "loss_G": "G"}
 ACCURACIES = {"accuracy_D_real": "real", "accuracy_D_fake": "generated"}
 # engine/trainer/snapshots.py; not every stage has all of them, and old logs have none.
 WINDOWS = {"window/motion_ratio": "motion", "window/variety": "variety", "window/judder": "judder"}
-# engine/trainer/retention.py; where the run evaluates.
+# engine/trainer/checkpoint_meta.py; where the run evaluates.
 EVALUATION, OF_REAL = "evaluation/", "/real"
 COLOURS = ("tab:blue", "tab:orange", "tab:green")
 CHANCE = 0.5

@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -261,9 +262,17 @@ class Upsampling(Section):
 class Config(Section):
     """A whole configuration file."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\x00-\x1f]{1,100}$")]
+    """Also of the folder below runs/."""
     data: Data
     stages: dict[int, Stage]
+
+    @field_validator("name")
+    @classmethod
+    def _name_leads_nowhere(cls, name: str) -> str:
+        if name in (".", "..") or name.startswith("~"):
+            raise ValueError(f"names a folder below runs/ {found(name)}")
+        return name
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "Config":

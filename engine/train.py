@@ -14,6 +14,7 @@ from engine.configuration import Config, Training, load_config
 from engine.errors import UserError
 from engine.trainer.console import Console
 from engine.trainer.failing_ranks import give_up, wait_for_the_end
+from engine.trainer.folder_lock import FolderLock
 from engine.trainer.interruption import follow_launcher
 from engine.trainer.ranks import Ranks
 from engine.trainer.stage_plan import (
@@ -130,6 +131,8 @@ def main(arguments: list[str]) -> int:
             rehearse(options, ranks)
             return 0
         plan = settle(options, ranks)
+        # Before anything is written there; the other ranks join when all are connected.
+        lock = FolderLock(plan.options.folder, is_main=True) if ranks.is_main else None
         console = Console(is_main=ranks.is_main)
         console.capture(plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log")
     except UserError:
@@ -137,7 +140,7 @@ def main(arguments: list[str]) -> int:
             wait_for_the_end()  # rank 0 nearly always has the same to say
         raise
     announce(plan, ranks, console)
-    return train(plan, ranks, console)
+    return train(plan, ranks, console, lock)
 
 
 def settle(options: argparse.Namespace, ranks: Ranks) -> RunPlan:
@@ -306,8 +309,8 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("s" if count > 1 else "")
 
 
-def train(plan: RunPlan, ranks: Ranks, console: Console) -> int:
-    """Connect the ranks and train; returns the exit code.
+def train(plan: RunPlan, ranks: Ranks, console: Console, lock: FolderLock | None) -> int:
+    """Connect the ranks and train; returns the exit code. Rank 0 has the folder's `lock`.
 
     Whatever libraries print goes to the rank's log file.
     """
@@ -322,6 +325,9 @@ def train(plan: RunPlan, ranks: Ranks, console: Console) -> int:
         index = open_dataset(plan.config.data, make=ranks.is_main, say=console.say)
         if ranks.is_main:
             ranks.connect()
+        lock = share_lock(plan.options.folder, lock, ranks)
+        if not lock.works:
+            console.say("note: this file system has no locks: start no other run in this folder")
         ended = run_stage(plan, index, ranks, console, TrainingEvaluation)
         if not ended.signal:
             console.say(f"done: {ended.checkpoint}")
@@ -335,6 +341,18 @@ def train(plan: RunPlan, ranks: Ranks, console: Console) -> int:
     finally:
         ranks.disconnect()
         console.release()
+        if lock is not None:
+            lock.release()
+
+
+def share_lock(folder: Path, lock: FolderLock | None, ranks: Ranks) -> FolderLock:
+    """The folder's lock for every rank of this job. Collective."""
+    if lock is not None:
+        lock.admit_others()
+    ranks.barrier()
+    lock = lock or FolderLock(folder, is_main=False)
+    ranks.barrier()
+    return lock
 
 
 def tell_failure(error: Exception, console: Console) -> None:

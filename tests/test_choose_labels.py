@@ -17,7 +17,9 @@ COMMA = "lifting, then dropping"
 def checkpoint(cascade_run: Path) -> Checkpoint:
     """Of two classes; one name holds a comma."""
     found = find_checkpoint(cascade_run)
-    return dataclasses.replace(found, meta=found.meta | {"classes": ["waving", COMMA]})
+    return dataclasses.replace(
+        found, meta=found.meta.model_copy(update={"classes": ["waving", COMMA]})
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,9 @@ def test_names_with_commas(checkpoint: Checkpoint, wanted: str, labels: list[int
 
 def test_a_name_with_quotes_doubles_them(checkpoint: Checkpoint) -> None:
     quoted = 'saying "hi", loudly'
-    named = dataclasses.replace(checkpoint, meta=checkpoint.meta | {"classes": ["a", quoted]})
+    named = dataclasses.replace(
+        checkpoint, meta=checkpoint.meta.model_copy(update={"classes": ["a", quoted]})
+    )
     assert choose_labels('a,"saying ""hi"", loudly"', 2, named) == [0, 1]
 
 

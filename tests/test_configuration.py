@@ -494,3 +494,10 @@ def test_a_loaded_configuration_does_not_change(small: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.stages[1].num_frames = 8
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "..", ".", "", "a/b", "~root", "a\nb"])
+def test_a_name_leads_nowhere(name: str) -> None:
+    """It is a folder's below runs/."""
+    with pytest.raises(UserError, match="name"):
+        load_config("configs/sample.yaml", [f"name={json.dumps(name)}"])

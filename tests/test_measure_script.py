@@ -107,7 +107,7 @@ def test_the_file_holds_what_was_measured_and_of_what(
         "stage": 2,
         "step": 2,
         "num_clips": 4,
-        "classes": checkpoint.meta["classes"],
+        "classes": checkpoint.classes,
         "num_frames": 6,
         "frame_stride": 1,
         "resolution": 16,

@@ -259,7 +259,7 @@ def test_a_log_whose_disk_is_full(tiny: Tiny, tmp_path: Path) -> None:
     samples = tmp_path / "stage1/samples"
     shutil.rmtree(samples)
     samples.touch()
-    error = tiny.train(1, tmp_path, "--max-steps", "1").error
+    error = tiny.train(1, tmp_path, "--max-steps", "1", "--resume", "none").error
     assert error == f"error: cannot write {samples / 'step-00000000.mp4'}: File exists"
 
 

@@ -31,10 +31,10 @@ from engine.evaluation.training_metrics import training_metrics
 from engine.evaluation.video_sources import IndexedVideos
 from engine.sampled_dataset import draw_labels
 from engine.sampling import SamplePlan, stream
+from engine.trainer.checkpoint_meta import Evaluated
 from engine.trainer.checkpoints import PREVIOUS, read_tensors
 from engine.trainer.deepspeed_engines import whole_state
 from engine.trainer.networks import StageBuilder
-from engine.trainer.retention import Evaluated
 from engine.trainer.run_state import generators_for_use
 from engine.trainer.step import Trainer
 from engine.video.index import VideoIndex
@@ -139,7 +139,13 @@ class TrainingEvaluation:
         best = next(metric for metric in self._metrics if metric.name == self._best)
         badness = best.badness(found[best.name])
         fingerprint = self._protocol.fingerprint()
-        return Evaluated(found, self._of_real, best.name, badness, fingerprint)
+        return Evaluated(
+            measured=found,
+            of_real=self._of_real,
+            metric=best.name,
+            badness=badness,
+            protocol=fingerprint,
+        )
 
     def _values(self, candidate: Features) -> dict[str, float]:
         try:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from engine.models.construction import build_generator
 from engine.rehearsal.stand_ins import replaced
-from engine.trainer.checkpoints import meta_text
+from engine.trainer.checkpoint_meta import meta_text, rank_file, shard_file
 from engine.trainer.engine_state import KEYS
 from engine.trainer.networks import StageBuilder
 from engine.trainer.previous import previous_contents
-from engine.trainer.run_state import rank_file, run_meta, shard_file, write_run_files
+from engine.trainer.run_state import run_facts, write_run_files
 from engine.trainer.step import Trainer
 
 
@@ -107,7 +107,7 @@ def checkpoint_layout(trainer: Trainer, builder: StageBuilder) -> CheckpointLayo
     sizes = {
         name: (file.num_bytes, UNKNOWN_HASH) for files in by_rank for name, file in files.items()
     }
-    meta = meta_text(trainer.step, run_meta(builder), dict(sorted(sizes.items())))
+    meta = meta_text(trainer.step, run_facts(builder), dict(sorted(sizes.items())))
     return CheckpointLayout(by_rank, len(meta), _previous(builder))
 
 

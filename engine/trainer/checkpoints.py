@@ -16,8 +16,6 @@ sampling needs: copy it anywhere.
 """
 
 import hashlib
-import json
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +27,15 @@ import torch
 from engine.configuration import Config, config_from_tree
 from engine.durable_files import PARTIAL, put_in_place, put_on_disk, reading, writing
 from engine.errors import UserError
+from engine.trainer.checkpoint_meta import (
+    GENERATOR,
+    CheckpointMeta,
+    RunFacts,
+    meta_text,
+    read_meta,
+)
 
-FORMAT = 3  # 1 and 2 had DeepSpeed's files, which fit only the ranks that wrote them
 META = "meta.json"
-GENERATOR = "generator.pt"
 PREVIOUS = "previous.pt"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -43,42 +46,42 @@ class Checkpoint:
     """A whole checkpoint on disk."""
 
     path: Path
-    meta: dict[str, Any]
+    meta: CheckpointMeta
 
     @property
     def step(self) -> int:
         """Generator updates done."""
-        return int(self.meta["step"])
+        return self.meta.step
 
     @property
     def stage_number(self) -> int:
         """The number of the stage that was trained."""
-        return int(self.meta["stage"])
+        return self.meta.stage
 
     @property
     def world_size(self) -> int:
         """The number of ranks that wrote it."""
-        return int(self.meta["world_size"])
+        return self.meta.world_size
 
     @property
     def class_counts(self) -> list[int]:
         """Training videos per class; empty without classes."""
-        return list(self.meta["class_counts"])
+        return list(self.meta.class_counts)
 
     @property
     def classes(self) -> list[str]:
         """The classes' names, by label; empty where the data set named none."""
-        return list(self.meta["classes"])
+        return list(self.meta.classes)
 
     @property
     def frames_per_second(self) -> float:
         """Of the videos that it makes."""
-        return float(self.meta["frames_per_second"])
+        return self.meta.frames_per_second
 
     @property
     def digest(self) -> str:
         """The SHA-256 of this stage's generator, by which norm statistics are told apart."""
-        return str(self.meta["files"][GENERATOR][1])
+        return self.meta.files[GENERATOR][1]
 
     @property
     def passes(self) -> None:
@@ -87,11 +90,11 @@ class Checkpoint:
 
     def config(self) -> Config:
         """The configuration it was trained with."""
-        return config_from_tree(self.meta["config"], source=str(self.path / META))
+        return config_from_tree(self.meta.config, source=str(self.path / META))
 
     def verify(self, names: list[str] | None = None) -> None:
         """Compare files (all, or `names`) with their recorded size and hash; UserError if not."""
-        for name, (size, digest) in self.meta["files"].items():
+        for name, (size, digest) in self.meta.files.items():
             if names is not None and name not in names:
                 continue
             file = self.path / name
@@ -103,7 +106,7 @@ class Checkpoint:
 
     def verify_previous(self, path: Path) -> None:
         """UserError when `path` is not the previous.pt that it was trained with."""
-        if sha256(path) != self.meta["previous"]:
+        if sha256(path) != self.meta.previous:
             raise UserError(f"{path} is damaged, or not what {self.path} was trained with")
 
     def read(self, name: str) -> Any:
@@ -121,7 +124,7 @@ class Checkpoint:
         generators: dict[int, dict[str, torch.Tensor]] = {}
         if self.stage_number > 1:
             previous = self.path.parent.parent / PREVIOUS
-            if self.meta["previous"] and previous.exists():
+            if self.meta.previous and previous.exists():
                 self.verify_previous(previous)
                 generators |= read_tensors(previous)["generators"]
         generators |= self.read(GENERATOR)["generators"]
@@ -139,7 +142,7 @@ def write_checkpoint(
     *,
     step: int,
     write_files: Callable[[Path], None],
-    meta: dict[str, Any],
+    facts: RunFacts,
     is_main: bool,
     barrier: Callable[[], None],
 ) -> Path:
@@ -164,7 +167,7 @@ def write_checkpoint(
                 for file in sorted(partial.rglob("*"))
                 if file.is_file()
             }
-            (partial / META).write_text(meta_text(step, meta, files))
+            (partial / META).write_text(meta_text(step, facts, files))
             for path in (*partial.rglob("*"), partial):
                 put_on_disk(path)
             if final.exists():  # the same step again, after a resume from an earlier one
@@ -175,23 +178,13 @@ def write_checkpoint(
     return final
 
 
-def meta_text(step: int, meta: dict[str, Any], files: dict[str, tuple[int, str]]) -> str:
-    """The text of meta.json; `files` are the other files' sizes and hashes."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    whole = {"format": FORMAT, "step": step, **meta, "versions": versions, "files": files}
-    return json.dumps(whole, indent=1)
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`; UserError when it is none, or of another format."""
+    """The checkpoint at `path`; UserError when it is none, damaged, or of another format."""
     try:
-        meta = json.loads((path / META).read_text())
-        found = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        text = (path / META).read_text()
+    except (OSError, ValueError):
         raise UserError(f"{path} is not a checkpoint: no readable {META}") from None
-    if found != FORMAT:
-        raise UserError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
-    return Checkpoint(path, meta)
+    return Checkpoint(path, read_meta(text, str(path)))
 
 
 def find_checkpoint(path: Path, *, stage_number: int | None = None) -> Checkpoint:
@@ -266,10 +259,14 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def _numbered_folders(folder: Path, prefix: str) -> list[Path]:
-    """The folders by their number; one that a user put beside them (`stage2.bak`) is left out."""
+    """The folders by their number; one that a user put beside them (`stage2.bak`) is left out.
+
+    So is a link, which may lead to what another run writes.
+    """
 
     def number(path: Path) -> str:
         return path.name.removeprefix(prefix)
 
-    found = [p for p in folder.glob(f"{prefix}*") if p.is_dir() and number(p).isdecimal()]
+    numbered = [path for path in folder.glob(f"{prefix}*") if number(path).isdecimal()]
+    found = [path for path in numbered if path.is_dir() and not path.is_symlink()]
     return sorted(found, key=lambda path: int(number(path)))

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine.durable_files import writing
 from engine.trainer.gpu_monitor import GpuMonitor
+from engine.trainer.logged_steps import LOG, cut_back, put_aside
 from engine.trainer.recorded_passes import recorded_bytes
 
 
@@ -27,12 +28,14 @@ class Logbook:
     """
 
     def __init__(self, folder: Path, *, resumed_at: int, device: torch.device) -> None:
-        self.path = folder / "log.jsonl"
+        self.path = folder / LOG
         self._board_folder = folder / "tensorboard"
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
-                self._truncate(resumed_at)
+            if self.path.exists() and resumed_at:
+                cut_back(self.path, resumed_at)
+            self.aside = None if resumed_at else put_aside(self.path)
+            """Where the log of an earlier run is, if this one starts anew."""
             self._file = self.path.open("a", encoding="utf-8")
         with writing(self._board_folder):
             self._board = SummaryWriter(str(self._board_folder), purge_step=resumed_at + 1)
@@ -66,18 +69,6 @@ class Logbook:
             self._file.close()
         with writing(self._board_folder):
             self._board.close()
-
-    def _truncate(self, last_step: int) -> None:
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= last_step:
-                    kept.append(line + "\n")
-            except ValueError:  # the line a crash cut short
-                continue
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self.path)
 
 
 def _gif(videos_BTCHW: Tensor, frames_per_second: float) -> Summary.Image:

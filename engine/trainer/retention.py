@@ -4,56 +4,19 @@ A checkpoint of a step that was evaluated has the values in its meta.json. So it
 which one is best, also after a restart. `checkpoints/best` is a link to it.
 """
 
-import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from engine.durable_files import PARTIAL, writing
-from engine.trainer.checkpoints import BEST, META, step_folders
+from engine.errors import UserError
+from engine.trainer.checkpoint_meta import Evaluated
+from engine.trainer.checkpoints import BEST, open_checkpoint, step_folders
 
-PREFIX, OF_REAL = "evaluation/", "/real"
 
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What an evaluation during training found."""
-
-    measured: Mapping[str, float]
-    """Values by metric."""
-    of_real: Mapping[str, float]
-    """The same of real clips, compared with as many others."""
-    metric: str
-    """By which the best checkpoint is chosen."""
-    badness: float
-    """Of that metric: lower is better."""
-    protocol: str
-    """A fingerprint: values of different ones do not compare."""
-
-    def to_tree(self) -> dict[str, Any]:
-        """For meta.json."""
-        return asdict(self)
-
-    def to_log(self) -> dict[str, float]:
-        """`evaluation/fvd`, `evaluation/fvd/real` and so on."""
-        measured = {PREFIX + name: value for name, value in self.measured.items()}
-        return measured | {PREFIX + name + OF_REAL: value for name, value in self.of_real.items()}
-
-    def line(self, step: int, *, is_best: bool) -> str:
-        """For the console."""
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.measured.items())
-        found = f", the best {self.metric} so far" if is_best else ""
-        return f"evaluation at step {step}: {shown}{found}"
-
-    def improves_on(self, folder: Path) -> bool:
-        """Whether no checkpoint in `folder` that compares is as good."""
-        others = [tree for tree in _evaluations(folder).values() if self._compares(tree)]
-        return all(self.badness < tree["badness"] for tree in others)
-
-    def _compares(self, tree: Mapping[str, Any]) -> bool:
-        return (tree["metric"], tree["protocol"]) == (self.metric, self.protocol)
+def is_best(found: Evaluated, folder: Path) -> bool:
+    """Whether no checkpoint in `folder` that compares is as good."""
+    others = [each for each in _evaluations(folder).values() if each.compares_with(found)]
+    return all(found.badness < other.badness for other in others)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -65,9 +28,9 @@ def best_checkpoint(folder: Path) -> Path | None:
     evaluations = _evaluations(folder)
     if not evaluations:
         return None
-    newest = Evaluated(**list(evaluations.values())[-1])
-    comparable = {path: tree for path, tree in evaluations.items() if newest._compares(tree)}
-    return min(comparable, key=lambda path: comparable[path]["badness"])
+    newest = list(evaluations.values())[-1]
+    comparable = {path: each for path, each in evaluations.items() if each.compares_with(newest)}
+    return min(comparable, key=lambda path: comparable[path].badness)
 
 
 def keep_newest_and_best(written: Path, keep: int) -> None:
@@ -92,14 +55,14 @@ def keep_newest_and_best(written: Path, keep: int) -> None:
             partial.replace(folder / BEST)
 
 
-def _evaluations(folder: Path) -> dict[Path, dict[str, Any]]:
-    """`Evaluated` trees of the checkpoints that have one, oldest first."""
+def _evaluations(folder: Path) -> dict[Path, Evaluated]:
+    """Of the checkpoints that were evaluated, oldest first."""
     found = {}
     for path in step_folders(folder):
         try:
-            tree = json.loads((path / META).read_text()).get("evaluation")
-        except (OSError, ValueError, AttributeError):  # damaged: it is never the best one
+            evaluation = open_checkpoint(path).meta.evaluation
+        except UserError:  # damaged: it is never the best one
             continue
-        if tree is not None:
-            found[path] = tree
+        if evaluation is not None:
+            found[path] = evaluation
     return found

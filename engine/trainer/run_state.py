@@ -7,8 +7,14 @@ import torch
 
 from engine.errors import UserError
 from engine.models.cascade import JointGenerator
-from engine.trainer.checkpoints import (
+from engine.trainer.checkpoint_meta import (
     GENERATOR,
+    Evaluated,
+    RunFacts,
+    rank_file,
+    shard_file,
+)
+from engine.trainer.checkpoints import (
     Checkpoint,
     read_tensors,
     save_tensors,
@@ -17,7 +23,7 @@ from engine.trainer.checkpoints import (
 from engine.trainer.deepspeed_engines import whole_state
 from engine.trainer.engine_state import check_shards, load_shards, shard_of
 from engine.trainer.networks import StageBuilder
-from engine.trainer.retention import Evaluated, keep_newest_and_best
+from engine.trainer.retention import keep_newest_and_best
 from engine.trainer.step import Trainer
 
 
@@ -33,7 +39,7 @@ def save_run(
         folder,
         step=trainer.step,
         write_files=lambda path: write_run_files(trainer, builder, path),
-        meta=run_meta(builder, evaluated),
+        facts=run_facts(builder, evaluated),
         is_main=ranks.is_main,
         barrier=ranks.barrier,
     )
@@ -59,20 +65,20 @@ def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None
         save_tensors(path / GENERATOR, _generator_file(trainer, weights, average))
 
 
-def run_meta(builder: StageBuilder, evaluated: Evaluated | None = None) -> dict[str, Any]:
+def run_facts(builder: StageBuilder, evaluated: Evaluated | None = None) -> RunFacts:
     """The part of meta.json that describes a run, besides its step and files."""
-    return {
-        "stage": builder.number,
-        "world_size": builder.ranks.world_size,
-        "zero_stage": builder.config.stages[builder.number].training.zero_stage,
+    return RunFacts(
+        stage=builder.number,
+        world_size=builder.ranks.world_size,
+        zero_stage=builder.config.stages[builder.number].training.zero_stage,
         # Hashed once: it is written when the stage starts and never changes.
-        "previous": builder.previous and builder.previous.digest,
-        "config": builder.config.to_tree(),
-        "classes": list(builder.facts.classes),
-        "class_counts": list(builder.facts.class_counts),
-        "frames_per_second": builder.frames_per_second,
-        "evaluation": evaluated and evaluated.to_tree(),
-    }
+        previous=None if builder.previous is None else builder.previous.digest,
+        config=builder.config.to_tree(),
+        classes=list(builder.facts.classes),
+        class_counts=list(builder.facts.class_counts),
+        frames_per_second=builder.frames_per_second,
+        evaluation=evaluated,
+    )
 
 
 def load_run(trainer: Trainer, builder: StageBuilder, checkpoint: Checkpoint) -> None:
@@ -106,16 +112,6 @@ def load_run(trainer: Trainer, builder: StageBuilder, checkpoint: Checkpoint) ->
 
 def _engines(trainer: Trainer) -> tuple[tuple[str, Any], ...]:
     return ("generator", trainer.g_engine), ("discriminators", trainer.d_engine)
-
-
-def shard_file(network: str, rank: int) -> str:
-    """A rank's part of the `generator` or of the `discriminators`, with Adam's moments."""
-    return f"{network}-{rank:05d}.pt"
-
-
-def rank_file(rank: int) -> str:
-    """A rank's own file of a checkpoint."""
-    return f"rank-{rank:05d}.pt"
 
 
 def _rank_state(trainer: Trainer) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.trainer.adam import check_adam, whose_adam
 from engine.trainer.checkpoints import (
     CHECKPOINTS,
+    PARTIAL,
     PREVIOUS,
     Checkpoint,
     find_checkpoint,
@@ -25,6 +26,7 @@ from engine.trainer.checkpoints import (
     step_folders,
     step_name,
 )
+from engine.trainer.logged_steps import last_logged_step
 from engine.trainer.previous import check_same_networks
 from engine.trainer.ranks import Ranks
 from engine.trainer.sample_bank import batches_per_rank
@@ -178,6 +180,8 @@ def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]
                 unreadable.append(str(error))
         if existing and not readable:  # not a fresh start: the user should know
             raise UserError(unreadable[0])
+        if not existing:
+            refuse_lost_checkpoints(options)
         return readable, unreadable
     if options.resume == "none":
         if existing:
@@ -196,6 +200,18 @@ def resume_candidates(options: RunOptions) -> tuple[list[Checkpoint], list[str]]
     return [chosen], []
 
 
+def refuse_lost_checkpoints(options: RunOptions) -> None:
+    """Something was trained here, and what it saved is gone or was never finished."""
+    step = last_logged_step(options.folder)
+    partial = sorted((options.folder / CHECKPOINTS).glob(f"step-*{PARTIAL}"))
+    if step or partial:
+        left = f"a log up to step {step}" if step else f"{partial[0].name}, which is not whole"
+        raise UserError(
+            f"{options.folder} has {left} and no checkpoint to go on from: use --resume none to "
+            "start anew, which keeps the log under another name, or another --out"
+        )
+
+
 def refuse_lost_average(checkpoint: Checkpoint, training: Training) -> None:
     """The checkpoint's average of the weights would be lost."""
     number = checkpoint.stage_number
@@ -209,7 +225,7 @@ def refuse_lost_average(checkpoint: Checkpoint, training: Training) -> None:
 
 def refuse_another_condition(checkpoint: Checkpoint, stage: Stage) -> None:
     """The run upsampled real windows before and would upsample generated ones, or the reverse."""
-    was = "generated" if checkpoint.meta["previous"] else "data"
+    was = "generated" if checkpoint.meta.previous else "data"
     upsamples = checkpoint.stage_number > 1 and not stage.joint
     if upsamples and was != stage.training.condition_on:
         raise UserError(

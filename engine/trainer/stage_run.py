@@ -11,6 +11,7 @@ from engine.durable_files import put_in_place, writing
 from engine.errors import UserError
 from engine.models.construction import compute_dtype
 from engine.trainer.acceleration import accelerate, choose_convolutions
+from engine.trainer.checkpoint_meta import Evaluated
 from engine.trainer.checkpoints import CHECKPOINTS, PARTIAL, PREVIOUS, step_name
 from engine.trainer.console import Console
 from engine.trainer.interruption import Agreement
@@ -25,7 +26,7 @@ from engine.trainer.previous import (
 )
 from engine.trainer.ranks import Ranks, check_shared
 from engine.trainer.reals import ClipWaits, Reals
-from engine.trainer.retention import Evaluated
+from engine.trainer.retention import is_best
 from engine.trainer.run_state import load_run, save_run
 from engine.trainer.snapshots import Snapshots, measure_real_windows
 from engine.trainer.stage_plan import RunPlan, needs_previous
@@ -234,6 +235,8 @@ class _Run:
         if self._ranks.is_main:
             device = self._ranks.device
             logbook = Logbook(self._folder, resumed_at=trainer.step, device=device)
+            if logbook.aside is not None:
+                self._console.say(f"note: the log of an earlier run is now {logbook.aside}")
         progress = self._console.progress(trainer.step, last_step, f"stage {self._builder.number}")
         if trainer.step == 0:
             fake = self._snapshots.generate(trainer)
@@ -259,9 +262,9 @@ class _Run:
             sampled = step % training.sample_every == 0
             now = time.monotonic()
             samples = self._snapshots.generate(trainer) if sampled or stopping else None
-            is_best, evaluated = False, None
+            improves, evaluated = False, None
             if self._evaluation_is_due(step, last_step, stopping=stopping):
-                is_best, evaluated = self._evaluate()
+                improves, evaluated = self._evaluate()
                 stopping = stopping or self._agreement.told_to_stop()
             logged = step % training.log_every == 0 or step == 1 or sampled or stopping
             if logbook and (logged or evaluated):
@@ -276,7 +279,7 @@ class _Run:
             if logbook and samples is not None:
                 self._snapshots.write(step, samples, logbook)
             save_is_due = step % training.checkpoint_every == 0 or self._agreement.save_is_due
-            if save_is_due or is_best or stopping:
+            if save_is_due or improves or stopping:
                 checkpoint = self._save(evaluated)
             if stopping:
                 break
@@ -304,10 +307,10 @@ class _Run:
         """Whether this step was found to be the best so far, and on rank 0 what was found."""
         assert self._evaluation is not None
         evaluated = self._evaluation.measure(self._trainer, self._agreement.goes_on)
-        is_best = evaluated is not None and evaluated.improves_on(self._checkpoints)
+        improves = evaluated is not None and is_best(evaluated, self._checkpoints)
         if evaluated is not None:
-            self._console.say(evaluated.line(self._trainer.step, is_best=is_best))
-        return bool(self._ranks.broadcast(int(is_best))), evaluated
+            self._console.say(evaluated.line(self._trainer.step, is_best=improves))
+        return bool(self._ranks.broadcast(int(improves))), evaluated
 
     def _save(self, evaluated: Evaluated | None = None) -> Path:
         checkpoint = save_run(

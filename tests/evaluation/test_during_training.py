@@ -1,22 +1,22 @@
 """Evaluation during training: its figures are those of what a user gets, and change nothing."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import write_small
 from small_runs import Tiny, contents, differences, logged, sample, two_ranks, write_tiny
 
 from engine.dummy_passes import choose_passes, load_trained, run_passes
 from engine.evaluation.frame_features import frame_features
 from engine.sampled_dataset import draw_labels
 from engine.sampling import SamplePlan, generate
+from engine.trainer.checkpoint_meta import Evaluated
 from engine.trainer.checkpoints import META, find_checkpoint
 from engine.trainer.ranks import derived_seed
-from engine.trainer.retention import Evaluated, best_checkpoint, keep_newest_and_best
+from engine.trainer.retention import best_checkpoint, is_best, keep_newest_and_best
 
 NO_NETWORK = (
     *("--set", "training.evaluation.metrics=[motion,persistence]"),
@@ -129,15 +129,13 @@ def test_two_ranks_measure_together(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def evaluation(badness: float, protocol: str = "p") -> Evaluated:
-    return Evaluated({"fvd": badness}, {"fvd": 1.0}, "fvd", badness, protocol)
-
-
-def saved(folder: Path, step: int, found: Evaluated | None) -> Path:
-    path = folder / f"step-{step:08d}"
-    path.mkdir(parents=True)
-    tree: Mapping[str, Any] = {"evaluation": found and found.to_tree()}
-    (path / META).write_text(json.dumps(tree))
-    return path
+    return Evaluated(
+        measured={"fvd": badness},
+        of_real={"fvd": 1.0},
+        metric="fvd",
+        badness=badness,
+        protocol=protocol,
+    )
 
 
 def kept(folder: Path) -> list[int]:
@@ -146,25 +144,25 @@ def kept(folder: Path) -> list[int]:
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     for step, badness in enumerate((5.0, 2.0, 2.0, 9.0, 4.0), start=1):
-        improves = evaluation(badness).improves_on(tmp_path)
+        improves = is_best(evaluation(badness), tmp_path)
         assert improves == (step < 3), "an equal one is not better"
-        saved(tmp_path, step, evaluation(badness))
-        keep_newest_and_best(saved(tmp_path, 10 * step, None), 2)
+        write_small(tmp_path, step, evaluation=evaluation(badness))
+        keep_newest_and_best(write_small(tmp_path, 10 * step), 2)
         assert (tmp_path / "best").readlink() == Path(f"step-{min(step, 2):08d}")
     assert kept(tmp_path) == [2, 40, 50]
 
 
 def test_only_values_of_one_protocol_compare(tmp_path: Path) -> None:
-    saved(tmp_path, 1, evaluation(1.0, "of other clips"))
-    assert evaluation(5.0).improves_on(tmp_path)
-    saved(tmp_path, 2, evaluation(5.0))
+    write_small(tmp_path, 1, evaluation=evaluation(1.0, "of other clips"))
+    assert is_best(evaluation(5.0), tmp_path)
+    write_small(tmp_path, 2, evaluation=evaluation(5.0))
     assert best_checkpoint(tmp_path) == tmp_path / "step-00000002"
 
 
 def test_without_evaluation_nothing_is_best(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        saved(tmp_path, step, None)
-    damaged = saved(tmp_path, 4, None)
+        write_small(tmp_path, step)
+    damaged = write_small(tmp_path, 4)
     (damaged / META).write_text("[")
     keep_newest_and_best(damaged, 2)
     assert kept(tmp_path) == [3, 4]

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import FACTS, forge_meta, write_small
 from small_runs import Tiny, contents, differences, full_disk, logged, sample
 
 from engine.errors import UserError
 from engine.trainer import checkpoints
+from engine.trainer.checkpoint_meta import FORMAT
 from engine.trainer.checkpoints import (
-    FORMAT,
     META,
     find_checkpoint,
     open_checkpoint,
     read_tensors,
-    save_tensors,
     sha256,
     write_checkpoint,
     write_tensors,
@@ -68,8 +68,14 @@ def test_files_are_on_the_disk_before_they_have_their_name(
         (path / "inner").mkdir()
         (path / "inner" / "file").touch()
 
-    common: dict[str, Any] = {"meta": {}, "is_main": True, "barrier": lambda: None}
-    final = write_checkpoint(tmp_path, step=1, write_files=write_files, **common)
+    final = write_checkpoint(
+        tmp_path,
+        step=1,
+        write_files=write_files,
+        facts=FACTS,
+        is_main=True,
+        barrier=lambda: None,
+    )
     partial = final.with_name(final.name + checkpoints.PARTIAL)
     names = ("", META, "inner", "inner/file")
     assert set(put[:-2]) == {partial / name for name in names}
@@ -88,28 +94,20 @@ def test_an_interrupted_write_is_ignored_and_cleaned_up(tiny: Tiny, run: Path) -
 
 def test_a_write_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     def write(value: int, fail: bool) -> Path:
-        def write_files(path: Path) -> None:
-            save_tensors(path / "state.pt", {"value": value})
+        def end() -> None:
             if fail:
                 raise OSError("disk full")
 
-        return write_checkpoint(
-            tmp_path,
-            step=5,
-            write_files=write_files,
-            meta={"stage": 1, "world_size": 1},
-            is_main=True,
-            barrier=lambda: None,
-        )
+        return write_small(tmp_path, 5, value, last=end)
 
     path = write(1, fail=False)
     with pytest.raises(UserError, match=f"cannot write {path}: disk full"):
         write(2, fail=True)
     with full_disk(100), pytest.raises(UserError, match=f"cannot write {path}: File too large"):
         write(2, fail=False)
-    assert open_checkpoint(path).read("state.pt") == {"value": 1}
+    assert open_checkpoint(path).read("generator.pt") == {"value": 1}
     write(3, fail=False)
-    assert open_checkpoint(path).read("state.pt") == {"value": 3}
+    assert open_checkpoint(path).read("generator.pt") == {"value": 3}
 
 
 def test_a_full_disk_loses_nothing(tiny: Tiny, run: Path, tmp_path: Path) -> None:
@@ -157,9 +155,9 @@ def test_tensors_on_a_full_disk(tmp_path: Path) -> None:
 def test_meta_lists_every_file_with_its_hash(cascade_run: Path) -> None:
     checkpoint = open_checkpoint(newest(cascade_run, 2))
     on_disk = {str(p.relative_to(checkpoint.path)) for p in checkpoint.path.rglob("*.*")}
-    assert set(checkpoint.meta["files"]) == on_disk - {META}
-    assert set(FILES) == set(checkpoint.meta["files"])
-    for name, (size, digest) in checkpoint.meta["files"].items():
+    assert set(checkpoint.meta.files) == on_disk - {META}
+    assert set(FILES) == set(checkpoint.meta.files)
+    for name, (size, digest) in checkpoint.meta.files.items():
         assert (checkpoint.path / name).stat().st_size == size
         assert sha256(checkpoint.path / name) == digest
     assert not list(checkpoint.path.rglob("*.py"))
@@ -191,8 +189,7 @@ def test_other_formats_are_refused(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    # A flipped bit in meta.json need not be damage.
-    [*product(FILES, DAMAGES), *product([META], [truncate, Path.unlink])],
+    [*product(FILES, DAMAGES), *product([META], [flip_a_bit, truncate, Path.unlink])],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_damage_is_found_and_the_older_checkpoint_taken(
@@ -213,15 +210,86 @@ def test_damage_is_found_and_the_older_checkpoint_taken(
     assert [line["step"] for line in logged(run / "stage1")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda meta: meta.pop("world_size"), "missing key world_size"),
+        (lambda meta: meta.update(step="2"), "step should be a valid integer"),
+        (lambda meta: meta.update(stage=-1), "stage should be greater than"),
+        (lambda meta: meta.update(more=1), "unknown key more"),
+        (lambda meta: meta.update(files={}), "discriminators-00000.pt is odd or missing"),
+        (lambda meta: meta["files"].update({"../x": [1, "0" * 64]}), "../x is odd or missing"),
+        (lambda meta: meta["files"].update({"generator.pt": [1, "0"]}), "files.generator.pt.1"),
+        (lambda meta: meta.update(world_size=3), "discriminators-00001.pt is odd or missing"),
+        (lambda meta: meta.update(evaluation={"metric": "fvd"}), "missing key evaluation."),
+    ],
+)
+def test_a_forged_description_is_told_in_one_line(
+    tiny: Tiny, run: Path, change: Callable[[dict[str, Any]], object], problem: str
+) -> None:
+    """Its own hash is right, so only its form tells; the older checkpoint is taken."""
+    forge_meta(newest(run), change)
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(newest(run))
+    assert str(caught.value).startswith(f"checkpoint {newest(run)} is damaged: meta.json: ")
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+    finished = tiny.train(1, run, "--max-steps", "3")
+    assert f"resumed: {newest(run).with_name('step-00000001')}, step 1" in finished.out
+
+
+def test_a_changed_step_is_no_other_checkpoint(run: Path) -> None:
+    """By its own hash, whatever stands there."""
+    file = newest(run) / META
+    file.write_text(file.read_text().replace('"step": 2', '"step": 6'))
+    with pytest.raises(UserError, match=r"is damaged: meta\.json has changed"):
+        open_checkpoint(newest(run))
+
+
+def test_a_link_to_another_runs_checkpoint_is_no_candidate(
+    tiny: Tiny, run: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(newest(run), elsewhere)
+    newest(run).symlink_to(elsewhere)
+    assert find_checkpoint(run, stage_number=1).step == 1
+    assert "step-00000001, step 1" in tiny.train(1, run, "--max-steps", "2").out
+
+
+def test_lost_checkpoints_are_not_started_over_silently(
+    tiny: Tiny, run: Path, cascade_run: Path
+) -> None:
+    """The log stays until it is told to go, and then it is still there."""
+    folder = run / "stage1"
+    shutil.rmtree(folder / "checkpoints")
+    log = (folder / "log.jsonl").read_text()
+    error = tiny.train(1, run, "--max-steps", "1").error
+    assert f"{folder} has a log up to step 2 and no checkpoint to go on from" in error
+    assert (folder / "log.jsonl").read_text() == log
+    anew = tiny.train(1, run, "--max-steps", "1", "--resume", "none")
+    assert anew.code == 0, anew.err
+    assert f"the log of an earlier run is now {folder / 'log-1.jsonl'}" in anew.out
+    assert (folder / "log-1.jsonl").read_text() == log
+    assert [line["step"] for line in logged(folder)] == [1]
+
+
+def test_a_first_checkpoint_that_was_cut_off_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    half = tmp_path / "stage1" / "checkpoints" / "step-00000001.partial"
+    half.mkdir(parents=True)
+    error = tiny.train(1, tmp_path, "--max-steps", "1").error
+    assert "has step-00000001.partial, which is not whole and no checkpoint" in error
+    assert tiny.train(1, tmp_path, "--max-steps", "1", "--resume", "none").code == 0
+    assert not half.exists()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_an_older_checkpoint_is_taken_for_one_that_cannot_be_read(
     tiny: Tiny, run: Path, name: str
 ) -> None:
-    file, meta_file = newest(run) / name, newest(run) / META
+    file = newest(run) / name
     make_unreadable(file)
-    meta = json.loads(meta_file.read_text())
-    meta["files"][name][0] = file.stat().st_size
-    meta_file.write_text(json.dumps(meta))
+    size = file.stat().st_size
+    forge_meta(newest(run), lambda meta: meta["files"][name].__setitem__(0, size))
     problem = f"cannot read {file}: Input/output error"
     assert problem in tiny.train(1, run, "--max-steps", "3", "--resume", newest(run)).error
     finished = tiny.train(1, run, "--max-steps", "3")
@@ -362,14 +430,7 @@ def test_an_older_checkpoint_is_not_resumed_among_newer_ones(
 
 def test_the_checkpoint_just_written_is_never_deleted(tmp_path: Path) -> None:
     def write(step: int) -> Path:
-        written = write_checkpoint(
-            tmp_path,
-            step=step,
-            write_files=lambda path: torch.save({}, path / "state.pt"),
-            meta={"stage": 1, "world_size": 1},
-            is_main=True,
-            barrier=lambda: None,
-        )
+        written = write_small(tmp_path, step)
         keep_newest_and_best(written, 2)
         return written
 

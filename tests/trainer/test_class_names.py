@@ -5,16 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from checkpoint_files import FACTS
 from small_runs import Tiny, contents, differences
 
 from engine.errors import UserError
+from engine.trainer.checkpoint_meta import file_names, meta_text, read_meta
 from engine.trainer.checkpoints import Checkpoint
 from engine.trainer.previous import check_same_classes
 from engine.video.index import VideoIndex
 
 
 def of_classes(*names: str) -> Checkpoint:
-    return Checkpoint(Path("runs/x/stage1"), {"classes": list(names)})
+    facts = FACTS.model_copy(update={"classes": list(names)})
+    files = dict.fromkeys(file_names(1), (0, "0" * 64))
+    return Checkpoint(Path("runs/x/stage1"), read_meta(meta_text(1, facts, files), "x"))
 
 
 def test_equal_lists_pass() -> None:

@@ -1,16 +1,16 @@
 """No file of a checkpoint is executed: pickles that were planted among the tensors are refused."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import forge_meta
 from small_runs import Tiny, differences, sample
 from test_checkpoints import D_SHARD, FILES, newest
 
-from engine.trainer.checkpoints import META, read_tensors, sha256
+from engine.trainer.checkpoints import read_tensors, sha256
 
 
 class Planted:
@@ -35,14 +35,15 @@ def plant(file: Path, marker: Path, form: str) -> None:
 
 def forge(checkpoint: Path) -> None:
     """Make the hashes match what the files hold now."""
-    meta = json.loads((checkpoint / META).read_text())
-    for name in meta["files"]:
-        file = checkpoint / name
-        meta["files"][name] = [file.stat().st_size, sha256(file)]
-    previous = checkpoint.parent.parent / "previous.pt"
-    if meta.get("previous"):
-        meta["previous"] = sha256(previous)
-    (checkpoint / META).write_text(json.dumps(meta))
+
+    def match(meta: dict[str, Any]) -> None:
+        for name in meta["files"]:
+            file = checkpoint / name
+            meta["files"][name] = [file.stat().st_size, sha256(file)]
+        if meta["previous"]:
+            meta["previous"] = sha256(checkpoint.parent.parent / "previous.pt")
+
+    forge_meta(checkpoint, match)
 
 
 def test_the_planted_object_works(tmp_path: Path) -> None:
