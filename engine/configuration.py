@@ -198,6 +198,9 @@ class Training(Section):
     checkpoint_every: PositiveInt = 1000
     checkpoint_minutes: PositiveFloat | None = None
     """Also after so many minutes; an iteration is finished first."""
+    asynchronous_checkpoints: bool = False
+    """Write them beside the training, which goes on when copies are made: they take as much main
+    memory as the checkpoint has bytes. The last one of a run is waited for."""
     keep_checkpoints: PositiveInt = 3
     """The newest ones; the best one is kept besides."""
 

@@ -6,8 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.durable_files import writing
 from engine.trainer.checkpoint_meta import Evaluated, RunFacts, file_names
-from engine.trainer.checkpoints import META, save_tensors, write_checkpoint
+from engine.trainer.checkpoints import (
+    META,
+    begin_checkpoint,
+    finish_checkpoint,
+    list_files,
+    save_tensors,
+    step_name,
+)
 
 FACTS = RunFacts(
     stage=1,
@@ -33,19 +41,14 @@ def write_small(
 ) -> Path:
     """A checkpoint whose files hold `value`; `last` is called when they are written."""
 
-    def write_files(path: Path) -> None:
+    partial = begin_checkpoint(folder, step, make=True)
+    with writing(folder / step_name(step)):
         for name in file_names(1):
-            save_tensors(path / name, {"value": value})
+            save_tensors(partial / name, {"value": value})
         last()
-
-    return write_checkpoint(
-        folder,
-        step=step,
-        write_files=write_files,
-        facts=FACTS.model_copy(update={"evaluation": evaluation}),
-        is_main=True,
-        barrier=lambda: None,
-    )
+    list_files(partial, 0, sorted(file_names(1)))
+    facts = FACTS.model_copy(update={"evaluation": evaluation})
+    return finish_checkpoint(partial, step, facts, 1)
 
 
 def forge_meta(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:

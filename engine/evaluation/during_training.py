@@ -201,7 +201,8 @@ class TrainingEvaluation:
         builder = self._builder
         zero_stage = builder.config.stages[builder.number].training.zero_stage
         weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage, keep=True)
-        trained = generators_for_use(trainer, weights)
+        average = trainer.average.state_dict() if trainer.average else None
+        trained = generators_for_use(trainer, weights, average)
         if builder.previous is None:
             return trained
         return read_tensors(self._folder / PREVIOUS)["generators"] | trained

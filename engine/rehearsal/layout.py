@@ -1,27 +1,22 @@
 """How a job's state is divided among its ranks: ZeRO's partitions, and the files of a checkpoint.
 
-Partitions are read off DeepSpeed's own optimizers. The files are those that rank 0's real saving
-code would write, and from them the other ranks' follow: `torch.save` is replaced by a note of what
-it was given, and files and folders that are made elsewhere stay empty.
+Partitions are read off DeepSpeed's own optimizers. Rank 0's files are what its saving code would
+write, and the other ranks' follow from how ZeRO lays out parameters.
 """
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.models.construction import build_generator
-from engine.rehearsal.stand_ins import replaced
 from engine.trainer.checkpoint_meta import meta_text, rank_file, shard_file
 from engine.trainer.engine_state import KEYS
 from engine.trainer.networks import StageBuilder
 from engine.trainer.previous import previous_contents
-from engine.trainer.run_state import run_facts, write_run_files
+from engine.trainer.run_state import run_contents, run_facts
 from engine.trainer.step import Trainer
 
 
@@ -100,8 +95,7 @@ class CheckpointLayout:
 
 def checkpoint_layout(trainer: Trainer, builder: StageBuilder) -> CheckpointLayout:
     """The checkpoint of a trainer that has trained, so that the optimizers have their moments."""
-    with TemporaryDirectory() as folder, _noted_saves(Path(folder)) as mine:
-        write_run_files(trainer, builder, Path(folder))
+    mine = {name: _file(content()) for name, content in run_contents(trainer, builder).items()}
     world_size = builder.ranks.world_size
     by_rank = tuple(_files_of(rank, mine, trainer, builder) for rank in range(world_size))
     sizes = {
@@ -120,19 +114,6 @@ def _previous(builder: StageBuilder) -> File | None:
             n: build_generator(builder.config, n).state_dict() for n in range(1, builder.number)
         }
     return _file(previous_contents(generators, cascade))
-
-
-@contextlib.contextmanager
-def _noted_saves(folder: Path) -> Iterator[dict[str, File]]:
-    """`torch.save` to a path below `folder` or to an open file there, noted under that path."""
-    files: dict[str, File] = {}
-
-    def note(value: Any, file: str | Path | IO[bytes], **options: Any) -> None:
-        path = Path(file if isinstance(file, str | Path) else file.name)
-        files[str(path.relative_to(folder))] = _file(value)
-
-    with replaced(torch, "save", note):
-        yield files
 
 
 def _file(value: Any) -> File:

@@ -8,6 +8,7 @@ from torch import nn
 
 import kernels
 from engine.trainer.deepspeed_engines import gathered
+from engine.trainer.host_copies import Copy, new_copy
 
 _ITERATIONS = 10  # from the live weights' vectors, which are close
 
@@ -35,27 +36,27 @@ class WeightAverage:
                 else:
                     self._average[name].copy_(value)
 
-    def generator_state(self) -> dict[str, torch.Tensor]:
-        """The averaged weights for inference, with singular vectors of their own.
-
-        The live weights' u and v would give the average too small a σ, so too large weights.
-        """
-        state = self.state_dict()
-        layers = [name.removesuffix("u") for name in state if name.endswith(".u")]
-        vectors = {n: state[n].clone() for layer in layers for n in (f"{layer}u", f"{layer}v")}
-        kernels.power_iteration_(
-            [state[f"{layer}weight"] for layer in layers],
-            [vectors[f"{layer}u"] for layer in layers],
-            [vectors[f"{layer}v"] for layer in layers],
-            _ITERATIONS,
-        )
-        return state | vectors
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averaged weights, under the network's own names."""
-        return {name: value.cpu() for name, value in self._average.items()}
+    def state_dict(self, copy: Copy = new_copy) -> dict[str, torch.Tensor]:
+        """Copies of the averaged weights, on the CPU, under the network's own names."""
+        return {name: copy(name, value) for name, value in self._average.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore the average."""
         for name, value in state.items():
             self._average[name].copy_(value)
+
+
+def with_own_vectors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Averaged weights for inference, with singular vectors of their own.
+
+    The live weights' u and v would give the average too small a σ, so too large weights.
+    """
+    layers = [name.removesuffix("u") for name in state if name.endswith(".u")]
+    vectors = {n: state[n].clone() for layer in layers for n in (f"{layer}u", f"{layer}v")}
+    kernels.power_iteration_(
+        [state[f"{layer}weight"] for layer in layers],
+        [vectors[f"{layer}u"] for layer in layers],
+        [vectors[f"{layer}v"] for layer in layers],
+        _ITERATIONS,
+    )
+    return state | vectors

@@ -10,14 +10,16 @@
             rank-00000.pt                what else the step changes: random states, the loader's
             meta.json                    step, configuration, and every file's size and SHA-256
 
-A checkpoint is written to `step-00001000.partial` and renamed when whole; `meta.json` comes last.
+A checkpoint is written to `step-00001000.partial` and renamed when whole; `meta.json` comes last,
+when every rank has listed its files there. `checkpoint_writer` has the ranks do that.
 Files are read with `weights_only=True`: pickles are not executed. A stage's folder is all that
 sampling needs: copy it anywhere.
 """
 
 import hashlib
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,45 +139,69 @@ class Checkpoint:
         return generators
 
 
-def write_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    write_files: Callable[[Path], None],
-    facts: RunFacts,
-    is_main: bool,
-    barrier: Callable[[], None],
-) -> Path:
-    """Write `folder/step-…` aside, hash it, and rename it.
+def begin_checkpoint(folder: Path, step: int, *, make: bool) -> Path:
+    """The folder to write into: `folder/step-….partial`, which one rank makes.
 
-    Collective: `write_files(path)` is called on every rank, the rest is rank 0's. Raises UserError
-    when something cannot be written.
+    What was left of another that was not finished is removed first. Raises UserError.
     """
     final = folder / step_name(step)
     partial = final.with_name(final.name + PARTIAL)
-    with writing(final):
-        if is_main:
+    if make:
+        with writing(final):
             for interrupted in folder.glob(f"*{PARTIAL}"):
                 shutil.rmtree(interrupted)
             partial.mkdir(parents=True)
-        barrier()
-        write_files(partial)
-        barrier()
-        if is_main:
-            files = {
-                str(file.relative_to(partial)): (file.stat().st_size, sha256(file))
-                for file in sorted(partial.rglob("*"))
-                if file.is_file()
-            }
-            (partial / META).write_text(meta_text(step, facts, files))
-            for path in (*partial.rglob("*"), partial):
-                put_on_disk(path)
-            if final.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(final)
-            partial.rename(final)
-            put_on_disk(folder)
-        barrier()
+    return partial
+
+
+def list_files(partial: Path, rank: int, names: Sequence[str]) -> None:
+    """Put a rank's files on the disk, and their sizes and hashes into a list beside them."""
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    with writing(final):
+        files = {}
+        for name in names:
+            put_on_disk(partial / name)
+            files[name] = (partial / name).stat().st_size, sha256(partial / name)
+        path = _list_of(partial, rank)
+        aside = path.with_name(path.name + PARTIAL)
+        aside.write_text(json.dumps(files))
+        aside.replace(path)
+
+
+def lists_are_there(partial: Path, world_size: int) -> bool:
+    """Whether all ranks have written their files."""
+    return all(_list_of(partial, rank).is_file() for rank in range(world_size))
+
+
+def finish_checkpoint(partial: Path, step: int, facts: RunFacts, world_size: int) -> Path:
+    """Describe what all ranks have listed, and give the checkpoint its name: it is whole now.
+
+    Raises UserError when something cannot be written.
+    """
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    with writing(final):
+        files: dict[str, tuple[int, str]] = {}
+        for rank in range(world_size):
+            path = _list_of(partial, rank)
+            files |= {name: (size, digest) for name, (size, digest) in _read_list(path).items()}
+            path.unlink()
+        (partial / META).write_text(meta_text(step, facts, dict(sorted(files.items()))))
+        for path in (partial / META, partial):
+            put_on_disk(path)
+        if final.exists():  # the same step again, after a resume from an earlier one
+            shutil.rmtree(final)
+        partial.rename(final)
+        put_on_disk(final.parent)
     return final
+
+
+def _list_of(partial: Path, rank: int) -> Path:
+    return partial / f"files-{rank:05d}.json"
+
+
+def _read_list(path: Path) -> dict[str, tuple[int, str]]:
+    found: dict[str, tuple[int, str]] = json.loads(path.read_text())
+    return found
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -20,6 +20,7 @@ from torch import nn
 from engine.configuration import Training
 from engine.models.spectral import spectral_weights, update_spectral_norm
 from engine.trainer.adam import make_adam
+from engine.trainer.host_copies import Copy, new_copy
 
 
 def deepspeed_settings(
@@ -90,7 +91,9 @@ def renew_spectral_norm(network: nn.Module, *, zero_stage: int) -> None:
         update_spectral_norm(network)
 
 
-def whole_state(network: nn.Module, *, zero_stage: int, keep: bool) -> dict[str, torch.Tensor]:
+def whole_state(
+    network: nn.Module, *, zero_stage: int, keep: bool, copy: Copy = new_copy
+) -> dict[str, torch.Tensor]:
     """The network's parameters and buffers on the CPU, unsharded. Collective.
 
     Ranks that do not `keep` them help to gather and get an empty dict.
@@ -98,7 +101,7 @@ def whole_state(network: nn.Module, *, zero_stage: int, keep: bool) -> dict[str,
     with gathered(network, zero_stage=zero_stage):
         if not keep:
             return {}
-        return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+        return {name: copy(name, value) for name, value in network.state_dict().items()}
 
 
 class EngineUpdate:

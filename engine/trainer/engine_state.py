@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.trainer.host_copies import Copy, new_copy
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 KEYS = (WEIGHT, *MOMENTS)
@@ -36,7 +37,9 @@ class Piece:
     """By `KEYS`: float32, the optimizer's own memory."""
 
 
-def shard_of(engine: deepspeed.DeepSpeedEngine, *, zero_stage: int, rank: int) -> Shard:
+def shard_of(
+    engine: deepspeed.DeepSpeedEngine, *, zero_stage: int, rank: int, copy: Copy = new_copy
+) -> Shard:
     """Copies, on the CPU, of what this rank is to write. No rank waits for another.
 
     Without ZeRO every rank updates all weights, and rank 0 writes them.
@@ -47,10 +50,10 @@ def shard_of(engine: deepspeed.DeepSpeedEngine, *, zero_stage: int, rank: int) -
         "step": _adam_step(engine),
         "starts": {name: piece.start for name, piece in pieces.items()},
         "values": {
-            key: {name: _copied(piece.tensors[key]) for name, piece in pieces.items()}
+            key: {name: copy(f"{key} {name}", piece.tensors[key]) for name, piece in pieces.items()}
             for key in KEYS
         },
-        "buffers": {name: _copied(buffer) for name, buffer in buffers.items()},
+        "buffers": {name: copy(f"buffer {name}", buffer) for name, buffer in buffers.items()},
     }
 
 
@@ -239,7 +242,3 @@ def _range(shards: Sequence[Shard], key: str, name: str, start: int, length: int
 def _numel(parameter: nn.Parameter) -> int:
     """Also of a parameter that ZeRO-3 has partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

@@ -133,6 +133,14 @@ class Ranks:
         dist.all_gather(found, rows_NF.contiguous(), group=self._host_group)
         return torch.cat(found)
 
+    def first_text(self, text: str) -> str:
+        """The text of the lowest rank that has one; at most 1000 bytes of it. Collective."""
+        row = torch.zeros(1, 1000, dtype=torch.uint8)
+        encoded = text.encode()[:1000]
+        row[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        rows = [bytes(each.tolist()).rstrip(b"\0") for each in self.gather_rows(row)]
+        return next(filter(None, rows), b"").decode(errors="ignore")
+
     @property
     def _host_group(self) -> dist.ProcessGroup | None:
         return self._hosts[0] if self._hosts else None

@@ -1,12 +1,14 @@
 """Saving the state of a run into a checkpoint, and loading it back."""
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from engine.errors import UserError
 from engine.models.cascade import JointGenerator
+from engine.trainer.averaging import with_own_vectors
 from engine.trainer.checkpoint_meta import (
     GENERATOR,
     Evaluated,
@@ -14,55 +16,44 @@ from engine.trainer.checkpoint_meta import (
     rank_file,
     shard_file,
 )
-from engine.trainer.checkpoints import (
-    Checkpoint,
-    read_tensors,
-    save_tensors,
-    write_checkpoint,
-)
+from engine.trainer.checkpoints import Checkpoint, read_tensors
 from engine.trainer.deepspeed_engines import whole_state
 from engine.trainer.engine_state import check_shards, load_shards, shard_of
+from engine.trainer.host_copies import KeptCopies, new_copy
 from engine.trainer.networks import StageBuilder
-from engine.trainer.retention import keep_newest_and_best
 from engine.trainer.step import Trainer
 
+State = dict[str, torch.Tensor]
 
-def save_run(
-    trainer: Trainer, builder: StageBuilder, *, folder: Path, evaluated: Evaluated | None = None
-) -> Path:
-    """Write a checkpoint of the whole run under `folder`, and remove old ones. Collective.
 
-    `evaluated` is what rank 0 knows of this very step.
+def run_contents(
+    trainer: Trainer, builder: StageBuilder, copies: KeptCopies | None = None
+) -> dict[str, Callable[[], Any]]:
+    """This rank's files of a checkpoint: functions of copies that are made here. Collective.
+
+    With `copies`, in its memory.
     """
     ranks = builder.ranks
-    checkpoint = write_checkpoint(
-        folder,
-        step=trainer.step,
-        write_files=lambda path: write_run_files(trainer, builder, path),
-        facts=run_facts(builder, evaluated),
-        is_main=ranks.is_main,
-        barrier=ranks.barrier,
+    zero_stage = builder.config.stages[builder.number].training.zero_stage
+    contents: dict[str, Callable[[], Any]] = {}
+    for name, engine in _engines(trainer):
+        copy = copies.under(name) if copies else new_copy
+        shard = shard_of(engine, zero_stage=zero_stage, rank=ranks.rank, copy=copy)
+        contents[shard_file(name, ranks.rank)] = partial(_given, shard)
+    contents[rank_file(ranks.rank)] = partial(_given, _rank_state(trainer))
+    copy = copies.under("whole") if copies else new_copy
+    weights = whole_state(
+        trainer.g_engine.module, zero_stage=zero_stage, keep=ranks.is_main, copy=copy
     )
     if ranks.is_main:
-        keep = builder.config.stages[builder.number].training.keep_checkpoints
-        keep_newest_and_best(checkpoint, keep)
-    return checkpoint
+        copy = copies.under("average") if copies else new_copy
+        average = trainer.average.state_dict(copy) if trainer.average else None
+        contents[GENERATOR] = partial(_generator_file, trainer, weights, average)
+    return contents
 
 
-def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None:
-    """This rank's files of a checkpoint, into the folder `path`. Collective."""
-    ranks = builder.ranks
-    zero_stage = builder.config.stages[builder.number].training.zero_stage
-    for name, engine in _engines(trainer):
-        save_tensors(
-            path / shard_file(name, ranks.rank),
-            shard_of(engine, zero_stage=zero_stage, rank=ranks.rank),
-        )
-    weights = whole_state(trainer.g_engine.module, zero_stage=zero_stage, keep=ranks.is_main)
-    save_tensors(path / rank_file(ranks.rank), _rank_state(trainer))
-    if ranks.is_main:
-        average = trainer.average.state_dict() if trainer.average else None
-        save_tensors(path / GENERATOR, _generator_file(trainer, weights, average))
+def _given(value: Any) -> Any:
+    return value
 
 
 def run_facts(builder: StageBuilder, evaluated: Evaluated | None = None) -> RunFacts:
@@ -82,7 +73,9 @@ def run_facts(builder: StageBuilder, evaluated: Evaluated | None = None) -> RunF
 
 
 def load_run(trainer: Trainer, builder: StageBuilder, checkpoint: Checkpoint) -> None:
-    """Restore what `save_run` wrote, on however many ranks. Collective; rank 0 has verified files.
+    """Restore what was written of `run_contents`, on however many ranks. Collective.
+
+    Rank 0 has verified the files.
 
     As many ranks as wrote it go on with the same random numbers, bit for bit. Others draw new
     ones; weights, moments, buffers and clips go on where they were.
@@ -123,18 +116,14 @@ def _rank_state(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _generator_file(
-    trainer: Trainer, weights: dict[str, torch.Tensor], average: dict[str, torch.Tensor] | None
-) -> dict[str, Any]:
+def _generator_file(trainer: Trainer, weights: State, average: State | None) -> dict[str, Any]:
     """State dicts by stage, as sampling and later stages read them; averaged where kept."""
-    return {"generators": generators_for_use(trainer, weights), "average": average}
+    return {"generators": generators_for_use(trainer, weights, average), "average": average}
 
 
-def generators_for_use(
-    trainer: Trainer, weights: dict[str, torch.Tensor]
-) -> dict[int, dict[str, torch.Tensor]]:
+def generators_for_use(trainer: Trainer, weights: State, average: State | None) -> dict[int, State]:
     """What the run has trained, by stage: the average of the weights where it keeps one."""
-    used = trainer.average.generator_state() if trainer.average else weights
+    used = weights if average is None else with_own_vectors(average)
     if not isinstance(trainer.g_engine.module, JointGenerator):
         return {trainer.stage_number: used}
     return {

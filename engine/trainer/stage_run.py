@@ -12,8 +12,10 @@ from engine.errors import UserError
 from engine.models.construction import compute_dtype
 from engine.trainer.acceleration import accelerate, choose_convolutions
 from engine.trainer.checkpoint_meta import Evaluated
+from engine.trainer.checkpoint_writer import CheckpointWriter
 from engine.trainer.checkpoints import CHECKPOINTS, PARTIAL, PREVIOUS, step_name
 from engine.trainer.console import Console
+from engine.trainer.host_copies import KeptCopies
 from engine.trainer.interruption import Agreement
 from engine.trainer.logbook import Logbook, memory_megabytes
 from engine.trainer.networks import SAMPLES, STATISTICS, StageBuilder
@@ -27,7 +29,7 @@ from engine.trainer.previous import (
 from engine.trainer.ranks import Ranks, check_shared
 from engine.trainer.reals import ClipWaits, Reals
 from engine.trainer.retention import is_best
-from engine.trainer.run_state import load_run, save_run
+from engine.trainer.run_state import load_run, run_contents, run_facts
 from engine.trainer.snapshots import Snapshots, measure_real_windows
 from engine.trainer.stage_plan import RunPlan, needs_previous
 from engine.trainer.step import StepStoppedError, Trainer
@@ -204,6 +206,10 @@ class _Run:
         self._training = self._stage.training
         self._folder = plan.options.folder
         self._checkpoints = self._folder / CHECKPOINTS
+        self._writer = CheckpointWriter(
+            self._checkpoints, self._ranks, keep=self._training.keep_checkpoints
+        )
+        self._copies = KeptCopies() if self._training.asynchronous_checkpoints else None
         self._agreement = Agreement(self._ranks, self._training.checkpoint_minutes)
         self._resumed: Path | None = None
         # What this process has loaded from its folder or written there, and how far that is.
@@ -222,6 +228,13 @@ class _Run:
 
     def train(self) -> Ended:
         """All steps that are still to do."""
+        try:
+            return self._train()
+        except BaseException:
+            self._writer.rescue()
+            raise
+
+    def _train(self) -> Ended:
         trainer, training = self._trainer, self._training
         last_step = self._options.max_steps or training.iterations
         checkpoint = self._checkpoints / step_name(trainer.step)
@@ -253,6 +266,7 @@ class _Run:
                 checkpoint = self._saved()
                 break
             step, seconds = trainer.step, time.monotonic() - step_began
+            self._writer.poll()
             waits.add(trainer.seconds_waited - had_waited, seconds)
             self._agreement.step_took(seconds, trainer.num_micro_batches)
             progress.update(step, measures, note=waits.shown)
@@ -280,7 +294,8 @@ class _Run:
                 self._snapshots.write(step, samples, logbook)
             save_is_due = step % training.checkpoint_every == 0 or self._agreement.save_is_due
             if save_is_due or improves or stopping:
-                checkpoint = self._save(evaluated)
+                in_background = training.asynchronous_checkpoints and not stopping
+                checkpoint = self._save(evaluated, wait=not in_background)
             if stopping:
                 break
         progress.close()
@@ -293,6 +308,7 @@ class _Run:
     def _saved(self) -> Path:
         """A checkpoint of where the run is: its own that is there already, or a new one."""
         if self._on_disk is not None and self._on_disk[1] == self._trainer.progress:
+            self._writer.wait()
             return self._on_disk[0]
         return self._save()
 
@@ -306,16 +322,22 @@ class _Run:
     def _evaluate(self) -> tuple[bool, Evaluated | None]:
         """Whether this step was found to be the best so far, and on rank 0 what was found."""
         assert self._evaluation is not None
+        self._writer.wait()  # it may be the best one so far
         evaluated = self._evaluation.measure(self._trainer, self._agreement.goes_on)
         improves = evaluated is not None and is_best(evaluated, self._checkpoints)
         if evaluated is not None:
             self._console.say(evaluated.line(self._trainer.step, is_best=improves))
         return bool(self._ranks.broadcast(int(improves))), evaluated
 
-    def _save(self, evaluated: Evaluated | None = None) -> Path:
-        checkpoint = save_run(
-            self._trainer, self._builder, folder=self._checkpoints, evaluated=evaluated
-        )
+    def _save(self, evaluated: Evaluated | None = None, *, wait: bool = True) -> Path:
+        """Write a checkpoint, or only begin to; the path that it has or will have. Collective."""
+        self._writer.wait()  # it reads the copies that are made next
+        facts, step = run_facts(self._builder, evaluated), self._trainer.step
+        contents = run_contents(self._trainer, self._builder, self._copies)
+        self._writer.start(step, facts, contents)
+        checkpoint = self._checkpoints / step_name(step)
+        if wait:
+            self._writer.wait()
         self._agreement.saved()
         self._on_disk = checkpoint, self._trainer.progress
         return checkpoint

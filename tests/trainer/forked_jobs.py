@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import resource
 import runpy
 import signal
 import sys
@@ -173,6 +174,10 @@ def become_rank(
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND if descriptor else os.O_RDONLY
         os.dup2(os.open(file, flags), descriptor)
     code = 1
+    if "FULL_DISK_BYTES" in variables:  # no file of this rank grows beyond: it fails as if full
+        limit = int(variables["FULL_DISK_BYTES"])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         JOBS[function](*arguments)
         code = 0

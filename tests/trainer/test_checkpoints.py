@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import FACTS, forge_meta, write_small
+from checkpoint_files import forge_meta, write_small
 from small_runs import Tiny, contents, differences, full_disk, logged, sample
 
 from engine.errors import UserError
@@ -21,7 +21,6 @@ from engine.trainer.checkpoints import (
     open_checkpoint,
     read_tensors,
     sha256,
-    write_checkpoint,
     write_tensors,
 )
 from engine.trainer.retention import keep_newest_and_best
@@ -64,22 +63,10 @@ def test_files_are_on_the_disk_before_they_have_their_name(
     monkeypatch.setattr(checkpoints, "put_on_disk", put.append)
     monkeypatch.setattr(Path, "rename", lambda path, final: put.append(final))
 
-    def write_files(path: Path) -> None:
-        (path / "inner").mkdir()
-        (path / "inner" / "file").touch()
-
-    final = write_checkpoint(
-        tmp_path,
-        step=1,
-        write_files=write_files,
-        facts=FACTS,
-        is_main=True,
-        barrier=lambda: None,
-    )
+    final = write_small(tmp_path, 1)
     partial = final.with_name(final.name + checkpoints.PARTIAL)
-    names = ("", META, "inner", "inner/file")
-    assert set(put[:-2]) == {partial / name for name in names}
-    assert put[-2:] == [final, tmp_path]
+    assert set(put[:-4]) == {partial / name for name in FILES}
+    assert put[-4:] == [partial / META, partial, final, tmp_path]
 
 
 def test_an_interrupted_write_is_ignored_and_cleaned_up(tiny: Tiny, run: Path) -> None:
