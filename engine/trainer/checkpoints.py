@@ -25,7 +25,14 @@ from typing import Any
 import torch
 
 from engine.configuration import Config, config_from_tree
-from engine.durable_files import PARTIAL, put_in_place, put_on_disk, reading, writing
+from engine.durable_files import (
+    PARTIAL,
+    put_in_place,
+    put_on_disk,
+    reading,
+    remove_partials,
+    writing,
+)
 from engine.errors import UserError
 from engine.trainer.checkpoint_meta import (
     GENERATOR,
@@ -155,8 +162,7 @@ def write_checkpoint(
     partial = final.with_name(final.name + PARTIAL)
     with writing(final):
         if is_main:
-            for interrupted in folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(interrupted)
+            remove_partials(folder)
             partial.mkdir(parents=True)
         barrier()
         write_files(partial)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from engine.durable_files import check_space
 from engine.errors import UserError
 from engine.models.cascade import JointGenerator
 from engine.trainer.checkpoint_meta import (
@@ -18,10 +19,11 @@ from engine.trainer.checkpoints import (
     Checkpoint,
     read_tensors,
     save_tensors,
+    step_name,
     write_checkpoint,
 )
 from engine.trainer.deepspeed_engines import whole_state
-from engine.trainer.engine_state import check_shards, load_shards, shard_of
+from engine.trainer.engine_state import check_shards, load_shards, numel, shard_of
 from engine.trainer.networks import StageBuilder
 from engine.trainer.retention import keep_newest_and_best
 from engine.trainer.step import Trainer
@@ -35,6 +37,8 @@ def save_run(
     `evaluated` is what rank 0 knows of this very step.
     """
     ranks = builder.ranks
+    if ranks.is_main:
+        check_space(folder / step_name(trainer.step), least_bytes(trainer))
     checkpoint = write_checkpoint(
         folder,
         step=trainer.step,
@@ -47,6 +51,19 @@ def save_run(
         keep = builder.config.stages[builder.number].training.keep_checkpoints
         keep_newest_and_best(checkpoint, keep)
     return checkpoint
+
+
+def least_bytes(trainer: Trainer) -> int:
+    """What a checkpoint takes at least, of all ranks: float32 weights, and two moments of each.
+
+    And the generator's weights again, for sampling. Buffers, random states and an average come on
+    top of that: a disk that is refused is certainly too small.
+    """
+    updated = [p for _, engine in _engines(trainer) for p in engine.module.parameters()]
+    sampled = trainer.g_engine.module.parameters()
+    return sum(3 * 4 * numel(p) for p in updated) + sum(
+        p.element_size() * numel(p) for p in sampled
+    )
 
 
 def write_run_files(trainer: Trainer, builder: StageBuilder, path: Path) -> None:
