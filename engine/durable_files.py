@@ -66,6 +66,31 @@ def remove_folder(folder: Path) -> None:
         raise UserError(f"cannot remove {folder}: {error.strerror or error}") from None
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what was never finished in `folder`; UserError when something cannot be.
+
+    Only for whoever has the folder alone: what another process is writing looks the same.
+    """
+    for partial in folder.glob(f"*{PARTIAL}"):
+        if partial.is_dir() and not partial.is_symlink():
+            remove_folder(partial)
+        else:
+            with writing(partial):
+                partial.unlink()
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """UserError when the disk of `path`, which need not exist yet, has no room for so much."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with writing(path):
+        free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"cannot write {path}: it takes {num_bytes / 1e6:,.1f} MB, and its disk has "
+            f"{free / 1e6:,.1f} MB left; free some space, and the same command goes on"
+        )
+
+
 def write_json(path: Path, tree: dict[str, Any]) -> None:
     """Write a file, whole or not at all, and its folder. Raises UserError when it cannot be."""
     with writing(path):

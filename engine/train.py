@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory
 from engine.batches import accumulation_steps
 from engine.command_line import ArgumentParser, find_config, report, run
 from engine.configuration import Config, Training, load_config
+from engine.durable_files import remove_partials
 from engine.errors import UserError
+from engine.trainer.checkpoints import CHECKPOINTS
 from engine.trainer.console import Console
 from engine.trainer.failing_ranks import give_up, wait_for_the_end
 from engine.trainer.folder_lock import FolderLock
@@ -133,6 +135,8 @@ def main(arguments: list[str]) -> int:
         plan = settle(options, ranks)
         # Before anything is written there; the other ranks join when all are connected.
         lock = FolderLock(plan.options.folder, is_main=True) if ranks.is_main else None
+        if ranks.is_main:  # before anything grows there: these may be what fills the disk
+            remove_partials(plan.options.folder / CHECKPOINTS)
         console = Console(is_main=ranks.is_main)
         console.capture(plan.options.folder / "logs" / f"rank-{ranks.rank:05d}.log")
     except UserError:

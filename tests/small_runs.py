@@ -192,6 +192,23 @@ def full_disk(free_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
+    """A file system of its own in `folder`, in memory; skips the test where none may be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def free_port() -> int:
     """A port for a launcher, so that several tests can run at once."""
     with socket.socket() as probe:

@@ -49,12 +49,19 @@ class CheckpointWriter:
     def _final(self) -> Path:
         return self._partial.with_name(self._partial.name.removesuffix(PARTIAL))
 
-    def start(self, step: int, facts: RunFacts, contents: Contents) -> None:
-        """Begin to write; wait for the one before first. Raises UserError as `wait` does."""
+    def start(
+        self, step: int, facts: RunFacts, contents: Contents, *, least_bytes: int = 0
+    ) -> None:
+        """Begin to write; wait for the one before first. Raises UserError as `wait` does.
+
+        Also where the disk has not even room for `least_bytes`, of all ranks.
+        """
         self.wait()
         self._told, self._error = (step, facts), None
         try:
-            self._partial = begin_checkpoint(self._folder, step, make=self._ranks.is_main)
+            self._partial = begin_checkpoint(
+                self._folder, step, make=self._ranks.is_main, num_bytes=least_bytes
+            )
         except UserError as error:
             self._error = error
         self._agree(_FAILED if self._error else _DONE)

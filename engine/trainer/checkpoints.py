@@ -27,7 +27,15 @@ from typing import Any
 import torch
 
 from engine.configuration import Config, config_from_tree
-from engine.durable_files import PARTIAL, put_in_place, put_on_disk, reading, writing
+from engine.durable_files import (
+    PARTIAL,
+    check_space,
+    put_in_place,
+    put_on_disk,
+    reading,
+    remove_partials,
+    writing,
+)
 from engine.errors import UserError
 from engine.trainer.checkpoint_meta import (
     GENERATOR,
@@ -139,17 +147,18 @@ class Checkpoint:
         return generators
 
 
-def begin_checkpoint(folder: Path, step: int, *, make: bool) -> Path:
+def begin_checkpoint(folder: Path, step: int, *, make: bool, num_bytes: int = 0) -> Path:
     """The folder to write into: `folder/step-….partial`, which one rank makes.
 
-    What was left of another that was not finished is removed first. Raises UserError.
+    What was left of another that was not finished is removed first. Raises UserError, also where
+    the disk has no room for `num_bytes`.
     """
     final = folder / step_name(step)
     partial = final.with_name(final.name + PARTIAL)
     if make:
         with writing(final):
-            for interrupted in folder.glob(f"*{PARTIAL}"):
-                shutil.rmtree(interrupted)
+            remove_partials(folder)
+            check_space(final, num_bytes)
             partial.mkdir(parents=True)
     return partial
 

@@ -91,7 +91,7 @@ def check_shards(network: nn.Module, shards: Sequence[Shard], source: str) -> No
 
 
 def _problem(network: nn.Module, shards: Sequence[Shard]) -> str | None:
-    sizes = {name: _numel(parameter) for name, parameter in network.named_parameters()}
+    sizes = {name: numel(parameter) for name, parameter in network.named_parameters()}
     for number, shard in enumerate(shards):
         if not _is_shard(shard):
             return f"holds no shard of a network (rank {number})"
@@ -239,6 +239,6 @@ def _range(shards: Sequence[Shard], key: str, name: str, start: int, length: int
     return row
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def numel(parameter: nn.Parameter) -> int:
     """Also of a parameter that ZeRO-3 has partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

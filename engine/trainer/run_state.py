@@ -18,7 +18,7 @@ from engine.trainer.checkpoint_meta import (
 )
 from engine.trainer.checkpoints import Checkpoint, read_tensors
 from engine.trainer.deepspeed_engines import whole_state
-from engine.trainer.engine_state import check_shards, load_shards, shard_of
+from engine.trainer.engine_state import check_shards, load_shards, numel, shard_of
 from engine.trainer.host_copies import KeptCopies, new_copy
 from engine.trainer.networks import StageBuilder
 from engine.trainer.step import Trainer
@@ -54,6 +54,19 @@ def run_contents(
 
 def _given(value: Any) -> Any:
     return value
+
+
+def least_bytes(trainer: Trainer) -> int:
+    """What a checkpoint takes at least, of all ranks: float32 weights, and two moments of each.
+
+    And the generator's weights again, for sampling. Buffers, random states and an average come on
+    top of that: a disk that is refused is certainly too small.
+    """
+    updated = [p for _, engine in _engines(trainer) for p in engine.module.parameters()]
+    sampled = trainer.g_engine.module.parameters()
+    return sum(3 * 4 * numel(p) for p in updated) + sum(
+        p.element_size() * numel(p) for p in sampled
+    )
 
 
 def run_facts(builder: StageBuilder, evaluated: Evaluated | None = None) -> RunFacts:

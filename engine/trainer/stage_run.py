@@ -29,7 +29,7 @@ from engine.trainer.previous import (
 from engine.trainer.ranks import Ranks, check_shared
 from engine.trainer.reals import ClipWaits, Reals
 from engine.trainer.retention import is_best
-from engine.trainer.run_state import load_run, run_contents, run_facts
+from engine.trainer.run_state import least_bytes, load_run, run_contents, run_facts
 from engine.trainer.snapshots import Snapshots, measure_real_windows
 from engine.trainer.stage_plan import RunPlan, needs_previous
 from engine.trainer.step import StepStoppedError, Trainer
@@ -334,7 +334,8 @@ class _Run:
         self._writer.wait()  # it reads the copies that are made next
         facts, step = run_facts(self._builder, evaluated), self._trainer.step
         contents = run_contents(self._trainer, self._builder, self._copies)
-        self._writer.start(step, facts, contents)
+        needed = least_bytes(self._trainer)
+        self._writer.start(step, facts, contents, least_bytes=needed)
         checkpoint = self._checkpoints / step_name(step)
         if wait:
             self._writer.wait()

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, and checked when read. test_planted_pickles.py has the rest."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import product
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import forge_meta, write_small
-from small_runs import Tiny, contents, differences, full_disk, logged, sample
+from small_runs import Tiny, contents, differences, full_disk, logged, sample, small_disk
 
 from engine.errors import UserError
 from engine.trainer import checkpoints
@@ -116,6 +117,55 @@ def test_a_full_disk_loses_nothing(tiny: Tiny, run: Path, tmp_path: Path) -> Non
         open_checkpoint(newest(run)).verify()
     assert differences(contents(tiny.trained(1, run, *command)), expected) == []
     assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4]
+
+
+def test_what_was_never_finished_is_gone_before_anything_is_written(tiny: Tiny, run: Path) -> None:
+    """It may be what fills the disk, and the log is written long before the next checkpoint."""
+    checkpoints = run / "stage1/checkpoints"
+    shutil.copytree(newest(run), checkpoints / "step-00000003.partial")
+    (checkpoints / "best.partial").symlink_to("step-00000001")  # cut off before it was `best`
+    with full_disk(7_000):
+        assert "cannot write" in (error := tiny.train(1, run, "--max-steps", "3").error)
+    assert "samples/step-00000003.mp4" in error  # it did not come as far as a checkpoint
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+    tiny.trained(1, run, "--max-steps", "3")
+
+
+def test_no_space_is_told_before_anything_is_written(
+    tiny: Tiny, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, usage = run / "stage1/checkpoints", shutil.disk_usage(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
+        error = tiny.train(1, run, "--max-steps", "3").error
+    told = re.fullmatch(
+        f"error: cannot write {checkpoints}/step-00000003: it takes (.+) MB, and its disk has "
+        "0.0 MB left; free some space, and the same command goes on",
+        error,
+    )
+    assert told is not None, error
+    written = sum(file.stat().st_size for file in newest(run).iterdir())
+    assert 0.3 * written < 1e6 * float(told[1]) <= written  # files of such tiny tensors hold names
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["step-00000001", "step-00000002"]
+    tiny.trained(1, run, "--max-steps", "3")
+
+
+def test_a_disk_that_is_full_of_an_unfinished_checkpoint(
+    tiny: Tiny, run: Path, tmp_path: Path
+) -> None:
+    """A real one: the same command makes room itself."""
+    size = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+    disk = tmp_path / "disk"
+    with small_disk(disk, 4 * size + 2**20):
+        shutil.copytree(run, disk, dirs_exist_ok=True)
+        partial = disk / "stage1/checkpoints/step-00000003.partial"
+        partial.mkdir()
+        with pytest.raises(OSError, match="No space left"):
+            (partial / "half").write_bytes(bytes(4 * size + 2**20))
+        assert shutil.disk_usage(disk).free == 0
+        assert tiny.trained(1, disk, "--max-steps", "3").name == "step-00000003"
 
 
 def test_a_full_disk_leaves_no_half_of_the_frozen_stages(
