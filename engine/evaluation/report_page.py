@@ -13,6 +13,7 @@ table { border-collapse: collapse; } td, th { padding: .25rem .7rem; text-align:
 td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
 tr + tr { border-top: 1px solid #ddd; } small, .range { color: #666; } .blind { color: #b30000; }
 .range { white-space: nowrap; font-size: 85%; }
+#metrics td:last-child { min-width: 12rem; }
 .plain td { text-align: left; overflow-wrap: anywhere; vertical-align: top; }
 .plain td:first-child { white-space: nowrap; }
 pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }

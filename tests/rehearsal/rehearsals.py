@@ -30,6 +30,7 @@ if __name__ == "__main__":
                     ],
                     "meta_bytes": found.layout.meta_bytes,
                     "previous": found.layout.previous and asdict(found.layout.previous),
+                    "num_accumulated": found.num_accumulated,
                     "num_files": found.layout.num_files,
                     "partitions": [asdict(partition) for partition in found.partitions],
                     "shares": asdict(found.shares),
