@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,6 +128,13 @@ class Ranks:
         found = [torch.empty_like(rows_NF) for _ in range(self.world_size)]
         dist.all_gather(found, rows_NF.contiguous(), group=self._host_group)
         return torch.cat(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        """All ranks' values, which may be anything that pickles, on every rank. Collective."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value, group=self._host_group)
+        return found
 
     @property
     def _host_group(self) -> dist.ProcessGroup | None:

@@ -41,6 +41,11 @@ def by_kind(rejects: Iterable[Reject]) -> list[tuple[int, Reject]]:
     return [(counts[key], examples[key]) for key in ordered]
 
 
+def unusable(rejects: Iterable[Reject]) -> list[Reject]:
+    """The videos among them that cannot be used: not those left out or missing, nor other files."""
+    return [reject for reject in rejects if _rank(reject) == 0]
+
+
 def _rank(reject: Reject) -> int:
     if reject.reason.startswith(MISSING):
         return 3
