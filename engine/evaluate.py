@@ -95,6 +95,11 @@ def _parser() -> ArgumentParser:
         metavar="DIR",
         help="where features are kept (default: data/features)",
     )
+    add(
+        "--follow-symlinks",
+        action="store_true",
+        help="also read symbolic links that lead out of a folder of videos; an error otherwise",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     return parser
 
@@ -160,7 +165,7 @@ def main(arguments: list[str]) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU was found")
     device = device_named(options.device)
-    real = open_source(options.real)
+    real = open_source(options.real, follow_symlinks=options.follow_symlinks)
     for file in (options.out, options.report):
         if file is not None:
             make_writable_folder(file.parent)
@@ -178,7 +183,7 @@ def main(arguments: list[str]) -> None:
         )
     evaluation = evaluate(
         real,
-        open_source(folder),
+        open_source(folder, follow_symlinks=options.follow_symlinks),
         protocol,
         metrics,
         network,

@@ -50,7 +50,13 @@ def _opened(data: Data, make: bool, say: Callable[[str], None]) -> tuple[VideoIn
     if make and (outdated or not index_path.exists()):
         _check_small(path, index_path)
         say(f"indexing the videos in {path}{' again, in the present format' if outdated else ''}")
-        build_index(path, index_path, num_workers=workers, progress=False)
+        _, rejects = build_index(path, index_path, num_workers=workers, progress=False)
+        if rejected := unusable(rejects):
+            _, example = by_kind(rejected)[0]
+            say(
+                f"{len(rejected)} videos are left out, e.g. {example.path}: {example.reason}; "
+                f"{rejects_path(index_path)} lists all"
+            )
         return VideoIndex.load(index_path), index_path
     index = VideoIndex.load(index_path)
     if make and data.procedural is None and len(index.entries) <= MAX_FILES_INDEXED_HERE:
@@ -149,7 +155,8 @@ def _say_changes(index: VideoIndex, index_path: Path, say: Callable[[str], None]
 
     Said, not done: a run on another data set cannot be continued exactly.
     """
-    found = set(map(as_text, files_below(index.root, index_path)))
+    below = files_below(index.root, index_path, follow_symlinks=index.follow_symlinks)
+    found = {as_text(each.path) for each in below}
     used = {entry.path for entry in index.entries}
     new = sorted(found - used - {reject.path for reject in load_rejects(index_path)})
     gone = sorted(used - found)

@@ -54,6 +54,7 @@ class _Header:
     version: int
     root: str
     classes: list[str]
+    follow_symlinks: bool = False
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -68,6 +69,8 @@ class VideoIndex:
     root: Path
     classes: tuple[str, ...]
     entries: tuple[VideoEntry, ...]
+    follow_symlinks: bool = False
+    """Whether symbolic links that lead out of root may be read."""
 
     def path(self, number: int) -> Path:
         """The absolute path of entry `number`."""
@@ -90,7 +93,7 @@ class VideoIndex:
         A root at or below the index's own folder is stored relative to it: both can move together.
         """
         path = Path(path)
-        header = header_for(path, self.root, self.classes)
+        header = header_for(path, self.root, self.classes, follow_symlinks=self.follow_symlinks)
         write_lines(path, [header, *(asdict(entry) for entry in self.entries)])
 
     @classmethod
@@ -123,16 +126,19 @@ class VideoIndex:
                 raise UserError(f"{path}, line {number}: {_first(error)}") from None
         if not entries:
             raise UserError(f"{path} lists no videos")
-        return cls(path.parent.resolve() / header.root, tuple(header.classes), tuple(entries))
+        root = path.parent.resolve() / header.root
+        return cls(root, tuple(header.classes), tuple(entries), header.follow_symlinks)
 
 
-def header_for(path: Path, root: Path, classes: Iterable[str] = ()) -> dict[str, Any]:
+def header_for(
+    path: Path, root: Path, classes: Iterable[str] = (), *, follow_symlinks: bool = False
+) -> dict[str, Any]:
     """The first line of the index of `root` at `path`."""
     try:
         stored = root.resolve().relative_to(path.parent.resolve()).as_posix()
     except ValueError:
         stored = str(root.resolve())
-    return asdict(_Header(FORMAT, VERSION, stored, list(classes)))
+    return asdict(_Header(FORMAT, VERSION, stored, list(classes), follow_symlinks))
 
 
 def indexed_folder(path: Path) -> Path | None:

@@ -8,6 +8,7 @@ read, not on when threads come to them. Clips are [B, T, H, W, C], C = 3 (RGB), 
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +22,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.video.containers import RejectedError
 from engine.video.decoding import decode_window
+from engine.video.folders import NOT_INDEXED, leads_out
 from engine.video.index import VideoIndex
 from engine.video.keyframes import unpack
 from engine.video.sampler import ClipRequest
@@ -112,6 +114,7 @@ class IndexedFiles:
         self, index: VideoIndex, replacements: Callable[[int], Iterable[ClipRequest]] = _none
     ) -> None:
         self.index = index
+        self._real_root = os.path.realpath(index.root)
         self._replacements = replacements
         self._given_up: dict[int, str] = {}
         self._same_content: dict[int, tuple[int, int]] = {}
@@ -144,6 +147,8 @@ class IndexedFiles:
         if video in self._given_up:
             raise FailedFileError(video, self._given_up[video])
         entry, path = self.index.entries[video], self.index.path(video)
+        if not self.index.follow_symlinks and leads_out(path, self._real_root):
+            raise FailedFileError(video, f"{path} is {NOT_INDEXED}")
         try:
             status = path.stat()
             stamp = status.st_size, status.st_mtime_ns
