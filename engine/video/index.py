@@ -6,6 +6,7 @@ stands beside it in `<name>.rejects.jsonl`. `engine.video.indexing.build_index` 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -118,10 +119,15 @@ class VideoIndex:
                 f"{path} is '{header.format}' version {header.version}, not '{FORMAT}' version "
                 f"{VERSION}; make it again with engine/prepare.py"
             )
+        if _climbs(header.root):
+            raise UserError(
+                f"{path}, line 1: root {header.root!r} leads out of the index's own folder; "
+                f"make it again with engine/prepare.py"
+            )
         entries = []
         for number, line in enumerate(lines[1:], start=2):
             try:
-                entries.append(_checked(_ENTRY.validate_json(line), len(header.classes)))
+                entries.append(parse_entry(line, len(header.classes)))
             except ValueError as error:  # pydantic's ValidationError is one
                 raise UserError(f"{path}, line {number}: {_first(error)}") from None
         if not entries:
@@ -159,7 +165,12 @@ def _header(path: Path) -> _Header | None:
             header = _HEADER.validate_json(file.readline())
     except (OSError, ValueError):
         return None
-    return header if header.format == FORMAT else None
+    return header if header.format == FORMAT and not _climbs(header.root) else None
+
+
+def _climbs(root: str) -> bool:
+    """Whether it is no root that `header_for` writes: one in the index's folder, or absolute."""
+    return ".." in PurePosixPath(root).parts or "\0" in root
 
 
 def as_text(path: str) -> str:
@@ -194,16 +205,18 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
         put_in_place(aside, path)
 
 
-def _checked(entry: VideoEntry, num_classes: int) -> VideoEntry:
+def parse_entry(line: str, num_classes: int) -> VideoEntry:
+    """A video's line. Raises ValueError for what `VideoIndex.save` does not write."""
+    entry = _ENTRY.validate_json(line)
     path = PurePosixPath(entry.path)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in entry.path:
         raise ValueError(f"path {entry.path!r} leads out of the data set")
     if entry.label is None and num_classes:
         raise ValueError("label is missing")
     if entry.label is not None and not 0 <= entry.label < num_classes:
         raise ValueError(f"label {entry.label}, but there are {num_classes} classes")
-    if min(entry.num_frames, entry.width, entry.height) < 1:
-        raise ValueError("num_frames, width and height must be positive")
+    if min(entry.num_frames, entry.width, entry.height) < 1 or not 0 < entry.fps < math.inf:
+        raise ValueError("num_frames, width, height and fps must be positive")
     if entry.rotation not in (0, 90, 180, 270):
         raise ValueError(f"rotation {entry.rotation} is no quarter turn")
     unpack(entry.keyframes)
