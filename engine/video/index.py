@@ -20,6 +20,8 @@ from engine.video.inspection import VideoFacts
 from engine.video.keyframes import unpack
 
 FORMAT, VERSION = "ssw-gan video index", 4
+# Beyond any file that was judged; without limits a damaged index could ask for terabytes.
+_MOST_FRAMES, _MOST_PIXELS = 2**31 - 1, 2**18
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -116,7 +118,7 @@ class VideoIndex:
             ) from None
         if (header.format, header.version) != (FORMAT, VERSION):
             raise UserError(
-                f"{path} is '{header.format}' version {header.version}, not '{FORMAT}' version "
+                f"{path} is {header.format!r} version {header.version}, not '{FORMAT}' version "
                 f"{VERSION}; make it again with engine/prepare.py"
             )
         if _climbs(header.root):
@@ -217,6 +219,8 @@ def parse_entry(line: str, num_classes: int) -> VideoEntry:
         raise ValueError(f"label {entry.label}, but there are {num_classes} classes")
     if min(entry.num_frames, entry.width, entry.height) < 1 or not 0 < entry.fps < math.inf:
         raise ValueError("num_frames, width, height and fps must be positive")
+    if entry.num_frames > _MOST_FRAMES or max(entry.width, entry.height) > _MOST_PIXELS:
+        raise ValueError("num_frames, width or height is more than any video's")
     if entry.rotation not in (0, 90, 180, 270):
         raise ValueError(f"rotation {entry.rotation} is no quarter turn")
     unpack(entry.keyframes)

@@ -450,6 +450,8 @@ def test_fingerprint_sees_content_labels_and_paths_but_not_the_root(tmp_path: Pa
         ({"path": "/etc/passwd"}, "leads out of the data set"),
         ({"path": "a/\0"}, "leads out of the data set"),
         ({"fps": 0.0}, "must be positive"),
+        ({"width": 2**63}, "is more than any video's"),
+        ({"num_frames": 10**30}, "is more than any video's"),
         ({"fps": float("nan")}, "must be positive"),
         ({"num_frames": "5"}, "num_frames"),
         ({"num_frames": 0}, "must be positive"),
