@@ -19,12 +19,17 @@ from engine.video.indexing import build_index
 from engine.video.writing import write_mp4
 
 
+MOST_SECONDS = 30
+"""For one of them. The slowest takes two, and far more where other processes want every core."""
+
+
 @pytest.fixture
 def check_all(pytestconfig: pytest.Config) -> Callable[[Judge], None]:
     """Judges as many as were asked for."""
 
     def check(judge: Judge) -> None:
-        found = list(verdicts(seeds_of(pytestconfig, 100), judge))
+        seeds = seeds_of(pytestconfig, 100)
+        found = list(verdicts(seeds, judge, most_seconds=MOST_SECONDS))
         accepted = sum(not verdict.reason and not verdict.defect for verdict in found)
         slowest = max(found, key=lambda verdict: verdict.seconds)
         print(f"{len(found)} mutants, {accepted} accepted; {slowest.seed}: {slowest.seconds:.2f} s")
