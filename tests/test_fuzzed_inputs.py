@@ -18,7 +18,6 @@ import engine.export
 from engine.video.indexing import build_index
 from engine.video.writing import write_mp4
 
-
 MOST_SECONDS = 30
 """For one of them. The slowest takes two, and far more where other processes want every core."""
 
