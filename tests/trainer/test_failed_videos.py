@@ -1,6 +1,7 @@
 """Videos that break while a stage trains: replaced and told, and past a share the run is saved."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from small_runs import Tiny, contents, differences, logged
 from engine.trainer.step import Trainer
 from engine.video.index import VideoIndex
 
+# The second where it is removed between the comparison with the index and the reading.
+GONE = r"(cannot read .+?|cannot decode .+?: cannot be read): No such file or directory"
 MANY = ("--set", "data.max_failed=0.5")
 
 
@@ -56,13 +59,14 @@ def test_a_video_that_breaks_is_replaced_counted_and_named(
     options = ("--data", data, "--max-steps", "5", *MANY)
     done = tiny.train(1, tmp_path / "out", *options)
     assert done.code == 0, done.err
-    assert done.out.count("note: cannot read") == 1
+    assert len(re.findall(f"note: {GONE}", done.out)) == 1
     replaced = [line["replaced_clips"] for line in logged(tmp_path / "out" / "stage1")]
     assert replaced[0] == 0
     assert replaced[-2:] == [1, 1]  # what was decoded ahead is used up
     (line,) = failed(tmp_path / "out")
     assert line["video"] == path.relative_to(data).as_posix()
-    assert line["problem"] == f"cannot read {path}: No such file or directory"
+    assert re.fullmatch(GONE, line["problem"])
+    assert str(path) in line["problem"]
     assert line["step"] == 1 + replaced.index(1)
 
 
@@ -90,7 +94,7 @@ def test_more_than_a_share_of_them_ends_the_run_saved(
     breaking[1] = paths[:2]
     options = ("--data", data, "--set", "data.max_failed=0.2", "--max-steps", "6")
     error = tiny.train(1, out, *options).error
-    assert "2 of 8 videos have failed, e.g. cannot read" in error
+    assert re.search(f"2 of 8 videos have failed, e.g. {GONE}", error)
     assert "data.max_failed is 0.2" in error
     saved = sorted((out / "stage1" / "checkpoints").glob("step-*"))[-1]
     assert f"saved {saved}" in error
@@ -117,7 +121,7 @@ def test_where_all_are_gone_the_run_is_saved(
     out = tmp_path / "out"
     options = ("--data", data, "--set", "data.max_failed=1", "--max-steps", "9")
     error = tiny.train(1, out, *options).error
-    assert "none of 65 videos can be read, e.g. cannot read" in error
+    assert re.search(f"none of 65 videos can be read, e.g. {GONE}", error)
     saved = sorted((out / "stage1" / "checkpoints").glob("step-*"))[-1]
     assert f"saved {saved}" in error
     # At the start there is nothing to save.

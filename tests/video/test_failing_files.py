@@ -200,7 +200,8 @@ def test_a_copied_file_that_is_replaced_later_is_noticed(tmp_path: Path) -> None
     clips = loader(index)
     next(clips)
     path.write_bytes(bytes(reversed(path.read_bytes())))
-    with pytest.raises(UserError, match="has changed since it was indexed"):
+    # The second where it is replaced between the comparison and the reading.
+    with pytest.raises(UserError, match=r"has changed since it was indexed|cannot decode"):
         take(clips, 9)
     clips.close()
 
@@ -301,7 +302,8 @@ def test_where_nothing_can_be_read_any_more_a_clip_is_repeated(
     assert torch.equal(last, last[:1].expand_as(last))
     assert last.shape == before.shape
     assert re.fullmatch(
-        rf"none of \d+ videos can be read, e\.g\. cannot read {path}: .*", str(clips.failure)
+        rf"none of \d+ videos can be read, e\.g\. cannot (read|decode) {path}: .*",
+        str(clips.failure),
     )
     assert clips.state_dict()["position"] == 30
     assert clips.take_failures().num_replaced >= 3
