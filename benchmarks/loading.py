@@ -169,7 +169,8 @@ def _dali_decoding(source: Source) -> Pull:
 @contextmanager
 def pipeline(source: Source) -> Iterator[Pull]:
     """The whole pipeline, uint8 clips at the configuration's resolution."""
-    stream = open_stream(source.index, source.requests(), source.decoder, source.settings)
+    files = IndexedFiles(source.index)
+    stream = open_stream(files, source.requests(), source.decoder, source.settings)
     with closing(stream):
         yield source.finished(partial(next, stream))
 

@@ -27,6 +27,7 @@ BASE_RESOLUTION = 4  # the linear layer's output, in pixels (paper)
 PositiveInt = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0)]  # numpy's generators take no other
 PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Multipliers = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
@@ -67,6 +68,12 @@ class Data(Section):
     decoder: Literal["auto", "dali-cpu", "dali-gpu", "pyav"] = "auto"
     num_threads: PositiveInt | None = None
     """Decoding threads per rank; None: its share of the machine's cores."""
+    max_rejected: Share = 0.5
+    """The share of the videos that indexing may have rejected. Of whole data sets it rejects a few
+    percent: where it is most of them, the folder is not what its user takes it for."""
+    max_failed: Share = 0.05
+    """The share of a stage's videos that may fail during training, their clips being replaced. With
+    more of them gone, the run would no longer be on the data set that it is said to be on."""
 
 
 class GeneratorSettings(Section):

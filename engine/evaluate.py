@@ -103,6 +103,11 @@ def _parser() -> ArgumentParser:
         metavar="DIR",
         help="where features are kept (default: data/features)",
     )
+    add(
+        "--follow-symlinks",
+        action="store_true",
+        help="also read symbolic links that lead out of a folder of videos; an error otherwise",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it
     return parser
@@ -201,7 +206,7 @@ def evaluate_on(options: argparse.Namespace, ranks: "Ranks") -> None:
         raise UserError("--device cuda: no GPU was found")
     if options.device == "cpu":
         ranks = replace(ranks, device=torch.device("cpu"))
-    real = open_source(options.real)
+    real = open_source(options.real, follow_symlinks=options.follow_symlinks)
     for file in (options.out, options.report):
         if file is not None:
             make_writable_folder(file.parent)
@@ -221,7 +226,7 @@ def evaluate_on(options: argparse.Namespace, ranks: "Ranks") -> None:
         )
     evaluation = evaluate_together(
         real,
-        open_source(folder),
+        open_source(folder, follow_symlinks=options.follow_symlinks),
         protocol,
         metrics,
         network,

@@ -133,8 +133,14 @@ class ExportedCascade:
         found = {}
         for number in range(1, self.stage_number + 1):
             weights = _below(f"stages.{number}.weights.", tensors)
-            with torch.device("meta"):
-                expected = build_generator(config, number).state_dict()
+            try:
+                with torch.device("meta"):
+                    expected = build_generator(config, number).state_dict()
+            except (RuntimeError, TypeError, ValueError) as error:  # sizes past what is counted
+                raise UserError(
+                    f"{self.path / CONFIG}: no network of stage {number} can be built: "
+                    f"{str(error).partition(chr(10))[0]}"
+                ) from None
             _check_same(expected, weights, f"{path}: stage {number}")
             found[number] = weights, _below(f"stages.{number}.statistics.", tensors)
         return found
@@ -151,7 +157,7 @@ def find_trained(path: Path) -> TrainedCascade:
         with reading(path / CONFIG):
             tree = json.loads((path / CONFIG).read_text())
         found = tree["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):  # brackets without end
         raise UserError(f"{path / CONFIG} is not an exported cascade's") from None
     if found != FORMAT:
         raise UserError(f"{path} has export format {found}; this version reads {FORMAT}")

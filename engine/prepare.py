@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> None:
     judging: dict[str, Any] = {
         "annotations": options.annotations,
         "classes": options.classes,
+        "follow_symlinks": options.follow_symlinks,
         "num_workers": options.workers,
         "say": lambda line: print(f"note: {line}"),
     }
@@ -99,6 +100,11 @@ def _parser() -> ArgumentParser:
         type=Path,
         help="all classes in the order of their labels: a name per line, or as in UCF101's "
         "classInd.txt; videos of others are rejected",
+    )
+    parser.add_argument(
+        "--follow-symlinks",
+        action="store_true",
+        help="also read symbolic links that lead out of DIR; they are rejected otherwise",
     )
     parser.add_argument(
         "--workers",

@@ -30,9 +30,8 @@ with contextlib.suppress(AttributeError, OSError):  # Linux's, and not in every 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mutants",
-        default="600",
         metavar="N or M:N",
-        help="how many damaged videos tests/video/test_fuzzed_files.py makes, or which of them",
+        help="how many damaged inputs of each kind the tests make, or which of them",
     )
 
 

@@ -55,8 +55,8 @@ def test_parts_handle_the_same_clips(tmp_path: Path, codec: str, decoder: Decode
     decoded = batches["decode"]
     if decoder == "dali-cpu":
         decoded = decoded[0].as_array()
-    numbers, clips = batches["pipeline"]
-    assert numbers.tolist() == [2, 3]
+    requests, clips = batches["pipeline"].requests, batches["pipeline"].clips_BTHWC
+    assert [request.number for request in requests] == [2, 3]
     np.testing.assert_array_equal(np.stack(list(decoded)), clips.numpy())
     assert not torch.equal(clips[0], clips[1])
     view = nearest_view(clips.permute(0, 1, 4, 2, 3), resolution=32)

@@ -32,12 +32,15 @@ from engine.processors import cores_per_process
 from engine.video.containers import RejectedError
 from engine.video.decoding import decode_window
 from engine.video.file_pool import run_all
+from engine.video.folders import LINK_OUT, files_of
 from engine.video.index import VideoIndex
 from engine.video.inspection import VideoFacts
 from engine.video.keyframes import unpack
 from engine.video.reasons import VIDEO_SUFFIXES
+from engine.video.streams import IndexedFiles
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_READ_SUFFIXES = {*VIDEO_SUFFIXES, *FRAME_SUFFIXES}
 _ARCHIVE_OF_SAMPLE = "samples.npz"
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 """Pillow clips their values at 255 when it makes RGB of them."""
@@ -155,7 +158,7 @@ class IndexedVideos(VideoFiles):
 
     def __init__(self, index: VideoIndex) -> None:
         super().__init__(index.root, [entry.path for entry in index.entries])
-        self._index = index
+        self._index, self._files = index, IndexedFiles(index)
 
     def digest(self, number: int) -> str:
         """See `VideoSource`: as the index has it."""
@@ -165,6 +168,11 @@ class IndexedVideos(VideoFiles):
         """See `VideoSource`: nothing is decoded."""
         for number in order:
             yield number, self._shape(number, self._index.entries[number])
+
+    def read(self, number: int, shape: VideoShape, places: list[int]) -> _Frames:
+        """See `VideoSource`; of the file that was indexed."""
+        self._files.check(number)
+        return super().read(number, shape, places)
 
     def label(self, number: int) -> str | None:
         """The class's name."""
@@ -234,19 +242,24 @@ class ArchivedVideos(VideoSource):
         return None if self._labels is None else self._labels[number]
 
 
-def open_source(path: Path) -> VideoSource:
-    """The videos at `path`. Raises UserError, which says what is expected, where there are none."""
+def open_source(path: Path, *, follow_symlinks: bool = False) -> VideoSource:
+    """The videos at `path`. Raises UserError, which says what is expected, where there are none.
+
+    Also for symbolic links that lead out of the folder `path`, unless `follow_symlinks`.
+    """
     if path.suffix == ".npz" and path.is_file():
         return _open_archive(path)
     if not path.is_dir():
         what = "it is a file" if path.exists() else "no such folder"
         raise UserError(f"no videos at {path}: {what}; name a folder of videos or an .npz file")
     with reading(path):
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-        ]
+        found = list(files_of(path, follow_symlinks=follow_symlinks))
+    for each in found:
+        suffix = Path(each.path).suffix.lower()
+        if each.leads_out and (each.path.endswith("/") or suffix in _READ_SUFFIXES):
+            raise UserError(f"{path / each.path} is {LINK_OUT}; --follow-symlinks takes it")
+    inside = (path / each.path for each in found if not each.leads_out)
+    files = sorted(file for file in inside if file.is_file())
     videos = [
         file.relative_to(path).as_posix()
         for file in files

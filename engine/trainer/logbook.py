@@ -16,26 +16,33 @@ from engine.trainer.gpu_monitor import GpuMonitor
 from engine.trainer.logged_steps import LOG, cut_back, put_aside
 from engine.trainer.recorded_passes import recorded_bytes
 
+FAILED_VIDEOS = "failed-videos.jsonl"
+
 
 class Logbook:
     """The log of one stage's run, written by rank 0, with what rank 0's GPU says, if it has one.
 
     `log.jsonl` has an object per logged step; those of steps with samples also hold the figures of
     `snapshots.WindowFigures`. A run that resumes at step N takes out the lines after N, which an
-    interrupted run left behind, so each step stands there once.
+    interrupted run left behind, so each step stands there once. `failed-videos.jsonl` has a line
+    per video that fails, and is written when the first one does.
     Every method raises UserError when something cannot be written. TensorBoard writes in a thread,
     so its failure shows at the next call.
     """
 
     def __init__(self, folder: Path, *, resumed_at: int, device: torch.device) -> None:
         self.path = folder / LOG
+        self.failed_path = folder / FAILED_VIDEOS
         self._board_folder = folder / "tensorboard"
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and resumed_at:
-                cut_back(self.path, resumed_at)
+            for path in (self.path, self.failed_path):
+                if path.exists() and resumed_at:
+                    cut_back(path, resumed_at)
             self.aside = None if resumed_at else put_aside(self.path)
             """Where the log of an earlier run is, if this one starts anew."""
+            if not resumed_at:
+                put_aside(self.failed_path)
             self._file = self.path.open("a", encoding="utf-8")
         with writing(self._board_folder):
             self._board = SummaryWriter(str(self._board_folder), purge_step=resumed_at + 1)
@@ -51,6 +58,13 @@ class Logbook:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
+
+    def failed_videos(self, step: int, problems: dict[str, str]) -> None:
+        """Log videos that failed in a step, by path, and why."""
+        with writing(self.failed_path), self.failed_path.open("a", encoding="utf-8") as file:
+            for path, problem in problems.items():
+                line = {"step": step, "video": path, "problem": problem}
+                file.write(json.dumps(line) + "\n")
 
     def videos(self, step: int, name: str, videos_BTCHW: Tensor, frames_per_second: float) -> None:
         """Log uint8 videos, and their first frames as images."""

@@ -142,6 +142,7 @@ class StageBuilder:
             decoder=data.decoder,
             device=self.ranks.device,
             num_threads=data.num_threads or cores_per_process(),
+            replace_failed=True,
         )
 
     def bank(self, random: torch.Generator) -> BankedWindows:

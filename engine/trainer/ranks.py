@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,13 +134,16 @@ class Ranks:
         dist.all_gather(found, rows_NF.contiguous(), group=self._host_group)
         return torch.cat(found)
 
+    def gather(self, value: Any) -> list[Any]:
+        """All ranks' values, which may be anything that pickles, on every rank. Collective."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value, group=self._host_group)
+        return found
+
     def first_text(self, text: str) -> str:
-        """The text of the lowest rank that has one; at most 1000 bytes of it. Collective."""
-        row = torch.zeros(1, 1000, dtype=torch.uint8)
-        encoded = text.encode()[:1000]
-        row[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-        rows = [bytes(each.tolist()).rstrip(b"\0") for each in self.gather_rows(row)]
-        return next(filter(None, rows), b"").decode(errors="ignore")
+        """The text of the lowest rank that has one. Collective."""
+        return next(filter(None, self.gather(text)), "")
 
     @property
     def _host_group(self) -> dist.ProcessGroup | None:

@@ -15,6 +15,7 @@ from engine.trainer.checkpoint_meta import Evaluated
 from engine.trainer.checkpoint_writer import CheckpointWriter
 from engine.trainer.checkpoints import CHECKPOINTS, PARTIAL, PREVIOUS, step_name
 from engine.trainer.console import Console
+from engine.trainer.failed_videos import FailedVideos
 from engine.trainer.host_copies import KeptCopies
 from engine.trainer.interruption import Agreement
 from engine.trainer.logbook import Logbook, memory_megabytes
@@ -102,7 +103,8 @@ def run_stage(
             assert make_evaluation is not None
             evaluation = make_evaluation(builder, index, plan.options.folder)
             console.say(evaluation.line())
-        run = _Run(plan, builder, trainer, snapshots, evaluation, console)
+        failed = FailedVideos(loader, ranks, console, plan.config.data.max_failed)
+        run = _Run(plan, builder, trainer, snapshots, evaluation, failed, console)
         run.resume()
         return run.train()
     finally:
@@ -195,12 +197,13 @@ class _Run:
         trainer: Trainer,
         snapshots: Snapshots,
         evaluation: StageEvaluation | None,
+        failed: FailedVideos,
         console: Console,
     ) -> None:
         self._config, self._options = plan.config, plan.options
         self._resume_from, self._unreadable = plan.resume_from, plan.unreadable
         self._builder, self._trainer, self._console = builder, trainer, console
-        self._snapshots, self._evaluation = snapshots, evaluation
+        self._snapshots, self._evaluation, self._failed = snapshots, evaluation, failed
         self._ranks = builder.ranks
         self._stage = plan.config.stages[builder.number]
         self._training = self._stage.training
@@ -272,7 +275,9 @@ class _Run:
             progress.update(step, measures, note=waits.shown)
             if remedy := waits.remedy():
                 self._console.say(remedy)
+            self._failed.after_step(step, logbook)
             stopping = step == last_step or self._agreement.told_to_stop()
+            stopping = stopping or bool(self._failed.reason)
             sampled = step % training.sample_every == 0
             now = time.monotonic()
             samples = self._snapshots.generate(trainer) if sampled or stopping else None
@@ -284,6 +289,7 @@ class _Run:
             if logbook and (logged or evaluated):
                 values = measures | self._speed((now - began) / (step - began_step))
                 values["waiting_for_clips"] = (trainer.seconds_waited - began_waits) / (now - began)
+                values["replaced_clips"] = self._failed.take_num_replaced()
                 # At their own steps only, also where the run stops between them.
                 if samples is not None and sampled:
                     values |= self._snapshots.figures(samples)
@@ -303,6 +309,8 @@ class _Run:
             profile.close()
         if logbook:
             logbook.close()
+        if self._failed.reason and trainer.step < last_step:
+            raise self._failed.error(checkpoint)
         return self._interrupted(checkpoint) if trainer.step < last_step else Ended(checkpoint)
 
     def _saved(self) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from engine.video.annotations import Annotations, parts_of, stem_of
 from engine.video.class_list import ClassList
 from engine.video.index import Reject
-from engine.video.reasons import MISSING, NOT_LISTED, looks_like_video
+from engine.video.reasons import DUPLICATE, MISSING, NOT_LISTED, looks_like_video
 
 _YOUTUBE_ID_LENGTH = 11
 
@@ -64,7 +64,7 @@ class AnnotatedFiles:
             for path in files:
                 first = kept.setdefault(accepted[path], path)
                 if first != path:
-                    rejects.append(Reject(path, f"duplicate of {first!r}"))
+                    rejects.append(Reject(path, f"{DUPLICATE} {first!r}"))
             for path in kept.values():
                 reason = self._refused(name, path, list(kept.values()), taken, accepted)
                 if reason is None:

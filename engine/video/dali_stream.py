@@ -17,13 +17,20 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
-from torch import Tensor
 
 from engine.errors import UserError
 from engine.video.geometry import resized_size
 from engine.video.index import VideoIndex
 from engine.video.sampler import ClipRequest
-from engine.video.streams import PREFETCHED_BATCHES, Decoder, IndexedFiles, StreamSettings
+from engine.video.streams import (
+    PREFETCHED_BATCHES,
+    DecodedClips,
+    Decoder,
+    FailedFileError,
+    IndexedFiles,
+    Readable,
+    StreamSettings,
+)
 
 # Decoders enlarge colour of half the size differently; another range or matrix is 5 to 30 off.
 _MOST_LEVELS = 3
@@ -55,7 +62,11 @@ def trial(index: VideoIndex, decoder: Decoder, device: torch.device) -> str | No
         path = index.path(video)
         num_frames = min(2, entry.num_frames)
         start = (entry.num_frames - num_frames) // 2
-        wanted = files.window(video, start_frame=start, num_frames=num_frames, frame_stride=1)
+        try:
+            files.check(video)
+            wanted = files.window(video, start_frame=start, num_frames=num_frames, frame_stride=1)
+        except FailedFileError:
+            continue  # it says nothing of DALI; whoever loads its clips will find the same
         try:
             got = _decoded_alone(str(path), start, num_frames, decoder, device)
         except RuntimeError as error:
@@ -120,20 +131,20 @@ class DaliStream:
 
     def __init__(
         self,
-        index: VideoIndex,
+        files: IndexedFiles,
         batches: Iterator[list[ClipRequest]],
         decoder: Decoder,
         settings: StreamSettings,
     ) -> None:
-        self._index, self._batches, self._settings = index, batches, settings
-        self._files = IndexedFiles(index)
-        # Requests whose clips have not come out yet: among them is whatever file fails.
-        self._in_flight: deque[list[ClipRequest]] = deque()
+        self._index, self._files = files.index, files
+        self._batches, self._settings = batches, settings
+        # What was asked for and has not come out yet: among it is whatever file fails.
+        self._in_flight: deque[list[Readable[None]]] = deque()
         # To the same size it changes no value, but takes a third of a CPU pipeline's time.
         self._resized = any(
             min(entry.width, entry.height) != settings.resolution
             or entry.sample_aspect_ratio != "1:1"
-            for entry in index.entries
+            for entry in self._index.entries
         )
         on_gpu = settings.device.type == "cuda"
         pipeline = _clip_pipeline(
@@ -153,19 +164,25 @@ class DaliStream:
             pipeline, ["number", "clips"], auto_reset=False, prepare_first_batch=False
         )
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch's (numbers, clips)."""
+    def __next__(self) -> DecodedClips:
+        """The next batch.
+
+        A file that fails in DALI itself, unnoticed before, is a FailedFileError.
+        """
         try:
             batch = next(self._iterator)[0]
         except RuntimeError as error:
             if not _is_about_a_file(error):
                 raise
-            raise UserError(self._blame(_reason(error))) from error
-        numbers, clips = batch["number"], batch["clips"]
-        if clips.shape[1] != self._settings.num_frames:
-            raise UserError(self._blame("it gave too few frames"))
-        self._in_flight.popleft()
-        return numbers.view(-1).cpu(), clips
+            raise self._blame(_reason(error)) from error
+        numbers, clips_BTHWC = batch["number"].view(-1).tolist(), batch["clips"]
+        if clips_BTHWC.shape[1] != self._settings.num_frames:
+            raise self._blame("it gave too few frames")
+        found = self._in_flight.popleft()
+        # DALI works ahead on its own; a lost or reordered batch would show here.
+        if numbers != [each.request.number for each in found]:
+            raise RuntimeError(f"expected clip {found[0].request.number}, got {numbers}")
+        return DecodedClips.of(found, clips_BTHWC)
 
     def close(self) -> None:
         """Nothing to stop: DALI's threads end with it."""
@@ -173,15 +190,18 @@ class DaliStream:
     def _next_files(self) -> tuple[list, ...]:
         """What `external_source` asks for: choices, then paths and first frames."""
         requests = next(self._batches)
-        for request in requests:
-            self._files.check(request.video)
-        self._in_flight.append(requests)
+        found = [self._files.first_readable(request, self._check) for request in requests]
+        self._in_flight.append(found)
+        requests = [each.request for each in found]
         paths = [str(self._index.path(request.video)) for request in requests]
         return (
             *self._choices(requests),
             [np.frombuffer(path.encode(), dtype=np.uint8) for path in paths],
             [np.int32(request.start_frame) for request in requests],
         )
+
+    def _check(self, request: ClipRequest) -> None:
+        self._files.check(request.video)
 
     def _choices(self, requests: Sequence[ClipRequest]) -> tuple[list, ...]:
         entries = [self._index.entries[request.video] for request in requests]
@@ -196,17 +216,17 @@ class DaliStream:
             *([sizes] if self._resized else []),
         )
 
-    def _blame(self, reason: str) -> str:
+    def _blame(self, reason: str) -> UserError:
         """Name the file: DALI's message tells the operator and the reason, but not the clip."""
-        suspects = sorted({r.video for requests in self._in_flight for r in requests})
+        suspects = sorted({each.request.video for batch in self._in_flight for each in batch})
         for video in suspects:
             num_frames = self._index.entries[video].num_frames
             try:
                 self._files.window(video, start_frame=0, num_frames=num_frames, frame_stride=1)
-            except UserError as error:
-                return str(error)
+            except FailedFileError as failed:
+                return failed
         names = ", ".join(str(self._index.path(video)) for video in suspects)
-        return f"DALI cannot decode one of {names}: {reason}"
+        return UserError(f"DALI cannot decode one of {names}: {reason}")
 
 
 def _is_about_a_file(error: RuntimeError) -> bool:

@@ -9,9 +9,10 @@ from statistics import median
 from engine.configuration import Data
 from engine.errors import UserError
 from engine.processors import cores_per_process
-from engine.video.index import VideoIndex, as_text, is_outdated, load_rejects
+from engine.video.index import VideoIndex, as_text, is_outdated, load_rejects, rejects_path
 from engine.video.indexing import build_index, files_below
 from engine.video.procedural import ensure_procedural
+from engine.video.reasons import by_kind, unusable
 
 INDEX_NAME = "index.jsonl"
 MAX_FILES_INDEXED_HERE = 2000
@@ -23,8 +24,15 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
 
     Only the rank with `make` writes anything (the sample data set, the index of a small folder)
     and says what has changed in a small folder since; the others call this once it has. Raises
-    UserError with one line.
+    UserError with one line, also where more than `data.max_rejected` of the videos were rejected.
     """
+    index, index_path = _opened(data, make, say)
+    _check_rejected(index, index_path, data.max_rejected)
+    return index
+
+
+def _opened(data: Data, make: bool, say: Callable[[str], None]) -> tuple[VideoIndex, Path]:
+    """The index, and its file."""
     if data.path is None:
         raise UserError("no data: name an index or a folder of videos with --data PATH")
     path, workers = Path(data.path), data.num_threads or cores_per_process()
@@ -33,7 +41,7 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
             raise UserError("data.procedural needs data.num_classes")
         ensure_procedural(path, data.procedural, data.num_classes, say, num_workers=workers)
     if path.is_file():
-        return VideoIndex.load(path)
+        return VideoIndex.load(path), path
     if not path.is_dir():
         raise UserError(f"no data at {path}: neither an index nor a folder of videos")
     index_path = path / INDEX_NAME
@@ -42,12 +50,32 @@ def open_dataset(data: Data, *, make: bool, say: Callable[[str], None]) -> Video
     if make and (outdated or not index_path.exists()):
         _check_small(path, index_path)
         say(f"indexing the videos in {path}{' again, in the present format' if outdated else ''}")
-        build_index(path, index_path, num_workers=workers, progress=False)
-        return VideoIndex.load(index_path)
+        _, rejects = build_index(path, index_path, num_workers=workers, progress=False)
+        if rejected := unusable(rejects):
+            _, example = by_kind(rejected)[0]
+            say(
+                f"{len(rejected)} videos are left out, e.g. {example.path}: {example.reason}; "
+                f"{rejects_path(index_path)} lists all"
+            )
+        return VideoIndex.load(index_path), index_path
     index = VideoIndex.load(index_path)
     if make and data.procedural is None and len(index.entries) <= MAX_FILES_INDEXED_HERE:
         _say_changes(index, index_path, say)
-    return index
+    return index, index_path
+
+
+def _check_rejected(index: VideoIndex, index_path: Path, most: float) -> None:
+    rejected = unusable(load_rejects(index_path))
+    num_videos = len(index.entries) + len(rejected)
+    if len(rejected) <= most * num_videos:
+        return
+    count, example = by_kind(rejected)[0]
+    raise UserError(
+        f"{len(rejected)} of {num_videos} videos in {index.root} were rejected "
+        f"({len(rejected) / num_videos:.0%}; data.max_rejected is {most:g}), {count} like "
+        f"{example.path}: {example.reason}; {rejects_path(index_path)} lists all; mend them and "
+        f"index them again, or train on the others with --set data.max_rejected=1"
+    )
 
 
 def held_out(data: Data) -> Data | None:
@@ -127,7 +155,8 @@ def _say_changes(index: VideoIndex, index_path: Path, say: Callable[[str], None]
 
     Said, not done: a run on another data set cannot be continued exactly.
     """
-    found = set(map(as_text, files_below(index.root, index_path)))
+    below = files_below(index.root, index_path, follow_symlinks=index.follow_symlinks)
+    found = {as_text(each.path) for each in below}
     used = {entry.path for entry in index.entries}
     new = sorted(found - used - {reject.path for reject in load_rejects(index_path)})
     gone = sorted(used - found)

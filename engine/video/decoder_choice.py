@@ -17,7 +17,7 @@ from engine.video.colour import BT601
 from engine.video.index import VideoEntry, VideoIndex
 from engine.video.pyav_stream import PyAVStream
 from engine.video.sampler import ClipRequest
-from engine.video.streams import ClipStream, Decoder, StreamSettings
+from engine.video.streams import ClipStream, Decoder, IndexedFiles, StreamSettings
 
 NAMES = {"dali-cpu": "DALI (CPU)", "dali-gpu": "DALI (GPU)", "pyav": "PyAV (CPU)"}
 _DALI_CPU_CODECS = {"vp8", "vp9", "mjpeg"}
@@ -61,17 +61,17 @@ def choose_decoder(
 
 
 def open_stream(
-    index: VideoIndex,
+    files: IndexedFiles,
     batches: Iterator[list[ClipRequest]],
     decoder: Decoder,
     settings: StreamSettings,
 ) -> ClipStream:
     """The stream of clips that a decoder makes; `choose_decoder` has allowed it."""
     if decoder == "pyav":
-        return PyAVStream(index, batches, settings)
+        return PyAVStream(files, batches, settings)
     from engine.video.dali_stream import DaliStream  # late: DALI may not be installed
 
-    return DaliStream(index, batches, decoder, settings)
+    return DaliStream(files, batches, decoder, settings)
 
 
 def obstacle(entry: VideoEntry, decoder: Decoder) -> str:

@@ -6,6 +6,7 @@ stands beside it in `<name>.rejects.jsonl`. `engine.video.indexing.build_index` 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,8 @@ from engine.video.inspection import VideoFacts
 from engine.video.keyframes import unpack
 
 FORMAT, VERSION = "ssw-gan video index", 4
+# Beyond any file that was judged; without limits a damaged index could ask for terabytes.
+_MOST_FRAMES, _MOST_PIXELS = 2**31 - 1, 2**18
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -54,6 +57,7 @@ class _Header:
     version: int
     root: str
     classes: list[str]
+    follow_symlinks: bool = False
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -68,6 +72,8 @@ class VideoIndex:
     root: Path
     classes: tuple[str, ...]
     entries: tuple[VideoEntry, ...]
+    follow_symlinks: bool = False
+    """Whether symbolic links that lead out of root may be read."""
 
     def path(self, number: int) -> Path:
         """The absolute path of entry `number`."""
@@ -90,7 +96,7 @@ class VideoIndex:
         A root at or below the index's own folder is stored relative to it: both can move together.
         """
         path = Path(path)
-        header = header_for(path, self.root, self.classes)
+        header = header_for(path, self.root, self.classes, follow_symlinks=self.follow_symlinks)
         write_lines(path, [header, *(asdict(entry) for entry in self.entries)])
 
     @classmethod
@@ -112,27 +118,35 @@ class VideoIndex:
             ) from None
         if (header.format, header.version) != (FORMAT, VERSION):
             raise UserError(
-                f"{path} is '{header.format}' version {header.version}, not '{FORMAT}' version "
+                f"{path} is {header.format!r} version {header.version}, not '{FORMAT}' version "
                 f"{VERSION}; make it again with engine/prepare.py"
+            )
+        if _climbs(header.root):
+            raise UserError(
+                f"{path}, line 1: root {header.root!r} leads out of the index's own folder; "
+                f"make it again with engine/prepare.py"
             )
         entries = []
         for number, line in enumerate(lines[1:], start=2):
             try:
-                entries.append(_checked(_ENTRY.validate_json(line), len(header.classes)))
+                entries.append(parse_entry(line, len(header.classes)))
             except ValueError as error:  # pydantic's ValidationError is one
                 raise UserError(f"{path}, line {number}: {_first(error)}") from None
         if not entries:
             raise UserError(f"{path} lists no videos")
-        return cls(path.parent.resolve() / header.root, tuple(header.classes), tuple(entries))
+        root = path.parent.resolve() / header.root
+        return cls(root, tuple(header.classes), tuple(entries), header.follow_symlinks)
 
 
-def header_for(path: Path, root: Path, classes: Iterable[str] = ()) -> dict[str, Any]:
+def header_for(
+    path: Path, root: Path, classes: Iterable[str] = (), *, follow_symlinks: bool = False
+) -> dict[str, Any]:
     """The first line of the index of `root` at `path`."""
     try:
         stored = root.resolve().relative_to(path.parent.resolve()).as_posix()
     except ValueError:
         stored = str(root.resolve())
-    return asdict(_Header(FORMAT, VERSION, stored, list(classes)))
+    return asdict(_Header(FORMAT, VERSION, stored, list(classes), follow_symlinks))
 
 
 def indexed_folder(path: Path) -> Path | None:
@@ -153,7 +167,12 @@ def _header(path: Path) -> _Header | None:
             header = _HEADER.validate_json(file.readline())
     except (OSError, ValueError):
         return None
-    return header if header.format == FORMAT else None
+    return header if header.format == FORMAT and not _climbs(header.root) else None
+
+
+def _climbs(root: str) -> bool:
+    """Whether it is no root that `header_for` writes: one in the index's folder, or absolute."""
+    return ".." in PurePosixPath(root).parts or "\0" in root
 
 
 def as_text(path: str) -> str:
@@ -188,16 +207,20 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
         put_in_place(aside, path)
 
 
-def _checked(entry: VideoEntry, num_classes: int) -> VideoEntry:
+def parse_entry(line: str, num_classes: int) -> VideoEntry:
+    """A video's line. Raises ValueError for what `VideoIndex.save` does not write."""
+    entry = _ENTRY.validate_json(line)
     path = PurePosixPath(entry.path)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in entry.path:
         raise ValueError(f"path {entry.path!r} leads out of the data set")
     if entry.label is None and num_classes:
         raise ValueError("label is missing")
     if entry.label is not None and not 0 <= entry.label < num_classes:
         raise ValueError(f"label {entry.label}, but there are {num_classes} classes")
-    if min(entry.num_frames, entry.width, entry.height) < 1:
-        raise ValueError("num_frames, width and height must be positive")
+    if min(entry.num_frames, entry.width, entry.height) < 1 or not 0 < entry.fps < math.inf:
+        raise ValueError("num_frames, width, height and fps must be positive")
+    if entry.num_frames > _MOST_FRAMES or max(entry.width, entry.height) > _MOST_PIXELS:
+        raise ValueError("num_frames, width or height is more than any video's")
     if entry.rotation not in (0, 90, 180, 270):
         raise ValueError(f"rotation {entry.rotation} is no quarter turn")
     unpack(entry.keyframes)

@@ -6,11 +6,10 @@ come: an interrupted run goes on where it stopped, and a second run judges only 
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from engine.video.annotated_files import AnnotatedFiles
 from engine.video.annotations import CLASS_IND, read_annotations
 from engine.video.class_list import ClassList, read_class_list
 from engine.video.file_pool import run_all
+from engine.video.folders import NOT_INDEXED, Found, files_of
 from engine.video.index import (
     Reject,
     VideoEntry,
@@ -44,6 +44,7 @@ def build_index(
     *,
     annotations: str | Path | None = None,
     classes: str | Path | None = None,
+    follow_symlinks: bool = False,
     num_workers: int = 1,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -55,6 +56,8 @@ def build_index(
     list (`engine.video.annotations`) whose clips lie anywhere below root. A label is a position
     among the classes: those of the file `classes` or of UCF101's classInd.txt in their order, else
     those of the folders or of the whole CSV, sorted by name.
+
+    Symbolic links that lead out of root are rejected, unless `follow_symlinks`.
 
     `num_workers` processes judge files; 0 judges in this process, which is for files known to be
     harmless, because a crash inside a decoder then ends this process. `say` receives a line where
@@ -77,9 +80,11 @@ def build_index(
     stored_root = header_for(out, root)["root"]
     if as_text(stored_root) != stored_root:
         raise UserError(f"{as_text(str(root))}: the folder's name is not UTF-8; rename it")
-    files = files_below(root, out)
-    if not files:
+    found = files_below(root, out, follow_symlinks=follow_symlinks)
+    if not found:
         raise UserError(f"{root} is empty")
+    files = [each.path for each in found if not each.leads_out]
+    links = [Reject(each.path, NOT_INDEXED) for each in found if each.leads_out]
     listed = None if classes is None else read_class_list(Path(classes))
     layout = _layout(root, files, annotations, listed, say)
     verdicts = _judge(root, layout.to_judge, out, partial, num_workers, progress)
@@ -90,7 +95,7 @@ def build_index(
     labels[None] = None
     entries = [VideoEntry(**verdicts[p], label=labels[name]) for p, name in class_of.items()]
     judged = [Reject(**verdict) for verdict in verdicts.values() if "reason" in verdict]
-    rejects = layout.rejects + judged + refused
+    rejects = links + layout.rejects + judged + refused
     rejects = [replace(reject, path=as_text(reject.path)) for reject in rejects]
     rejects.sort(key=lambda reject: reject.path)
     write_lines(rejects_path(out), map(asdict, rejects))
@@ -100,38 +105,26 @@ def build_index(
             f"no usable video in {root}: {len(rejects)} rejected, e.g. {example.path}: "
             f"{example.reason} (all in {rejects_path(out)})"
         )
-    index = VideoIndex(root, names, tuple(entries))
+    index = VideoIndex(root, names, tuple(entries), follow_symlinks)
     index.save(out)
     partial.unlink(missing_ok=True)
     return index, rejects
 
 
-def files_below(root: Path, index_path: Path) -> list[str]:
-    """All files below root, sorted, relative to it, but hidden ones and the index's own.
+def files_below(root: Path, index_path: Path, *, follow_symlinks: bool) -> list[Found]:
+    """What lies below root, sorted, without the index's own files.
 
     Raises UserError for a folder that cannot be read: without it a whole class could be missing.
     """
-    own = (index_path, rejects_path(index_path), _partial_path(index_path))
-    skip = {path.resolve() for path in own}
-    found, seen = [], set()
-    skip_names = {path.name for path in skip}
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unreadable):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above would lead round for ever
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            path = Path(folder, name)
-            ours = name in skip_names and path.resolve() in skip
-            if not name.startswith(".") and not ours:
-                found.append(path.relative_to(root).as_posix())
-    return sorted(found)
+    ours = (index_path, rejects_path(index_path), _partial_path(index_path))
+    own = {path.resolve() for path in ours}
+    own_names = {path.name for path in own}
 
+    def is_own(path: Path) -> bool:
+        return path.name in own_names and path.resolve() in own
 
-def _unreadable(error: OSError) -> NoReturn:
-    raise UserError(f"cannot read {error.filename}: {error.strerror}")
+    found = files_of(root, follow_symlinks=follow_symlinks)
+    return sorted(each for each in found if not is_own(root / each.path))
 
 
 def check_replaceable(out: Path, root: Path) -> None:
@@ -215,7 +208,8 @@ def _known_verdicts(out: Path, partial: Path) -> dict[str, dict[str, Any]]:
             known[entry.path] = asdict(entry)
             known[entry.path].pop("label")
         for reject in load_rejects(out):
-            known[reject.path] = asdict(reject)
+            if reject.reason != NOT_INDEXED:  # it was not looked at
+                known[reject.path] = asdict(reject)
     except UserError:
         known = {}
     if partial.exists():

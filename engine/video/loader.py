@@ -5,6 +5,7 @@ Shapes: B batch, T frames, C = 3 channels (RGB), H x W pixels.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,17 @@ from engine.transfers import HeldUntilRead, to_device
 from engine.video.decoder_choice import NAMES, choose_decoder, open_stream
 from engine.video.index import VideoIndex
 from engine.video.sampler import ClipRequest, ClipSampler, batch_numbers
-from engine.video.streams import ClipStream, StreamSettings
+from engine.video.streams import (
+    ClipStream,
+    DecodedClips,
+    FailedFileError,
+    IndexedFiles,
+    StreamSettings,
+)
 from engine.views import nearest_view
+
+# Where nine of ten videos are broken, one replacement in 800 clips is not found among so many.
+_MOST_TRIED = 64
 
 
 class LoadedClips(NamedTuple):
@@ -24,6 +34,15 @@ class LoadedClips(NamedTuple):
 
     video_BTCHW: Tensor
     labels_B: Tensor
+
+
+@dataclass
+class ClipFailures:
+    """The files of which no clip could be read, and the clips that others replaced."""
+
+    problems: dict[str, str] = field(default_factory=dict)
+    """What is wrong with each file, by its path in the index."""
+    num_replaced: int = 0
 
 
 class ClipLoader:
@@ -41,9 +60,15 @@ class ClipLoader:
     data set between machines: five yuv444p clips among 400 000 bring all of them to the CPU.
     `description` then counts them and names one, for the user to re-encode them or take them out.
 
+    With `replace_failed`, a clip whose file can no longer be read is replaced by a clip of a video
+    that depends on the clip's number alone, and the one after that where that one cannot be read
+    either. So a clip is the same on every run, rank and resumption that finds the same files
+    broken; `take_failures` tells which are. Where nothing can be read any more, a clip that was
+    read before is repeated, so that the ranks can end their step together; `failure` is then why.
+
     Raises UserError when no video is long enough, when the decoder asked for cannot run, and, in
-    `next`, naming the file, when one cannot be decoded. Raises ValueError for sizes without a
-    nearest-neighbour view.
+    `next`, naming the file, when one cannot be decoded and nothing replaces it. Raises ValueError
+    for sizes without a nearest-neighbour view.
     """
 
     def __init__(
@@ -63,6 +88,7 @@ class ClipLoader:
         decoder: str = "auto",
         device: torch.device | None = None,
         num_threads: int = 2,
+        replace_failed: bool = False,
     ) -> None:
         if resolution % view_resolution:
             raise ValueError(f"no nearest view of {resolution} pixels at {view_resolution}")
@@ -114,9 +140,15 @@ class ClipLoader:
             "horizontal_flip": horizontal_flip,
         }
         self._position = 0  # clip numbers below it have been handed out, on all ranks together
+        self._replaces = replace_failed
+        self._files = IndexedFiles(index, self._replacements)
         self._stream: ClipStream | None = None
         self._held = HeldUntilRead()
-        self._expected = self._request_batches(0)
+        self._spare: tuple[ClipRequest, Tensor] | None = None
+        """A clip of the last batch, where clips may be replaced."""
+        self._failures = ClipFailures()
+        self.failure: UserError | None = None
+        """Why this loader cannot go on; None while it can."""
 
     @property
     def sampler(self) -> ClipSampler:
@@ -148,29 +180,22 @@ class ClipLoader:
 
     def __next__(self) -> LoadedClips:
         """The next batch of this rank."""
-        if self._stream is None:
-            self._expected = self._request_batches(self._position)
-            self._stream = open_stream(
-                self._index,
-                self._request_batches(self._position),
-                self._decoder,
-                self._stream_settings,
-            )
-        try:
-            numbers, clips_BTHWC = next(self._stream)
-        except BaseException:
-            self.close()  # `next` may be asked again, and then starts at the same position
-            raise
-        requests = next(self._expected)
-        # DALI works ahead on its own; a lost or reordered batch would show here.
-        if numbers.tolist() != [request.number for request in requests]:
-            raise RuntimeError(f"expected clip {requests[0].number}, got {numbers.tolist()}")
+        decoded = self._decoded()
+        for failed in decoded.failures:
+            self._failures.problems[self._index.entries[failed.video].path] = failed.problem
+        self._failures.num_replaced += decoded.num_replaced
         self._position += self._batch_size * self._world_size
-        labels = [self._index.entries[request.video].label or 0 for request in requests]
-        clips = LoadedClips(self._video(clips_BTHWC), to_device(torch.tensor(labels), self._device))
+        labels = [self._index.entries[request.video].label or 0 for request in decoded.requests]
+        video_BTCHW = self._video(decoded.clips_BTHWC)
+        clips = LoadedClips(video_BTCHW, to_device(torch.tensor(labels), self._device))
         # DALI takes back memory that nobody holds, without asking the GPU that reads it.
-        self._held.add(clips_BTHWC)
+        self._held.add(decoded.clips_BTHWC)
         return clips
+
+    def take_failures(self) -> ClipFailures:
+        """What has failed since this was last asked."""
+        taken, self._failures = self._failures, ClipFailures()
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on all ranks, and what it is a position in."""
@@ -202,6 +227,49 @@ class ClipLoader:
             )
         self.close()
         self._position = state["position"]
+
+    def _decoded(self) -> DecodedClips:
+        """The next batch; where nothing can be read any more, the spare clip again and again."""
+        if self.failure is None:
+            try:
+                decoded = self._read()
+            except UserError as error:
+                if self._spare is None:
+                    raise
+                self.failure = error
+            else:
+                if self._replaces:
+                    self._spare = decoded.requests[0], decoded.clips_BTHWC[0].clone()
+                return decoded
+        assert self._spare is not None
+        request, clip_THWC = self._spare
+        size = self._batch_size
+        return DecodedClips([request] * size, torch.stack([clip_THWC] * size), [], size)
+
+    def _read(self) -> DecodedClips:
+        """The next batch, with clips of other files where files have failed."""
+        while True:
+            if self._stream is None:
+                batches = self._request_batches(self._position)
+                self._stream = open_stream(
+                    self._files, batches, self._decoder, self._stream_settings
+                )
+            try:
+                return next(self._stream)
+            except FailedFileError as failed:
+                self.close()
+                if not self._replaces:
+                    raise
+                # DALI dies of a file that looks as it did. Begun again at the same position, it
+                # gets another in its stead.
+                self._files.give_up(failed)
+            except BaseException:
+                self.close()  # `next` may be asked again, and then starts at the same position
+                raise
+
+    def _replacements(self, number: int) -> Iterator[ClipRequest]:
+        for attempt in range(1, 1 + (_MOST_TRIED if self._replaces else 0)):
+            yield self._sampler.replacement(number, attempt)
 
     def close(self) -> None:
         """Stop decoding; `next` starts it again."""

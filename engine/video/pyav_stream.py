@@ -9,9 +9,14 @@ from torch import Tensor
 
 from engine.transfers import to_device
 from engine.video.geometry import square_clip
-from engine.video.index import VideoIndex
 from engine.video.sampler import ClipRequest
-from engine.video.streams import PREFETCHED_BATCHES, IndexedFiles, StreamSettings
+from engine.video.streams import (
+    PREFETCHED_BATCHES,
+    DecodedClips,
+    IndexedFiles,
+    Readable,
+    StreamSettings,
+)
 
 
 class PyAVStream:
@@ -19,28 +24,29 @@ class PyAVStream:
 
     def __init__(
         self,
-        index: VideoIndex,
+        files: IndexedFiles,
         batches: Iterator[list[ClipRequest]],
         settings: StreamSettings,
     ) -> None:
-        self._index, self._batches, self._settings = index, batches, settings
-        self._files = IndexedFiles(index)
+        self._files, self._batches, self._settings = files, batches, settings
         self._threads = ThreadPoolExecutor(settings.num_threads)
-        self._in_flight: deque[tuple[list[int], list[Future[Tensor]]]] = deque()
+        self._in_flight: deque[list[Future[Readable[Tensor]]]] = deque()
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """The next batch's (numbers, clips)."""
+    def __next__(self) -> DecodedClips:
+        """The next batch."""
         while len(self._in_flight) <= PREFETCHED_BATCHES:
             requests = next(self._batches)
-            clips = [self._threads.submit(self._clip, request) for request in requests]
-            self._in_flight.append(([request.number for request in requests], clips))
-        numbers, futures = self._in_flight.popleft()
-        clips_BTHWC = torch.stack([future.result() for future in futures])
-        return torch.tensor(numbers), to_device(clips_BTHWC, self._settings.device)
+            self._in_flight.append([self._threads.submit(self._read, each) for each in requests])
+        found = [future.result() for future in self._in_flight.popleft()]
+        clips_BTHWC = torch.stack([each.read for each in found])
+        return DecodedClips.of(found, to_device(clips_BTHWC, self._settings.device))
 
     def close(self) -> None:
         """Stop decoding."""
         self._threads.shutdown(cancel_futures=True)
+
+    def _read(self, request: ClipRequest) -> Readable[Tensor]:
+        return self._files.first_readable(request, self._clip)
 
     def _clip(self, request: ClipRequest) -> Tensor:
         self._files.check(request.video)
@@ -50,5 +56,5 @@ class PyAVStream:
             num_frames=self._settings.num_frames,
             frame_stride=self._settings.frame_stride,
         )
-        entry = self._index.entries[request.video]
+        entry = self._files.index.entries[request.video]
         return square_clip(frames_THWC, entry, request, self._settings.resolution)

@@ -16,6 +16,7 @@ OTHER_CLASS = "its class"
 OUTSIDE = "lies outside the class folders"
 BESIDE = "lies in a folder beside the videos"
 MISSING = "missing"
+DUPLICATE = "duplicate of"
 # The user's lists and folders leave these out: nothing is wrong with the file itself.
 _LEFT_OUT = (NOT_LISTED, OTHER_CLASS, OUTSIDE, BESIDE)
 
@@ -41,10 +42,19 @@ def by_kind(rejects: Iterable[Reject]) -> list[tuple[int, Reject]]:
     return [(counts[key], examples[key]) for key in ordered]
 
 
+def unusable(rejects: Iterable[Reject]) -> list[Reject]:
+    """The videos among them that cannot be used: not those left out, missing or there twice."""
+    return [
+        reject
+        for reject in rejects
+        if _rank(reject) == 0 and not reject.reason.startswith(DUPLICATE)
+    ]
+
+
 def _rank(reject: Reject) -> int:
     if reject.reason.startswith(MISSING):
         return 3
-    if not looks_like_video(reject.path):
+    if not looks_like_video(reject.path) and not reject.path.endswith("/"):  # a folder
         return 2
     return 1 if reject.reason.startswith(_LEFT_OUT) else 0
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 _U64_MAX = 2**64 - 1
 _Words = TypeVar("_Words", int, NDArray[Any])  # uint64; the stubs lose it on the way
 # What a random number is drawn for; each gets a stream of its own.
-_ORDER, _START, _CROP_X, _CROP_Y, _FLIP = range(5)
+_ORDER, _START, _CROP_X, _CROP_Y, _FLIP, _REPLACEMENT = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,21 @@ class ClipSampler:
 
     def request(self, number: int) -> ClipRequest:
         """The clip with this number (any number from 0)."""
-        usable = self._usable(number)
+        return self._request(number, self._usable(number), 0)
+
+    def replacement(self, number: int, attempt: int) -> ClipRequest:
+        """A clip of any video in the stead of one that cannot be read; `attempt` counts from 1."""
+        usable = int(self._uniform(_REPLACEMENT, number, attempt) * len(self))
+        return self._request(number, usable, attempt)
+
+    def _request(self, number: int, usable: int, attempt: int) -> ClipRequest:
         return ClipRequest(
             number=number,
             video=int(self.usable_videos[usable]),
-            start_frame=int(self._uniform(_START, number) * self._num_starts[usable]),
-            crop_x=self._uniform(_CROP_X, number) if self._random_crop else 0.5,
-            crop_y=self._uniform(_CROP_Y, number) if self._random_crop else 0.5,
-            flip=self._horizontal_flip and self._uniform(_FLIP, number) < 0.5,
+            start_frame=int(self._uniform(_START, number, attempt) * self._num_starts[usable]),
+            crop_x=self._uniform(_CROP_X, number, attempt) if self._random_crop else 0.5,
+            crop_y=self._uniform(_CROP_Y, number, attempt) if self._random_crop else 0.5,
+            flip=self._horizontal_flip and self._uniform(_FLIP, number, attempt) < 0.5,
         )
 
     def _usable(self, number: int) -> int:
@@ -95,9 +102,9 @@ class ClipSampler:
             self._orders[epoch] = np.argsort(keys, kind="stable")
         return self._orders[epoch]
 
-    def _uniform(self, stream: int, number: int) -> float:
+    def _uniform(self, stream: int, number: int, attempt: int) -> float:
         """A number in [0, 1): the hash's 53 high bits, as many as a float holds."""
-        return (_hash(self._seed, stream, 0, number) >> 11) * 2.0**-53
+        return (_hash(self._seed, stream, attempt, number) >> 11) * 2.0**-53
 
 
 def batch_numbers(position: int, *, rank: int, world_size: int, batch_size: int) -> range:
@@ -109,14 +116,14 @@ def batch_numbers(position: int, *, rank: int, world_size: int, batch_size: int)
     return range(first, first + batch_size * world_size, world_size)
 
 
-def _hash(seed: int, stream: int, epoch: int, low: _Words) -> _Words:
-    """64 random-looking bits for `low`, or for each of its elements.
+def _hash(seed: int, stream: int, high: int, low: _Words) -> _Words:
+    """64 random-looking bits for (`high`, `low`), or for each element of `low`.
 
     Each word is absorbed by SplitMix64's finaliser (Steele, Lea, Flood 2014), a bijection with
     full avalanche; numpy's own generators promise no stable streams across versions.
     """
     state = 0
-    for word in (seed, stream, epoch):
+    for word in (seed, stream, high):
         state = _mix((state + word) & _U64_MAX)
     return _mix((state + low) & _U64_MAX)
 

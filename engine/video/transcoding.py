@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from engine.durable_files import make_writable_folder, put_on_disk, remove_folder, writing
@@ -38,6 +37,7 @@ from engine.video.index import (
     VideoEntry,
     VideoIndex,
     as_text,
+    parse_entry,
     rejects_path,
     write_lines,
 )
@@ -50,7 +50,6 @@ _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some clusters' file systems
 _LONGEST_NAME = 255  # bytes, of Linux's file systems
 _FIELDS = {field.name for field in fields(VideoEntry)} - {"label"}
-_ENTRY = TypeAdapter(VideoEntry)
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,7 @@ def build_copies(
     codec: Codec = DEFAULT_CODEC,
     annotations: str | Path | None = None,
     classes: str | Path | None = None,
+    follow_symlinks: bool = False,
     num_workers: int = 1,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -101,6 +101,7 @@ def build_copies(
             folder / _SOURCES,
             annotations=annotations,
             classes=classes,
+            follow_symlinks=follow_symlinks,
             num_workers=num_workers,
             progress=progress,
             say=say,
@@ -241,7 +242,7 @@ def _known(folder: Path) -> dict[str, _Copy]:
         try:
             record = json.loads(line)
             if record["facts"].keys() == _FIELDS:  # else an older version's
-                _ENTRY.validate_json(json.dumps({**record["facts"], "label": None}))
+                parse_entry(json.dumps({**record["facts"], "label": None}), 0)
                 known[record["path"]] = _Copy(record["source_sha256"], record["facts"])
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # the line that the interruption cut

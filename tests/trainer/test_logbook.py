@@ -1,5 +1,6 @@
 """The logbook on a full disk; what it holds otherwise is tested with the runs that write it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def test_a_full_disk(tmp_path: Path, write: Callable[[Logbook], None], file: str
     logbook = Logbook(tmp_path, resumed_at=0, device=CPU)
     with full_disk(5), pytest.raises(UserError, match=f"cannot write {tmp_path / file}: "):
         write(logbook)
+
+
+def test_failed_videos_after_the_step_that_is_resumed_are_forgotten(tmp_path: Path) -> None:
+    logbook = Logbook(tmp_path, resumed_at=0, device=CPU)
+    for step in (1, 2, 3):
+        logbook.failed_videos(step, {f"{step}.mp4": "cannot read it"})
+    logbook.close()
+    Logbook(tmp_path, resumed_at=2, device=CPU).close()
+    lines = (tmp_path / "failed-videos.jsonl").read_text().splitlines()
+    assert [json.loads(line)["video"] for line in lines] == ["1.mp4", "2.mp4"]
 
 
 def test_scalars_that_tensorboard_has_not_written_yet(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from numbered_videos import write_numbered
@@ -77,6 +78,32 @@ def test_files_that_came_or_went_since_the_index_was_made_are_said(
     assert opened(tmp_path, make=False) == []
     monkeypatch.setattr(dataset, "MAX_FILES_INDEXED_HERE", 1)  # a walk over many files is not free
     assert opened(tmp_path) == []
+
+
+def test_a_folder_of_which_too_much_is_rejected_is_refused(tmp_path: Path) -> None:
+    write_numbered(tmp_path / "videos", "mjpeg", num_frames=5)
+    for number in range(3):
+        (tmp_path / f"videos/{number}.mp4").write_text("<html>429 Too Many Requests</html>")
+        (tmp_path / f"videos/{number}.txt").write_text("a caption is no video")
+    data = Data(path=str(tmp_path / "videos"), num_threads=1)
+
+    def open_with(**changes: Any) -> int:
+        changed = data.model_copy(update=changes)
+        return len(open_dataset(changed, make=True, say=lambda line: None).entries)
+
+    for _ in range(2):  # when it is indexed, and when it was
+        with pytest.raises(UserError) as caught:
+            open_with()
+        assert str(caught.value) == (
+            f"3 of 4 videos in {tmp_path / 'videos'} were rejected (75%; data.max_rejected is 0.5),"
+            " 3 like 0.mp4: not a video (no mp4, mov, matroska, webm or avi header); "
+            f"{tmp_path / 'videos/index.rejects.jsonl'} lists all; mend them and index them again, "
+            "or train on the others with --set data.max_rejected=1"
+        )
+    assert open_with(max_rejected=0.75) == 1
+    data = data.model_copy(update={"path": str(tmp_path / "videos/index.jsonl")})
+    with pytest.raises(UserError, match="3 of 4 videos"):
+        open_with()
 
 
 def test_the_sample_data_set_is_quiet_once_made(tmp_path: Path) -> None:

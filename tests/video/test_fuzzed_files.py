@@ -1,7 +1,7 @@
 """Whatever is wrong with a file: it is rejected, or read without error and the same every time.
 
-By default some hundred mutants; `--mutants 10000` judges as many, `--mutants 700:800` those from
-the 700th up to the 800th.
+By default 600 mutants; `--mutants 10000` judges as many, `--mutants 700:800` those from the 700th
+up to the 800th.
 """
 
 import os
@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fuzzing import Verdict, verdicts
+from fuzzing import Verdict, seeds_of, verdicts
+from judged_videos import judge_video
 from mutants import BASES, bases, mutant
 
 from engine.video.inspection import inspect_video
@@ -18,8 +19,7 @@ from engine.video.inspection import inspect_video
 
 @pytest.mark.timeout(0)  # however many there are: every mutant has a limit of its own
 def test_mutants_are_rejected_or_read_consistently(pytestconfig: pytest.Config) -> None:
-    first, _, last = pytestconfig.getoption("mutants").rpartition(":")
-    found = list(verdicts(range(int(first or 0), int(last))))
+    found = list(verdicts(seeds_of(pytestconfig, 600), judge_video, prepare=bases))
     accepted = sum(not verdict.reason and not verdict.defect for verdict in found)
     slowest = max(found, key=lambda verdict: verdict.seconds)
     print(

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from numbered_videos import CODECS, damage, real_clip, write_numbered
 
+from engine.configuration import Data
 from engine.errors import UserError
 from engine.video import indexing
+from engine.video.dataset import open_dataset
 from engine.video.index import VideoIndex, load_rejects
 from engine.video.indexing import build_index
 from engine.video.inspection import RejectedError, VideoFacts, inspect_video
@@ -446,6 +448,11 @@ def test_fingerprint_sees_content_labels_and_paths_but_not_the_root(tmp_path: Pa
         ({"label": None}, "line 2: label is missing"),
         ({"path": "../../etc/passwd"}, "leads out of the data set"),
         ({"path": "/etc/passwd"}, "leads out of the data set"),
+        ({"path": "a/\0"}, "leads out of the data set"),
+        ({"fps": 0.0}, "must be positive"),
+        ({"width": 2**63}, "is more than any video's"),
+        ({"num_frames": 10**30}, "is more than any video's"),
+        ({"fps": float("nan")}, "must be positive"),
         ({"num_frames": "5"}, "num_frames"),
         ({"num_frames": 0}, "must be positive"),
         ({"rotation": 45}, "rotation 45 is no quarter turn"),
@@ -461,6 +468,29 @@ def test_a_bad_index_line_is_named(change: dict, message: str, tmp_path: Path) -
     with pytest.raises(UserError, match=message) as caught:
         VideoIndex.load(out)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", ["../../..", "v/../../w", "..", "v\0"])
+def test_a_root_that_climbs_is_refused(root: str, tmp_path: Path) -> None:
+    """`prepare.py` never writes one: the videos lie below the index, or at an absolute path."""
+    write_numbered(tmp_path / "x" / "v" / "a", "mjpeg", num_frames=5)
+    out = tmp_path / "x" / "index.jsonl"
+    index_of(tmp_path / "x" / "v", out)
+    header, entry = out.read_text().splitlines()
+    assert json.loads(header)["root"] == "v"
+    planted = json.dumps({**json.loads(header), "root": root}) + "\n" + entry + "\n"
+    out.write_text(planted)
+    data = Data(path=str(out))
+    with pytest.raises(UserError) as caught:
+        open_dataset(data, make=True, say=print)
+    assert str(caught.value) == (
+        f"{out}, line 1: root {root!r} leads out of the index's own folder; make it again with "
+        "engine/prepare.py"
+    )
+    # Nor is it taken for an index that may be overwritten.
+    with pytest.raises(UserError, match="is not a video index; choose another --out"):
+        index_of(tmp_path / "x" / "v", out)
+    assert out.read_text() == planted
 
 
 @pytest.mark.parametrize("text", ["", "not json\n", '{"some": "json"}\n', "[]\n"])

@@ -18,7 +18,7 @@ from engine.video.decoder_choice import open_stream
 from engine.video.index import VideoIndex
 from engine.video.loader import LoadedClips
 from engine.video.sampler import ClipSampler
-from engine.video.streams import Decoder, StreamSettings
+from engine.video.streams import Decoder, IndexedFiles, StreamSettings
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_videos_of_the_right_size_are_as_if_resized(
             device=torch.device("cpu"),
             num_threads=1,
         )
-        stream = open_stream(index, itertools.repeat(batch), decoder, settings)
-        clips.append(next(stream)[1])
+        stream = open_stream(IndexedFiles(index), itertools.repeat(batch), decoder, settings)
+        clips.append(next(stream).clips_BTHWC)
         stream.close()
     assert torch.equal(clips[0], clips[1])
 
