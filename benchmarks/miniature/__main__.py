@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from benchmarks.miniature.budget import MINUTES, OVERHEAD_MINUTES
 from benchmarks.miniature.jobs import Processes, jobs_of
-from benchmarks.miniature.measured import OTHER_HALF, REAL, ClipFigures, read_measured
+from benchmarks.miniature.measured import OF_REAL_CLIPS, ClipFigures, read_measured
 from benchmarks.miniature.models import MODELS
 from benchmarks.miniature.plan import MiniaturePlan, Settings, settle
 from benchmarks.miniature.verdicts import CONCLUSIONS, Real, Results, judge
@@ -62,7 +62,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     """Settle, train, measure, judge, write."""
-    # Imported late: it brings matplotlib.
+    # Said aloud, so that DeepSpeed does not warn that it had to find out.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Imported late: they bring DeepSpeed and matplotlib.
+    from benchmarks.miniature.evaluating import evaluate_models, with_evaluations
     from benchmarks.miniature.picture import draw
     from benchmarks.miniature.report import cost_lines, report, tree
 
@@ -74,19 +77,19 @@ def main(arguments: list[str]) -> None:
         if folder is not None:
             make_writable_folder(folder)
     clock = Clock()
-    # Said aloud, so that DeepSpeed does not warn that it had to find out.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     plan = settle(out, Settings.of(options.minutes, options.quick), say=clock.say)
     print("\n".join(cost_lines(plan)), flush=True)
     seeds = list(range(options.seeds))
     make_data(plan)
     carry_out(plan, seeds, clock)
+    evaluate_models(plan, seeds, clock.say)
     results, reals = read_results(plan, seeds)
+    ranked = with_evaluations(plan, results)
     judgements = [judge(conclusion, results, reals) for conclusion in CONCLUSIONS]
-    table = report(plan, results, reals, judgements)
+    table = report(plan, results, reals, judgements, ranked)
     with writing(out / TABLE):
         (out / TABLE).write_text(table)
-    write_json(out / FIGURES, tree(plan, results, reals, judgements))
+    write_json(out / FIGURES, tree(plan, results, reals, judgements, ranked))
     draw(out / PICTURE, out, results, reals)
     print(f"\n{table}")
     folder = out
@@ -164,7 +167,7 @@ def read_results(plan: MiniaturePlan, seeds: list[int]) -> tuple[Results, dict[i
         return measured
 
     results = {seed: {model.name: read(seed, model.name) for model in MODELS} for seed in seeds}
-    reals = {seed: Real(read(seed, REAL), read(seed, OTHER_HALF)) for seed in seeds}
+    reals = {seed: Real(*(read(seed, name) for name in OF_REAL_CLIPS)) for seed in seeds}
     return results, reals
 
 

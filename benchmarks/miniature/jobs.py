@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.miniature.budget import STAGE_1
-from benchmarks.miniature.measured import OTHER_HALF, REAL, read_measured
+from benchmarks.miniature.measured import OF_REAL_CLIPS, read_measured
 from benchmarks.miniature.models import FULL, MODELS, Model, folder_of
 from benchmarks.miniature.plan import MiniaturePlan
 from engine.command_line import REPOSITORY
@@ -59,7 +59,7 @@ def jobs_of(plan: MiniaturePlan, seed: int) -> list[Job]:
     ):
         jobs.append(_training(plan, seed, FULL, 1))
     jobs += [_training(plan, seed, model, model.stage_number) for model in untrained]
-    if unmeasured or any(read_measured(out, seed, name) is None for name in (REAL, OTHER_HALF)):
+    if unmeasured or any(read_measured(out, seed, name) is None for name in OF_REAL_CLIPS):
         command = ("-m", "benchmarks.miniature.measuring", "--out", str(out), "--seed", str(seed))
         log = folder_of(out, seed, "measuring.log")
         num = len(unmeasured)

@@ -19,8 +19,10 @@ from tqdm import tqdm
 from benchmarks.miniature.measured import (
     FIGURES,
     FRAMES,
+    FROZEN,
     OTHER_HALF,
     REAL,
+    SHUFFLED,
     STRIP,
     ClipFigures,
     read_measured,
@@ -40,6 +42,7 @@ from engine.evaluation.real_clips import (
     reference_halves,
     training_clips,
 )
+from engine.evaluation.report import spoilt
 from engine.evaluation.spectra import frames_looked_at, spectra, spectral_distances
 from engine.models.construction import forbid_tf32
 from engine.sampling import SamplePlan, generate
@@ -62,25 +65,40 @@ class Clips(NamedTuple):
     """Rounded to 8 bits, as the clips are."""
 
 
-class Judge:
-    """Real clips and the classifiers trained on others."""
+class RealClips:
+    """Real clips like those that are generated: two halves to compare, others to learn from."""
 
     def __init__(self, plan: MiniaturePlan, names: list[str]) -> None:
-        config, per_class = plan.data_config, plan.settings.clips_per_class
-        stage = config.stages[2]
-        shape = ClipShape(NUM_FRAMES, stage.frame_stride, stage.resolution)
-        videos = find_real_videos(
-            config,
+        self._config = plan.data_config
+        stage = self._config.stages[2]
+        self._shape = ClipShape(NUM_FRAMES, stage.frame_stride, stage.resolution)
+        self._videos = find_real_videos(
+            self._config,
             names,
-            num_source_frames=shape.num_source_frames,
-            num_per_class=per_class,
+            num_source_frames=self._shape.num_source_frames,
+            num_per_class=plan.settings.clips_per_class,
             held_out_path=None,
             seed=_SEED,
             say=print,
         )
-        self.classes = videos.classes
-        self.real, self.other_half = reference_halves(videos, config, shape, _DEVICE, _SEED)
-        seen_BTCHW, labels_B = training_clips(videos, config, shape, _DEVICE, _SEED)
+        self.classes = self._videos.classes
+
+    def halves(self) -> tuple[LabelledClips, LabelledClips]:
+        """As many of each class in both; those to compare with come first."""
+        return reference_halves(self._videos, self._config, self._shape, _DEVICE, _SEED)
+
+    def to_learn_from(self) -> tuple[Tensor, Tensor]:
+        """Clips and labels for classifiers."""
+        return training_clips(self._videos, self._config, self._shape, _DEVICE, _SEED)
+
+
+class Judge:
+    """Real clips and the classifiers trained on others."""
+
+    def __init__(self, clips: RealClips) -> None:
+        self.classes = clips.classes
+        self.real, self.other_half = clips.halves()
+        seen_BTCHW, labels_B = clips.to_learn_from()
         self._recognisers: dict[str, Recogniser] = {
             name: train_classifier(seen_BTCHW, labels_B, view, seed=_SEED)
             for name, view in VIEWS.items()
@@ -185,8 +203,14 @@ def measure_model(judge: Judge, plan: MiniaturePlan, seed: int, model: Model) ->
 
 
 def measure_real(judge: Judge, plan: MiniaturePlan, seed: int) -> None:
-    """Write what the figures are of real clips: of those compared with, and of others."""
-    for name, clips in ((OTHER_HALF, judge.other_half), (REAL, judge.real)):
+    """Write what the figures are of real clips: those compared with, others, and these spoilt."""
+    damaged = dict(spoilt(judge.other_half, PERIOD, _SEED))
+    for name, clips in (
+        (OTHER_HALF, judge.other_half),
+        (SHUFFLED, damaged["frames shuffled"]),
+        (FROZEN, damaged["first frame frozen"]),
+        (REAL, judge.real),
+    ):
         folder = folder_of(plan.out, seed, name)
         folder.mkdir(parents=True, exist_ok=True)
         write_strip(folder / STRIP, clips.video_BTCHW[0])
@@ -213,7 +237,7 @@ def main(arguments: list[str]) -> None:
     forbid_tf32()
     missing = [m for m in MODELS if read_measured(plan.out, options.seed, m.name) is None]
     names = find_checkpoint(folder_of(plan.out, options.seed, MODELS[0].name)).classes
-    judge = Judge(plan, names)
+    judge = Judge(RealClips(plan, names))
     measure_real(judge, plan, options.seed)
     for model in missing:
         print(f"measuring: {model.title}", flush=True)

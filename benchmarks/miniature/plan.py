@@ -40,6 +40,11 @@ class Settings:
             return Settings(minutes, quick, clips_per_class=2, passes=2)
         return Settings(minutes, quick, clips_per_class=16, passes=50)
 
+    @property
+    def evaluated_per_class(self) -> int:
+        """Clips whose features a network computes, about one a second."""
+        return 1 if self.quick else 8
+
     def training(self, seed: int) -> dict[str, Any]:
         """Keys of every stage's training."""
         passes = {"norm_statistics_passes": 2} if self.quick else {}

@@ -9,6 +9,8 @@ from benchmarks.miniature.budget import STAGE_1, SUSTAINED_GFLOPS
 from benchmarks.miniature.measured import FRAMES, ClipFigures
 from benchmarks.miniature.models import MODELS, NUM_FRAMES, PAPERS_LOW_FRAMES, WINDOWS, own_options
 from benchmarks.miniature.plan import MiniaturePlan
+from benchmarks.miniature.ranking import BySeed
+from benchmarks.miniature.ranking_report import CONTROL_TITLES, ranking_section, ranking_tree
 from benchmarks.miniature.verdicts import Compared, Judgement, Real, Results
 
 _NONE = "-"
@@ -21,6 +23,7 @@ def report(
     results: Results,
     reals: Mapping[int, Real],
     judgements: Sequence[Judgement],
+    ranked: BySeed | None,
 ) -> str:
     """The whole of table.md."""
     parts = [
@@ -32,6 +35,7 @@ def report(
         "## Verdicts",
         table(_verdicts(judgements)),
         _rules(),
+        *ranking_section(ranked, _any(reals).controls()),
         "## Cost",
         table(_costs(plan)),
         _deviations(plan),
@@ -44,6 +48,7 @@ def tree(
     results: Results,
     reals: Mapping[int, Real],
     judgements: Sequence[Judgement],
+    ranked: BySeed | None,
 ) -> dict[str, Any]:
     """The whole of figures.json."""
     return {
@@ -57,6 +62,8 @@ def tree(
             str(seed): {
                 "real": asdict(reals[seed].itself),
                 "real_against_real": asdict(reals[seed].other_half),
+                "real_shuffled": asdict(reals[seed].shuffled),
+                "real_frozen": asdict(reals[seed].frozen),
                 "models": {name: asdict(measured) for name, measured in models.items()},
             }
             for seed, models in results.items()
@@ -77,6 +84,7 @@ def tree(
             }
             for found in judgements
         ],
+        "evaluation": ranking_tree(ranked, _any(reals).controls()),
     }
 
 
@@ -118,9 +126,14 @@ def _figures(results: Results, reals: Mapping[int, Real]) -> Iterator[Sequence[s
     )
     for model in MODELS:
         yield _row(model.title, [models[model.name] for models in results.values()])
-    first = next(iter(reals.values()))  # the same clips with every seed
-    yield _row("real, others", [first.other_half])
-    yield _row("real", [first.itself])
+    for name, measured in _any(reals).controls().items():
+        yield _row(CONTROL_TITLES[name], [measured])
+    yield _row("real", [_any(reals).itself])
+
+
+def _any(reals: Mapping[int, Real]) -> Real:
+    """The same clips with every seed."""
+    return next(iter(reals.values()))
 
 
 def _row(title: str, measured: Sequence[ClipFigures]) -> Sequence[str]:
@@ -158,8 +171,8 @@ def _legend() -> str:
         "of another clip of the class; where stages train together, x_l is what stage 1 came to. "
         "motion after N: per frame after the first N frames, as part of that in them. PSD: root "
         "mean square difference of log10 PSD from the real clips'. Read all of it beside the last "
-        "two lines. The figures are defined in `engine/clip_figures.py`, `engine/evaluation/` and "
-        "`measuring.py`."
+        "lines, of real clips. The figures are defined in `engine/clip_figures.py`, "
+        "`engine/evaluation/` and `measuring.py`."
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.miniature.measured import ClipFigures
+from benchmarks.miniature.measured import FROZEN, OTHER_HALF, SHUFFLED, ClipFigures
 from benchmarks.miniature.models import WINDOWS
 
 Outcome = Literal["for", "alike", "against", "no answer"]
@@ -37,10 +37,16 @@ LEAST_GROUNDING = 0.5
 
 @dataclass(frozen=True)
 class Real:
-    """What the figures are of real clips: of those compared with, and of others beside them."""
+    """What the figures are of real clips: of those compared with, of others, of those spoilt."""
 
     itself: ClipFigures
     other_half: ClipFigures
+    shuffled: ClipFigures
+    frozen: ClipFigures
+
+    def controls(self) -> dict[str, ClipFigures]:
+        """By name: what a perfect model would get, and what damage does to it."""
+        return {OTHER_HALF: self.other_half, SHUFFLED: self.shuffled, FROZEN: self.frozen}
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,8 @@ CONCLUSIONS = (
         "longer windows train a better stage 2",
         *("full", "window3"),
         SPECTRAL,
-        "the paper's FVD and IS need networks and numbers of clips that a miniature has not; this "
-        "is its own measure of frames all along a clip (Appendix E)",
+        "the paper's FVD and IS need more clips than a miniature has; this is its own measure of "
+        "frames all along a clip (Appendix E)",
         (JUDDER, GROUNDING, BY_MOTION),
     ),
     Conclusion(
