@@ -10,6 +10,7 @@ from typing import Any
 import av
 import pytest
 import torch
+from checkpoint_files import forge_meta
 from PIL import Image
 from small_runs import Tiny, full_disk, sample
 
@@ -143,8 +144,7 @@ def with_meta(run: Path, copy: Path, changes: dict[str, Any]) -> Path:
     """A copy of the run's stage 2 whose meta.json has other entries."""
     shutil.copytree(run / "stage2", copy)
     for file in copy.glob("checkpoints/*/meta.json"):
-        meta = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps(meta))
+        forge_meta(file.parent, lambda meta: meta.update(changes))
     return copy
 
 
