@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from engine.batches import accumulation_steps
 from engine.command_line import ArgumentParser, find_config, report, run
@@ -22,11 +23,15 @@ from engine.trainer.ranks import Ranks
 from engine.trainer.stage_plan import (
     RunOptions,
     RunPlan,
+    checkpoints_in,
     plan_run,
     resume_candidates,
     settle_batches,
     with_micro_batch_of,
 )
+
+if TYPE_CHECKING:
+    from engine.trainer.stage_run import MakeEvaluation
 
 EPILOG = """\
 examples:
@@ -320,7 +325,6 @@ def train(plan: RunPlan, ranks: Ranks, console: Console, lock: FolderLock | None
     """
     try:
         # Imported late: these pull in DeepSpeed and DALI, which talk while they are imported.
-        from engine.evaluation.during_training import TrainingEvaluation
         from engine.trainer.stage_run import run_stage
         from engine.video.dataset import open_dataset
 
@@ -329,10 +333,10 @@ def train(plan: RunPlan, ranks: Ranks, console: Console, lock: FolderLock | None
         index = open_dataset(plan.config.data, make=ranks.is_main, say=console.say)
         if ranks.is_main:
             ranks.connect()
-        lock = share_lock(plan.options.folder, lock, ranks)
+        lock = share_lock(plan, lock, ranks)
         if not lock.works:
             console.say("note: this file system has no locks: start no other run in this folder")
-        ended = run_stage(plan, index, ranks, console, TrainingEvaluation)
+        ended = run_stage(plan, index, ranks, console, evaluation_of(plan))
         if not ended.signal:
             console.say(f"done: {ended.checkpoint}")
             return 0
@@ -349,13 +353,31 @@ def train(plan: RunPlan, ranks: Ranks, console: Console, lock: FolderLock | None
             lock.release()
 
 
-def share_lock(folder: Path, lock: FolderLock | None, ranks: Ranks) -> FolderLock:
-    """The folder's lock for every rank of this job. Collective."""
+def evaluation_of(plan: RunPlan) -> "MakeEvaluation | None":
+    """How the stage is evaluated while it trains; None where it is not."""
+    if plan.config.stages[plan.options.stage_number].training.evaluate_every is None:
+        return None
+    from engine.evaluation.during_training import TrainingEvaluation
+
+    return TrainingEvaluation
+
+
+def share_lock(plan: RunPlan, lock: FolderLock | None, ranks: Ranks) -> FolderLock:
+    """The folder's lock for every rank of this job. Collective.
+
+    Raises UserError, on every rank, where another run has saved there since this one was planned:
+    it was ending while this one started.
+    """
+    folder = plan.options.folder
     if lock is not None:
         lock.admit_others()
     ranks.barrier()
     lock = lock or FolderLock(folder, is_main=False)
-    ranks.barrier()
+    if ranks.any(checkpoints_in(folder) != plan.checkpoints_seen):
+        raise UserError(
+            f"{folder}: another run has saved checkpoints there while this one started; the same "
+            "command goes on from them"
+        )
     return lock
 
 

@@ -26,7 +26,7 @@ from benchmarks.miniature.measured import (
 from benchmarks.miniature.measuring import RealClips, make_clips
 from benchmarks.miniature.models import MODELS, NUM_FRAMES, Model, folder_of
 from benchmarks.miniature.plan import MiniaturePlan
-from benchmarks.miniature.ranking import BySeed, RankFound
+from benchmarks.miniature.ranking import BySeed, ModelResult
 from benchmarks.miniature.verdicts import Results
 from engine.durable_files import write_json
 from engine.evaluation.controls import blind_to
@@ -84,14 +84,14 @@ def evaluate_models(plan: MiniaturePlan, seeds: list[int], say: Callable[[str], 
 
 def with_evaluations(plan: MiniaturePlan, results: Results) -> BySeed | None:
     """The results, each with what its evaluation found; None unless all were evaluated."""
-    found: dict[int, dict[str, RankFound]] = {}
+    found: dict[int, dict[str, ModelResult]] = {}
     for seed, models in results.items():
         found[seed] = {}
         for name, measured in models.items():
             evaluated = read_evaluated(plan.out, seed, name)
             if evaluated is None:
                 return None
-            found[seed][name] = RankFound(measured, evaluated)
+            found[seed][name] = ModelResult(measured, evaluated)
     return found
 
 

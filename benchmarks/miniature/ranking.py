@@ -32,7 +32,7 @@ CONTROLS = (OTHER_HALF, SHUFFLED, FROZEN)
 _ROUNDING = 1e-9
 
 
-class RankFound(NamedTuple):
+class ModelResult(NamedTuple):
     """All that is known of one model with one seed."""
 
     measured: ClipFigures
@@ -44,7 +44,7 @@ class RankingFigure:
     """A figure that ranks models: its value of one, its value of a control, and their cost."""
 
     title: str
-    value: Callable[[RankFound], float]
+    value: Callable[[ModelResult], float]
     of_control: Callable[[EvaluatedModel, Mapping[str, ClipFigures], str], float]
     """Of an evaluation, the controls' figures and a control's name."""
     cost: Callable[[float], float]
@@ -85,7 +85,7 @@ FIGURES = (
 ASKED = (FVD, KVD, BY_MOTION)
 """Recognition by motion stands for recognition: nearly all clips are known by their colour."""
 
-BySeed = Mapping[int, Mapping[str, RankFound]]
+BySeed = Mapping[int, Mapping[str, ModelResult]]
 """By seed and model."""
 
 

@@ -171,6 +171,7 @@ class TrainingEvaluation:
             num_passes=settings.norm_statistics_passes,
         )
         run_passes(cascade, running, passes)
+        # As many on every rank, since all of them ask together whether to go on.
         each = -(-self.num_clips // ranks.world_size)
         plan = SamplePlan(
             running,
@@ -192,9 +193,9 @@ class TrainingEvaluation:
             found = features_of_clips(clips(), self._protocol, self._network)
         except _StoppedError:
             return None
+        parts = ranks.gather(found)
         return {
-            name: ranks.gather_rows(torch.from_numpy(rows)).numpy()[: self.num_clips]
-            for name, rows in sorted(found.items())
+            name: np.concatenate([part[name] for part in parts])[: self.num_clips] for name in found
         }
 
     def _states(self, trainer: Trainer) -> dict[int, dict[str, Tensor]]:

@@ -123,17 +123,6 @@ class Ranks:
         dist.all_reduce(cell, op=dist.ReduceOp.MAX, group=self._host_group)
         return int(cell.item())
 
-    def gather_rows(self, rows_NF: torch.Tensor) -> torch.Tensor:
-        """All ranks' rows, one rank's after the other, on every rank. Collective.
-
-        They are on the CPU, and every rank has equally many.
-        """
-        if self.world_size == 1:
-            return rows_NF
-        found = [torch.empty_like(rows_NF) for _ in range(self.world_size)]
-        dist.all_gather(found, rows_NF.contiguous(), group=self._host_group)
-        return torch.cat(found)
-
     def gather(self, value: Any) -> list[Any]:
         """All ranks' values, which may be anything that pickles, on every rank. Collective."""
         found = [value] * self.world_size

@@ -71,6 +71,8 @@ class RunPlan:
     """Candidates, newest first; the first undamaged one is taken."""
     unreadable: list[str] = field(default_factory=list)
     """What is wrong with newer or older checkpoints that are no candidates."""
+    checkpoints_seen: tuple[str, ...] = ()
+    """Names of the folder's own checkpoints when this was planned, oldest first."""
     previous: Checkpoint | None = None
     """The earlier stage to freeze; None where previous.pt is there already or not needed."""
     previous_file: Path | None = None
@@ -90,13 +92,22 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> RunPlan:
     check_adam(training, ranks.device)
     refuse_profile_of_hidden_blocks(training, options)
     refuse_bf16_on_older_gpus(training, ranks)
+    seen = checkpoints_in(options.folder)
     resume_from, unreadable = resume_candidates(options)
     for checkpoint in resume_from[:1]:
         check_same_networks(config, checkpoint, options.config_name, resuming=True)
         refuse_lost_average(checkpoint, training)
         refuse_another_condition(checkpoint, config.stages[number])
     previous, previous_file = find_previous(config, options, resume_from)
-    plan = RunPlan(config, options, resume_from, unreadable, previous, previous_file)
+    plan = RunPlan(
+        config,
+        options,
+        resume_from,
+        unreadable,
+        seen,
+        previous,
+        previous_file,
+    )
     notes = (
         note_changes(plan, ranks.world_size),
         note_half_trained_previous(plan),
@@ -106,6 +117,11 @@ def plan_run(config: Config, options: RunOptions, ranks: Ranks) -> RunPlan:
     )
     plan.notes += [note for note in notes if note is not None]
     return plan
+
+
+def checkpoints_in(folder: Path) -> tuple[str, ...]:
+    """Names of the checkpoints in a stage's folder, oldest first."""
+    return tuple(path.name for path in step_folders(folder / CHECKPOINTS))
 
 
 def settle_batches(config: Config, options: RunOptions, world_size: int) -> Config:

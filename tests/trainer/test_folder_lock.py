@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from forks import Forks, ranks_of
 from small_runs import REPOSITORY, Tiny, environment
 
+import engine.train
 from engine.errors import UserError
 from engine.trainer.folder_lock import LOCK, FolderLock
 
@@ -85,3 +88,23 @@ def test_two_ranks_train_in_one_folder(tiny: Tiny, forks: Forks, tmp_path: Path)
     options = tiny.options(1, tmp_path, "--max-steps", "1", "--set", "training.micro_batch=2")
     done = forks.job("train", [options], ranks_of(2))
     assert done.code == 0, done.err
+
+
+def test_what_was_saved_while_a_run_started_is_not_passed_over(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was ending has written its last checkpoint after the next one was planned."""
+    tiny.trained(1, tmp_path, "--max-steps", "1")
+    checkpoints = tmp_path / "stage1/checkpoints"
+    before = engine.train.settle
+
+    def settle_then_save(*given: Any) -> Any:
+        plan = before(*given)
+        shutil.copytree(checkpoints / "step-00000001", checkpoints / "step-00000002")
+        return plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.train, "settle", settle_then_save)
+        error = tiny.train(1, tmp_path, "--max-steps", "3").error
+    assert "another run has saved checkpoints there while this one started" in error
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
